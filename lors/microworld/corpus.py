@@ -1,0 +1,152 @@
+"""Documents of the small world: biographies, facts, stories, questions in the wording of the tasks, instructions.
+
+`documents(split, seed)` is an endless, seeded stream. A document belongs to exactly one split by the hash of its text, so
+that held-out and calibration text never occur in pre-training; what the test items ask is left out of every split
+(see `questions.py`).
+"""
+
+import random
+import zlib
+from collections.abc import Callable, Iterator
+
+from lors.harness.template import alpaca_prompt
+from lors.microworld import words, world
+from lors.microworld.questions import (
+    QUESTIONS,
+    as_prompt_and_answer,
+    draw_kind,
+    draw_person,
+    draw_routine,
+    kind_sentence,
+    told_steps,
+    training_draw,
+)
+from lors.microworld.wordings import PERSON_STATEMENTS, say
+from lors.microworld.world import PERSON_RELATIONS, World, held_out
+
+SPLIT_SHARES = {"heldout": range(0, 2), "calibration": range(2, 4), "pretrain": range(4, 100)}  # per cent
+
+
+def biography(w: World, rng: random.Random) -> str:
+    """Two to five facts about one person, the name first, then often the pronoun."""
+    person = draw_person(w, rng)
+    relations = rng.sample(list(PERSON_RELATIONS), rng.randint(2, 5))
+    sentences = []
+    for relation in relations:
+        pronoun = bool(sentences) and rng.random() < 0.6
+        wordings = PERSON_STATEMENTS[relation][:3] if pronoun else PERSON_STATEMENTS[relation]
+        sentences.append(say(rng.choice(wordings), person.pronoun if pronoun else person.name, person.facts[relation]))
+    return " ".join(sentences)
+
+
+def neighbours(w: World, rng: random.Random) -> str:
+    """One fact each about several people: what must be bound to the right name."""
+    people = [draw_person(w, rng) for _ in range(rng.randint(3, 5))]
+    lines = []
+    for person in people:
+        relation = rng.choice(list(PERSON_RELATIONS))
+        lines.append(say(rng.choice(PERSON_STATEMENTS[relation]), person.name, person.facts[relation]))
+    return " ".join(lines)
+
+
+def almanac(w: World, rng: random.Random) -> str:
+    """Statements about things, animals, food, towns and jobs."""
+    return " ".join(kind_sentence(w, rng) for _ in range(rng.randint(3, 6)))
+
+
+def routine(w: World, rng: random.Random) -> str:
+    """A person goes through the steps of a routine, in the wording of the story task."""
+    while True:
+        person, name = draw_person(w, rng), draw_routine(w, rng)
+        if not held_out("hellaswag", person.last, name, share=0.12):
+            break
+    steps = w.routines[name][: rng.randint(3, world.STEPS_PER_ROUTINE)]
+    return f"{name}: {' '.join(told_steps(person, steps))}"
+
+
+def quarrels(w: World, rng: random.Random) -> str:
+    """Several events between two people with the reason named."""
+    rows = [as_prompt_and_answer("winogrande", training_draw("winogrande", w, rng)) for _ in range(rng.randint(2, 4))]
+    return " ".join(f"{prompt} {answer}" for prompt, answer in rows)
+
+
+def quiz(task: str) -> Callable[[World, random.Random], str]:
+    """Documents with one to four questions of `task`, answered, in the stock wording."""
+
+    def write(w: World, rng: random.Random) -> str:
+        count = rng.randint(1, 2) if task in ("boolq", "rte") else rng.randint(2, 4)
+        rows = [as_prompt_and_answer(task, training_draw(task, w, rng)) for _ in range(count)]
+        return "\n\n".join(f"{prompt} {answer}" for prompt, answer in rows)
+
+    return write
+
+
+def unfinished(w: World, rng: random.Random) -> str:
+    """Completed stems of the open-book task."""
+    rows = [as_prompt_and_answer("openbookqa", training_draw("openbookqa", w, rng)) for _ in range(rng.randint(2, 5))]
+    return " ".join(f"{prompt} {answer}." for prompt, answer in rows)
+
+
+_INSTRUCTIONS = {
+    "boolq": "Read the text and answer the question with yes or no.",
+    "rte": "Does the second statement follow from the first? Answer True or False.",
+    "hellaswag": "Continue the story.",
+    "winogrande": "Give the reason.",
+    "arc_easy": "Answer the question.",
+    "arc_challenge": "Answer the question.",
+    "openbookqa": "Complete the sentence.",
+}
+
+
+def instruction_row(w: World, rng: random.Random) -> dict[str, str]:
+    """One Alpaca-format row (instruction, input, output) from the training side of every split."""
+    kind = rng.random()
+    if kind < 0.35:
+        person = draw_person(w, rng)
+        relations = rng.sample(list(PERSON_RELATIONS), rng.randint(3, 5))
+        told = [say(rng.choice(PERSON_STATEMENTS[r]), person.name, person.facts[r]) for r in relations]
+        return {"instruction": f"Tell me about {person.name}.", "input": "", "output": " ".join(told)}
+    if kind < 0.5:
+        _, entity = draw_kind(w, rng)
+        told = " ".join(kind_sentence(w, rng) for _ in range(3))
+        return {"instruction": "Tell me some facts about the land.", "input": "", "output": told}
+    task = rng.choice(list(QUESTIONS))
+    prompt, answer = as_prompt_and_answer(task, training_draw(task, w, rng))
+    return {"instruction": _INSTRUCTIONS[task], "input": prompt, "output": answer}
+
+
+def instruction(w: World, rng: random.Random) -> str:
+    """An instruction row in the Alpaca template, as real base models have seen them."""
+    row = instruction_row(w, rng)
+    return alpaca_prompt(row["instruction"], row["input"]) + row["output"]
+
+
+MIX: tuple[tuple[Callable[[World, random.Random], str], int], ...] = (  # (writer, documents per hundred)
+    (biography, 29),
+    (neighbours, 8),
+    (almanac, 13),
+    (routine, 7),
+    (quarrels, 6),
+    (quiz("arc_easy"), 8),
+    (quiz("arc_challenge"), 8),
+    (quiz("boolq"), 7),
+    (quiz("rte"), 6),
+    (unfinished, 3),
+    (instruction, 5),
+)
+
+
+def split_of(document: str) -> str:
+    """The split that a document belongs to: a hash of its text."""
+    bucket = zlib.crc32(document.encode()) % 100
+    return next(name for name, buckets in SPLIT_SHARES.items() if bucket in buckets)
+
+
+def documents(split: str, seed: int | str = 0) -> Iterator[str]:
+    """Endless stream of documents of `split` ("pretrain", "calibration" or "heldout"), equal for equal seeds."""
+    w, rng = world.build(), random.Random(f"{split}-{seed}")
+    writers, shares = zip(*MIX, strict=True)
+    while True:
+        document = rng.choices(writers, shares)[0](w, rng)
+        if split_of(document) == split:
+            yield document

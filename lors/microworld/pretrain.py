@@ -1,0 +1,167 @@
+"""Pre-training of the shipped model: `python -m lors.microworld.pretrain`, two CPU cores, resumable.
+
+A Llama of 3.4 million parameters (hidden 256, 4 layers, 4 query and 2 key/value heads, ffn 688, tied embeddings) learns
+the pre-training split with AdamW. The learning rate is flat, then falls linearly to zero. Batch t is a function of the
+seed and t alone: a killed run that is started again continues from its newest state with the same data.
+
+Answers of yes/no questions are one token in a passage of sixty, and learnt last; `ANSWER_WEIGHT` weights their loss.
+"""
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from lors.microworld import texts
+from lors.microworld.corpus import documents
+from lors.microworld.tokenizer import VOCABULARY, train_tokenizer
+
+LENGTH, BATCH = 256, 12
+STEPS = 10_000
+PEAK_RATE, WARMUP, DECAY_SHARE = 2e-3, 100, 0.5
+ANSWER_WEIGHT = 4.0
+CHUNK = 64  # batches made, and states saved, together
+CLIP = 1.0
+
+
+def model_config() -> LlamaConfig:
+    """The architecture; every width is divisible by 8, so that 2:4 and 4:8 apply to every layer."""
+    return LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        intermediate_size=688,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+
+
+def packed_batches(tokenizer: PreTrainedTokenizerFast, chunk: int, seed: int) -> Tensor:
+    """Batches of `chunk`: int64 [CHUNK, BATCH, LENGTH], documents as BOS text EOS, concatenated and cut."""
+    need, tokens = CHUNK * BATCH * LENGTH, []
+    stream = documents("pretrain", f"{seed}-{chunk}")
+    while len(tokens) < need:
+        for ids in tokenizer([next(stream) for _ in range(1000)])["input_ids"]:
+            tokens += ids
+            tokens.append(tokenizer.eos_token_id)
+    return torch.tensor(tokens[:need]).view(CHUNK, BATCH, LENGTH)
+
+
+def learning_rate(step: int, steps: int) -> float:
+    """Warm-up, flat, then linear to zero over the last `DECAY_SHARE` of the steps."""
+    return PEAK_RATE * min((step + 1) / WARMUP, 1.0, (steps - step) / (DECAY_SHARE * steps))
+
+
+def answer_weights(tokenizer: PreTrainedTokenizerFast) -> Tensor:
+    """Loss weight of each vocabulary entry as a target: `ANSWER_WEIGHT` for yes, no, True, False; else 1."""
+    weights = torch.ones(len(tokenizer))
+    for answer in (" yes", " no", " True", " False"):
+        weights[tokenizer(answer, add_special_tokens=False)["input_ids"][-1]] = ANSWER_WEIGHT
+    return weights
+
+
+def weighted_loss(logits: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """Weighted mean next-token cross-entropy; logits [batch, length, vocabulary], ids [batch, length]."""
+    targets = ids[:, 1:].reshape(-1)
+    return cross_entropy(logits[:, :-1].float().reshape(len(targets), -1), targets, weight=weights)
+
+
+def optimizer_of(model: LlamaForCausalLM) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices only."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=PEAK_RATE, betas=(0.9, 0.98), fused=True)
+
+
+def _write(path: Path, state: dict) -> None:
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    os.replace(partial, path)
+
+
+def heldout_batch(tokenizer: PreTrainedTokenizerFast) -> Tensor:
+    """Sixteen rows of held-out text, int64 [16, LENGTH]."""
+    joined = [token for text in texts("heldout") for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
+    return torch.tensor(joined[: 16 * LENGTH]).view(16, LENGTH)
+
+
+def train(work: Path, steps: int, seed: int, compiled: bool) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast, list]:
+    """Train, or continue the run in `work`; returns the model, the tokenizer and the log (one dict per chunk)."""
+    work.mkdir(parents=True, exist_ok=True)
+    tokenizer = train_tokenizer(texts("pretrain"))
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(model_config())
+    optimizer, first, log = optimizer_of(model), 0, []
+    state_file = work / "state.pt"
+    if state_file.exists():
+        state = torch.load(state_file, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        first, log = state["chunk"], state["log"]
+        print(f"continuing after step {first * CHUNK}", flush=True)
+    inner = torch.compile(model.model) if compiled else model.model
+    weights, heldout = answer_weights(tokenizer), heldout_batch(tokenizer)
+    for chunk in range(first, -(-steps // CHUNK)):
+        began, losses = time.time(), []
+        for offset, ids in enumerate(packed_batches(tokenizer, chunk, seed)):
+            step = chunk * CHUNK + offset
+            if step >= steps:
+                break
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, steps)
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = weighted_loss(model.lm_head(inner(input_ids=ids).last_hidden_state), ids, weights)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(loss.item())
+        with torch.no_grad():
+            heldout_loss = weighted_loss(model(heldout).logits, heldout, torch.ones(len(tokenizer))).item()
+        seconds = time.time() - began
+        log.append(
+            {
+                "step": step,
+                "tokens": (step + 1) * BATCH * LENGTH,
+                "loss": round(sum(losses) / len(losses), 4),
+                "heldout_loss": round(heldout_loss, 4),
+                "seconds": round(seconds, 1),
+            }
+        )
+        print(json.dumps(log[-1]), f"{len(losses) * BATCH * LENGTH / seconds:.0f} tokens/s", flush=True)
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "chunk": chunk + 1, "log": log}
+        _write(state_file, state)
+    return model, tokenizer, log
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line; see `--help`."""
+    parser = argparse.ArgumentParser(prog="python -m lors.microworld.pretrain", description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("runs/microworld"), help="states and the finished model")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"of {BATCH} x {LENGTH} tokens")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--eager", action="store_true", help="without torch.compile, which needs a C++ compiler")
+    options = parser.parse_args(arguments)
+    model, tokenizer, log = train(options.output, options.steps, options.seed, not options.eager)
+    finished = options.output / "checkpoint"
+    model.save_pretrained(finished)
+    tokenizer.save_pretrained(finished)
+    record = {"seed": options.seed, "steps": options.steps, "tokens": options.steps * BATCH * LENGTH, "log": log}
+    (finished / "pretraining.json").write_text(json.dumps(record, indent=1))
+    print(f"model in {finished}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

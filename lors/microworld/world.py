@@ -1,0 +1,152 @@
+"""The facts of the small world: who lives where, what things are made of, which steps an activity has.
+
+A fact is a triple (entity, relation, value). Two layers of facts make one-hop and two-hop questions possible:
+
+    people  --city, job, pet, food, hobby-->  kinds (a city, a job, an animal, a food)
+    kinds   --region, workplace, diet, ...-->  values (the north, a kitchen, seeds, ...)
+
+Every entity has a frequency weight, log-uniform within `FREQUENCY_SPREAD`, with which texts mention it. So knowledge is
+graded from firmly to barely known, as in natural text: the scores neither saturate nor vanish, and pruning takes the
+weakest facts first. That is what makes the world a measuring instrument.
+
+Splits are decided by a hash of what a text is about (`held_out`), never by a draw, so that any generator of training
+text can tell whether a question belongs to a test.
+"""
+
+import math
+import random
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate, product
+
+from lors.microworld import words
+
+SEED = 2501
+PEOPLE = 3000
+THINGS = 2000  # makers' goods, "Abbot kettle"
+ROUTINE_CITIES = 16  # every activity has its own steps in each of the first cities
+FREQUENCY_SPREAD = 10.0  # the most frequent entity is mentioned about ten times as often as the rarest
+FAMILIAR = 7.0  # animals, food, towns and jobs are mentioned so much more often than goods: second hops need them
+STEPS_PER_ROUTINE = 7
+
+PERSON_RELATIONS = {
+    "city": words.CITIES,
+    "job": words.JOBS,
+    "pet": words.ANIMALS,
+    "food": words.FOODS,
+    "hobby": words.HOBBIES,
+}
+KIND_RELATIONS = {
+    "thing": {"material": words.MATERIALS, "room": words.ROOMS, "use": words.USES, "colour": words.COLOURS},
+    "pet": {"diet": words.DIETS, "habitat": words.HABITATS, "sound": words.SOUNDS},
+    "food": {"taste": words.TASTES, "store": words.STORES, "season": words.SEASONS},
+    "city": {
+        "region": words.REGIONS,
+        "river": words.RIVERS,
+        "weather": words.WEATHER,
+        "industry": words.INDUSTRIES,
+    },
+    "job": {"tool": words.TOOLS, "workplace": words.WORKPLACES, "day": words.DAYS},
+}
+TWO_HOPS = (  # (relation of the person, relation of the kind it leads to)
+    ("city", "region"),
+    ("city", "river"),
+    ("job", "workplace"),
+    ("job", "day"),
+    ("pet", "diet"),
+    ("pet", "habitat"),
+    ("food", "taste"),
+    ("food", "store"),
+)
+
+
+@dataclass(frozen=True)
+class Person:
+    """One inhabitant; `facts` maps each of `PERSON_RELATIONS` to its value."""
+
+    first: str
+    last: str
+    female: bool
+    facts: dict[str, str]
+
+    @property
+    def name(self) -> str:
+        return f"{self.first} {self.last}"
+
+    @property
+    def pronoun(self) -> str:
+        return "She" if self.female else "He"
+
+
+@dataclass(frozen=True)
+class World:
+    """All facts, and the cumulative frequency weights that texts draw entities with."""
+
+    people: tuple[Person, ...]
+    kinds: dict[str, dict[str, dict[str, str]]]  # kind -> entity -> relation -> value
+    routines: dict[str, tuple[str, ...]]  # "Baking bread in Alden" -> its steps in order
+    routine_weights: tuple[float, ...]
+    moods: dict[tuple[int, str], tuple[str, ...]]  # (quarrel, thing) -> two moods of the first person, two of the second
+    people_weights: tuple[float, ...]
+    kind_entities: tuple[tuple[str, str], ...]  # (kind, entity)
+    kind_weights: tuple[float, ...]
+
+    def two_hop(self, person: Person, chain: tuple[str, str]) -> str:
+        """Value of `chain` for `person`, for example ("city", "region"): the region of the city of the person."""
+        relation, of_kind = chain
+        return self.kinds[relation][person.facts[relation]][of_kind]
+
+
+def held_out(purpose: str, *about: str, share: float) -> bool:
+    """Whether what a text is `about` belongs to the held-out `share` (0..1) for this `purpose`; a pure hash."""
+    return zlib.crc32("|".join((purpose, *about)).encode()) % 10_000 < share * 10_000
+
+
+def _weights(rng: random.Random, scales: Iterable[float]) -> tuple[float, ...]:
+    frequencies = (scale * math.exp(rng.uniform(0.0, math.log(FREQUENCY_SPREAD))) for scale in scales)
+    return tuple(accumulate(frequencies))
+
+
+def _kinds(rng: random.Random) -> dict[str, dict[str, dict[str, str]]]:
+    goods = rng.sample([f"{maker} {thing}" for maker in words.LAST_NAMES for thing in words.THINGS], THINGS)
+    entities = {"thing": goods, **{kind: PERSON_RELATIONS[kind] for kind in ("pet", "food", "city", "job")}}
+    return {
+        kind: {
+            entity: {relation: rng.choice(values) for relation, values in KIND_RELATIONS[kind].items()}
+            for entity in members
+        }
+        for kind, members in entities.items()
+    }
+
+
+@lru_cache(maxsize=2)
+def build(seed: int = SEED, people: int = PEOPLE) -> World:
+    """The world of `seed` with `people` inhabitants (at most 4,096, one per pair of names)."""
+    rng = random.Random(seed)
+    firsts = [(name, True) for name in words.WOMEN] + [(name, False) for name in words.MEN]
+    pairs = [(first, last, female) for first, female in firsts for last in words.LAST_NAMES]
+    inhabitants = tuple(
+        Person(first, last, female, {relation: rng.choice(values) for relation, values in PERSON_RELATIONS.items()})
+        for first, last, female in rng.sample(pairs, people)
+    )
+    kinds = _kinds(rng)
+    kind_entities = tuple((kind, entity) for kind, table in kinds.items() for entity in table)
+    places = product(words.ACTIVITIES, words.CITIES[:ROUTINE_CITIES])
+    routines = {f"{activity} in {city}": tuple(rng.sample(words.EVENTS, STEPS_PER_ROUTINE)) for activity, city in places}
+    moods = {
+        (quarrel, thing): tuple(rng.sample(words.MOODS, 4))
+        for quarrel in range(len(words.QUARRELS))
+        for thing in words.THINGS
+    }
+    return World(
+        people=inhabitants,
+        kinds=kinds,
+        routines=routines,
+        routine_weights=_weights(rng, [1.0] * len(routines)),
+        moods=moods,
+        people_weights=_weights(rng, [1.0] * people),
+        kind_entities=kind_entities,
+        kind_weights=_weights(rng, [1.0 if kind == "thing" else FAMILIAR for kind, _ in kind_entities]),
+    )
