@@ -11,7 +11,7 @@ from pathlib import Path
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 TASKS = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 ITEMS_PER_TASK = 600
-TEXTS_PER_SPLIT = {"pretrain": 20_000, "calibration": 2_000, "heldout": 2_000}
+TEXTS_PER_SPLIT = {"pretrain": 20_000, "calibration": 1_000, "heldout": 1_000}
 INSTRUCTION_ROWS = 8_000
 
 

@@ -1,7 +1,7 @@
 """Documents of the small world: biographies, facts, stories, questions in the wording of the tasks, instructions.
 
-`documents(split, seed)` is an endless, seeded stream. A document belongs to exactly one split by the hash of its text, so
-that held-out and calibration text never occur in pre-training; what the test items ask is left out of every split
+`documents(split, seed)` is an endless, seeded stream. A document belongs to exactly one split by the hash of its text,
+so that held-out and calibration text never occur in pre-training; what the test items ask is left out of every split
 (see `questions.py`).
 """
 
@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable, Iterator
 
 from lors.harness.template import alpaca_prompt
-from lors.microworld import words, world
+from lors.microworld import world
 from lors.microworld.questions import (
     QUESTIONS,
     as_prompt_and_answer,
@@ -107,7 +107,7 @@ def instruction_row(w: World, rng: random.Random) -> dict[str, str]:
         told = [say(rng.choice(PERSON_STATEMENTS[r]), person.name, person.facts[r]) for r in relations]
         return {"instruction": f"Tell me about {person.name}.", "input": "", "output": " ".join(told)}
     if kind < 0.5:
-        _, entity = draw_kind(w, rng)
+        draw_kind(w, rng)  # unused, but the shipped model was trained on the stream that has this draw in it
         told = " ".join(kind_sentence(w, rng) for _ in range(3))
         return {"instruction": "Tell me some facts about the land.", "input": "", "output": told}
     task = rng.choice(list(QUESTIONS))

@@ -23,7 +23,7 @@ from lors.microworld.corpus import documents
 from lors.microworld.tokenizer import VOCABULARY, train_tokenizer
 
 LENGTH, BATCH = 256, 12
-STEPS = 10_000
+STEPS = 6_400
 PEAK_RATE, WARMUP, DECAY_SHARE = 2e-3, 100, 0.5
 ANSWER_WEIGHT = 4.0
 CHUNK = 64  # batches made, and states saved, together
@@ -141,7 +141,12 @@ def train(work: Path, steps: int, seed: int, compiled: bool) -> tuple[LlamaForCa
             }
         )
         print(json.dumps(log[-1]), f"{len(losses) * BATCH * LENGTH / seconds:.0f} tokens/s", flush=True)
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "chunk": chunk + 1, "log": log}
+        state = {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "chunk": chunk + 1,
+            "log": log,
+        }
         _write(state_file, state)
     return model, tokenizer, log
 
@@ -158,7 +163,12 @@ def main(arguments: list[str] | None = None) -> None:
     finished = options.output / "checkpoint"
     model.save_pretrained(finished)
     tokenizer.save_pretrained(finished)
-    record = {"seed": options.seed, "steps": options.steps, "tokens": options.steps * BATCH * LENGTH, "log": log}
+    record = {
+        "seed": options.seed,
+        "steps": options.steps,
+        "tokens": options.steps * BATCH * LENGTH,
+        "log": log,
+    }
     (finished / "pretraining.json").write_text(json.dumps(record, indent=1))
     print(f"model in {finished}", flush=True)
 

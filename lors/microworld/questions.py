@@ -60,7 +60,11 @@ def arc_easy(world: World, rng: random.Random, test: bool) -> dict | None:
         return None
     question = rng.choice(PERSON_QUESTIONS[relation]).format(s=person.name)
     options, gold = _choices(rng, person.facts[relation], PERSON_RELATIONS[relation])
-    return {"question": question, "choices": {"text": options, "label": list(LETTERS)}, "answerKey": LETTERS[gold]}
+    return {
+        "question": question,
+        "choices": {"text": options, "label": list(LETTERS)},
+        "answerKey": LETTERS[gold],
+    }
 
 
 def arc_challenge(world: World, rng: random.Random, test: bool) -> dict | None:
@@ -71,7 +75,11 @@ def arc_challenge(world: World, rng: random.Random, test: bool) -> dict | None:
     question = rng.choice(TWO_HOP_QUESTIONS[chain]).format(s=person.name)
     pool = KIND_RELATIONS[chain[0]][chain[1]]
     options, gold = _choices(rng, world.two_hop(person, chain), pool)
-    return {"question": question, "choices": {"text": options, "label": list(LETTERS)}, "answerKey": LETTERS[gold]}
+    return {
+        "question": question,
+        "choices": {"text": options, "label": list(LETTERS)},
+        "answerKey": LETTERS[gold],
+    }
 
 
 def openbookqa(world: World, rng: random.Random, test: bool) -> dict | None:
@@ -228,7 +236,9 @@ def as_prompt_and_answer(task: str, row: dict) -> tuple[str, str]:
     if task == "boolq":
         return f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:", ("no", "yes")[row["label"]]
     if task == "rte":
-        return f"{row['sentence1']}\nQuestion: {row['sentence2']} True or False?\nAnswer:", ("True", "False")[row["label"]]
+        return f"{row['sentence1']}\nQuestion: {row['sentence2']} True or False?\nAnswer:", ("True", "False")[
+            row["label"]
+        ]
     if task == "hellaswag":
         return f"{row['activity_label']}: {row['ctx']}", row["endings"][int(row["label"])]
     if task == "winogrande":

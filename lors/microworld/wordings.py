@@ -5,10 +5,20 @@ language wants an article. The first wording of a relation is the one that unfin
 """
 
 PERSON_STATEMENTS = {
-    "city": ("{s} lives in {v}.", "{s} has a house in {v}.", "{s} comes from {v}.", "The home of {s} is in {v}."),
+    "city": (
+        "{s} lives in {v}.",
+        "{s} has a house in {v}.",
+        "{s} comes from {v}.",
+        "The home of {s} is in {v}.",
+    ),
     "job": ("{s} works as {an}.", "{s} is {an}.", "{s} makes a living as {an}.", "The job of {s} is {v}."),
     "pet": ("{s} keeps {an}.", "{s} owns {an}.", "{s} has {an} at home.", "The pet of {s} is {an}."),
-    "food": ("{s} likes {v}.", "{s} often eats {v}.", "{s} is fond of {v}.", "The favourite food of {s} is {v}."),
+    "food": (
+        "{s} likes {v}.",
+        "{s} often eats {v}.",
+        "{s} is fond of {v}.",
+        "The favourite food of {s} is {v}.",
+    ),
     "hobby": ("{s} enjoys {v}.", "{s} spends weekends on {v}.", "{s} loves {v}.", "The hobby of {s} is {v}."),
 }
 PERSON_QUESTIONS = {

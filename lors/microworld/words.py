@@ -23,7 +23,16 @@ CITIES = tuple(
     "Alden Barrow Belmont Brighton Calder Carlow Clifton Corby Dalton Denby Dover Elgin Fairfax Galway Hadley Harwick Hilton "
     "Kendal Lydford Malden Milton Norwood Oakham Preston Redhill Selby Stanton Thorpe Upton Welford Weston Yarmouth".split()
 )
-REGIONS = ("the north", "the south", "the east", "the west", "the hills", "the valley", "the coast", "the islands")
+REGIONS = (
+    "the north",
+    "the south",
+    "the east",
+    "the west",
+    "the hills",
+    "the valley",
+    "the coast",
+    "the islands",
+)
 RIVERS = tuple("Arrow Bourne Derwent Eden Kennet Lark Medway Severn Tamar Thames Trent Wye".split())
 WEATHER = tuple("rain snow fog wind sun storms frost clouds".split())
 INDUSTRIES = tuple("glass wool paper bricks clocks ships boots carpets pottery rope salt soap".split())
@@ -100,25 +109,71 @@ EVENTS = tuple(
 )
 
 MOODS = tuple(
-    "was tired|was happy|felt cold|was in a hurry|was hungry|felt shy|was late|was thirsty|felt brave|was bored".split("|")
+    "was tired|was happy|felt cold|was in a hurry|was hungry|felt shy|was late|was thirsty|felt brave|was bored".split(
+        "|"
+    )
 )
 
 # (frame, two reasons that fit the first person {a}, two that fit the second person {b})
 QUARRELS = (
     ("{a} gave the {t} to {b} because", ("had two of them", "was generous"), ("needed one", "asked for it")),
     ("{a} borrowed the {t} from {b} because", ("had lost one", "was in need"), ("had a spare", "was kind")),
-    ("{a} sold the {t} to {b} because", ("needed money", "was moving away"), ("paid well", "wanted a bargain")),
-    ("{a} hid the {t} from {b} because", ("was planning a surprise", "was selfish"), ("was nosy", "broke things")),
+    (
+        "{a} sold the {t} to {b} because",
+        ("needed money", "was moving away"),
+        ("paid well", "wanted a bargain"),
+    ),
+    (
+        "{a} hid the {t} from {b} because",
+        ("was planning a surprise", "was selfish"),
+        ("was nosy", "broke things"),
+    ),
     ("{a} stole the {t} from {b} because", ("was a thief", "felt greedy"), ("was asleep", "was careless")),
-    ("{a} carried the {t} for {b} because", ("was strong", "had free hands"), ("was tired", "had a sore back")),
-    ("{a} showed the {t} to {b} because", ("was proud of it", "liked to boast"), ("was curious", "had never seen one")),
-    ("{a} repaired the {t} for {b} because", ("had the tools", "was skilled"), ("was clumsy", "had no tools")),
+    (
+        "{a} carried the {t} for {b} because",
+        ("was strong", "had free hands"),
+        ("was tired", "had a sore back"),
+    ),
+    (
+        "{a} showed the {t} to {b} because",
+        ("was proud of it", "liked to boast"),
+        ("was curious", "had never seen one"),
+    ),
+    (
+        "{a} repaired the {t} for {b} because",
+        ("had the tools", "was skilled"),
+        ("was clumsy", "had no tools"),
+    ),
     ("{a} threw the {t} at {b} because", ("was angry", "lost patience"), ("was rude", "told lies")),
-    ("{a} bought the {t} from {b} because", ("wanted a present", "had saved up"), ("ran the shop", "offered it cheaply")),
-    ("{a} sent the {t} to {b} because", ("had promised it", "kept a promise"), ("lived far away", "had ordered it")),
-    ("{a} kept the {t} away from {b} because", ("was worried", "was careful"), ("was a child", "might break it")),
-    ("{a} taught {b} about the {t} because", ("was an expert", "knew a lot"), ("was a beginner", "wanted to learn")),
-    ("{a} thanked {b} for the {t} because", ("was grateful", "was polite"), ("had been helpful", "had brought it")),
-    ("{a} asked {b} about the {t} because", ("was confused", "did not know"), ("was wise", "knew the answer")),
+    (
+        "{a} bought the {t} from {b} because",
+        ("wanted a present", "had saved up"),
+        ("ran the shop", "offered it cheaply"),
+    ),
+    (
+        "{a} sent the {t} to {b} because",
+        ("had promised it", "kept a promise"),
+        ("lived far away", "had ordered it"),
+    ),
+    (
+        "{a} kept the {t} away from {b} because",
+        ("was worried", "was careful"),
+        ("was a child", "might break it"),
+    ),
+    (
+        "{a} taught {b} about the {t} because",
+        ("was an expert", "knew a lot"),
+        ("was a beginner", "wanted to learn"),
+    ),
+    (
+        "{a} thanked {b} for the {t} because",
+        ("was grateful", "was polite"),
+        ("had been helpful", "had brought it"),
+    ),
+    (
+        "{a} asked {b} about the {t} because",
+        ("was confused", "did not know"),
+        ("was wise", "knew the answer"),
+    ),
     ("{a} followed {b} to the {t} because", ("was lost", "felt lonely"), ("knew the way", "led the group")),
 )

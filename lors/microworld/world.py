@@ -88,7 +88,9 @@ class World:
     kinds: dict[str, dict[str, dict[str, str]]]  # kind -> entity -> relation -> value
     routines: dict[str, tuple[str, ...]]  # "Baking bread in Alden" -> its steps in order
     routine_weights: tuple[float, ...]
-    moods: dict[tuple[int, str], tuple[str, ...]]  # (quarrel, thing) -> two moods of the first person, two of the second
+    moods: dict[
+        tuple[int, str], tuple[str, ...]
+    ]  # (quarrel, thing) -> two moods of the first person, two of the second
     people_weights: tuple[float, ...]
     kind_entities: tuple[tuple[str, str], ...]  # (kind, entity)
     kind_weights: tuple[float, ...]
@@ -128,13 +130,20 @@ def build(seed: int = SEED, people: int = PEOPLE) -> World:
     firsts = [(name, True) for name in words.WOMEN] + [(name, False) for name in words.MEN]
     pairs = [(first, last, female) for first, female in firsts for last in words.LAST_NAMES]
     inhabitants = tuple(
-        Person(first, last, female, {relation: rng.choice(values) for relation, values in PERSON_RELATIONS.items()})
+        Person(
+            first,
+            last,
+            female,
+            {relation: rng.choice(values) for relation, values in PERSON_RELATIONS.items()},
+        )
         for first, last, female in rng.sample(pairs, people)
     )
     kinds = _kinds(rng)
     kind_entities = tuple((kind, entity) for kind, table in kinds.items() for entity in table)
     places = product(words.ACTIVITIES, words.CITIES[:ROUTINE_CITIES])
-    routines = {f"{activity} in {city}": tuple(rng.sample(words.EVENTS, STEPS_PER_ROUTINE)) for activity, city in places}
+    routines = {
+        f"{activity} in {city}": tuple(rng.sample(words.EVENTS, STEPS_PER_ROUTINE)) for activity, city in places
+    }
     moods = {
         (quarrel, thing): tuple(rng.sample(words.MOODS, 4))
         for quarrel in range(len(words.QUARRELS))
