@@ -14,7 +14,6 @@ from lors.microworld import world
 from lors.microworld.questions import (
     QUESTIONS,
     as_prompt_and_answer,
-    draw_kind,
     draw_person,
     draw_routine,
     kind_sentence,
@@ -107,7 +106,6 @@ def instruction_row(w: World, rng: random.Random) -> dict[str, str]:
         told = [say(rng.choice(PERSON_STATEMENTS[r]), person.name, person.facts[r]) for r in relations]
         return {"instruction": f"Tell me about {person.name}.", "input": "", "output": " ".join(told)}
     if kind < 0.5:
-        draw_kind(w, rng)  # unused, but the shipped model was trained on the stream that has this draw in it
         told = " ".join(kind_sentence(w, rng) for _ in range(3))
         return {"instruction": "Tell me some facts about the land.", "input": "", "output": told}
     task = rng.choice(list(QUESTIONS))
@@ -142,9 +140,13 @@ def split_of(document: str) -> str:
     return next(name for name, buckets in SPLIT_SHARES.items() if bucket in buckets)
 
 
-def documents(split: str, seed: int | str = 0) -> Iterator[str]:
-    """Endless stream of documents of `split` ("pretrain", "calibration" or "heldout"), equal for equal seeds."""
+def documents(split: str, seed: int | str = 0, grown: float = 1.0) -> Iterator[str]:
+    """Endless stream of documents of `split` ("pretrain", "calibration" or "heldout"), equal for equal seeds.
+
+    `grown` < 1 speaks of the first people, goods and routines only (`World.young`).
+    """
     w, rng = world.build(), random.Random(f"{split}-{seed}")
+    w = w if grown == 1.0 else w.young(grown)
     writers, shares = zip(*MIX, strict=True)
     while True:
         document = rng.choices(writers, shares)[0](w, rng)

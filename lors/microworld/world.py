@@ -17,16 +17,16 @@ import math
 import random
 import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import accumulate, product
+from itertools import accumulate, islice, pairwise, product
 
 from lors.microworld import words
 
 SEED = 2501
-PEOPLE = 3000
-THINGS = 2000  # makers' goods, "Abbot kettle"
-ROUTINE_CITIES = 16  # every activity has its own steps in each of the first cities
+PEOPLE = 2200
+THINGS = 1200  # makers' goods, "Abbot kettle"
+ROUTINE_CITIES = 10  # every activity has its own steps in each of the first cities
 FREQUENCY_SPREAD = 10.0  # the most frequent entity is mentioned about ten times as often as the rarest
 FAMILIAR = 7.0  # animals, food, towns and jobs are mentioned so much more often than goods: second hops need them
 STEPS_PER_ROUTINE = 7
@@ -94,6 +94,23 @@ class World:
     people_weights: tuple[float, ...]
     kind_entities: tuple[tuple[str, str], ...]  # (kind, entity)
     kind_weights: tuple[float, ...]
+
+    def young(self, share: float) -> "World":
+        """The world with only the first `share` (0..1) of its people, goods and routines; facts are the same."""
+        people = round(share * len(self.people))
+        goods = round(share * len(self.kinds["thing"]))
+        routines = round(share * len(self.routines))
+        frequencies = [later - earlier for earlier, later in pairwise((0.0, *self.kind_weights))]
+        kept = [i for i, (kind, _) in enumerate(self.kind_entities) if kind != "thing" or i < goods]
+        return replace(
+            self,
+            people=self.people[:people],
+            people_weights=self.people_weights[:people],
+            routines=dict(islice(self.routines.items(), routines)),
+            routine_weights=self.routine_weights[:routines],
+            kind_entities=tuple(self.kind_entities[i] for i in kept),
+            kind_weights=tuple(accumulate(frequencies[i] for i in kept)),
+        )
 
     def two_hop(self, person: Person, chain: tuple[str, str]) -> str:
         """Value of `chain` for `person`, for example ("city", "region"): the region of the city of the person."""
