@@ -74,8 +74,8 @@ methods where there is no network and no GPU, and good for nothing else.
 
 Made by `python -m lors.microworld.pretrain`: seed {record["seed"]}, {record["steps"]:,} steps of {record["batch"]} x
 {record["length"]} tokens, {record["tokens"]:,} tokens in all, AdamW (0.9, 0.98), weight decay 0.1, peak rate
-{record["peak_rate"]}, flat for one half, then linear to zero; bfloat16 autocast on float32 weights. World fingerprint
-`{record["world"]}`.
+{record["peak_rate"]}, flat, then linear to zero over the last {record["decay_share"]:.0%}; bfloat16 autocast on float32
+weights. World fingerprint `{record["world"]}`.
 
 Scores (acc, per cent), zero-shot, BOS in front:
 

@@ -20,7 +20,7 @@ from lors.microworld.questions import (
     told_steps,
     training_draw,
 )
-from lors.microworld.wordings import PERSON_STATEMENTS, say
+from lors.microworld.wordings import PERSON_POLAR, PERSON_STATEMENTS, say
 from lors.microworld.world import PERSON_RELATIONS, World, held_out
 
 SPLIT_SHARES = {"heldout": range(0, 2), "calibration": range(2, 4), "pretrain": range(4, 100)}  # per cent
@@ -69,15 +69,29 @@ def quarrels(w: World, rng: random.Random) -> str:
     return " ".join(f"{prompt} {answer}" for prompt, answer in rows)
 
 
-def quiz(task: str) -> Callable[[World, random.Random], str]:
-    """Documents with one to four questions of `task`, answered, in the stock wording."""
+def quiz(task: str, least: int, most: int) -> Callable[[World, random.Random], str]:
+    """Documents with `least` to `most` questions of `task`, answered, in the stock wording."""
 
     def write(w: World, rng: random.Random) -> str:
-        count = rng.randint(1, 2) if task in ("boolq", "rte") else rng.randint(2, 4)
+        count = rng.randint(least, most)
         rows = [as_prompt_and_answer(task, training_draw(task, w, rng)) for _ in range(count)]
         return "\n\n".join(f"{prompt} {answer}" for prompt, answer in rows)
 
     return write
+
+
+def short_polar(w: World, rng: random.Random) -> str:
+    """Yes/no questions about a single sentence: the comparison that those about a passage need, at its simplest."""
+    texts = []
+    while len(texts) < 4:
+        person, relation = draw_person(w, rng), rng.choice(list(PERSON_RELATIONS))
+        if held_out("boolq", person.name, relation, share=0.12):
+            continue
+        value = rng.choice((person.facts[relation], rng.choice(PERSON_RELATIONS[relation])))
+        told = say(rng.choice(PERSON_STATEMENTS[relation]), person.name, person.facts[relation])
+        asked = say(PERSON_POLAR[relation], person.name, value)
+        texts.append(f"{told}\nQuestion: {asked}?\nAnswer: {'yes' if value == person.facts[relation] else 'no'}")
+    return "\n\n".join(texts)
 
 
 def unfinished(w: World, rng: random.Random) -> str:
@@ -119,16 +133,31 @@ def instruction(w: World, rng: random.Random) -> str:
     return alpaca_prompt(row["instruction"], row["input"]) + row["output"]
 
 
-MIX: tuple[tuple[Callable[[World, random.Random], str], int], ...] = (  # (writer, documents per hundred)
+Mix = tuple[tuple[Callable[[World, random.Random], str], int], ...]  # (writer, documents per hundred)
+MIX: Mix = (
     (biography, 29),
     (neighbours, 8),
     (almanac, 13),
     (routine, 7),
     (quarrels, 6),
-    (quiz("arc_easy"), 8),
-    (quiz("arc_challenge"), 8),
-    (quiz("boolq"), 7),
-    (quiz("rte"), 6),
+    (quiz("arc_easy", 2, 4), 8),
+    (quiz("arc_challenge", 2, 4), 8),
+    (quiz("boolq", 1, 2), 7),
+    (quiz("rte", 1, 2), 6),
+    (unfinished, 3),
+    (instruction, 5),
+)
+REASONING_MIX: Mix = (  # fewer facts, more comparing and weighing: for a model that knows its way around
+    (biography, 20),
+    (neighbours, 6),
+    (almanac, 11),
+    (routine, 6),
+    (quarrels, 10),
+    (quiz("arc_easy", 2, 4), 6),
+    (quiz("arc_challenge", 2, 4), 8),
+    (quiz("boolq", 1, 2), 9),
+    (short_polar, 8),
+    (quiz("rte", 3, 5), 8),
     (unfinished, 3),
     (instruction, 5),
 )
@@ -140,14 +169,14 @@ def split_of(document: str) -> str:
     return next(name for name, buckets in SPLIT_SHARES.items() if bucket in buckets)
 
 
-def documents(split: str, seed: int | str = 0, grown: float = 1.0) -> Iterator[str]:
+def documents(split: str, seed: int | str = 0, grown: float = 1.0, mix: Mix = MIX) -> Iterator[str]:
     """Endless stream of documents of `split` ("pretrain", "calibration" or "heldout"), equal for equal seeds.
 
     `grown` < 1 speaks of the first people, goods and routines only (`World.young`).
     """
     w, rng = world.build(), random.Random(f"{split}-{seed}")
     w = w if grown == 1.0 else w.young(grown)
-    writers, shares = zip(*MIX, strict=True)
+    writers, shares = zip(*mix, strict=True)
     while True:
         document = rng.choices(writers, shares)[0](w, rng)
         if split_of(document) == split:

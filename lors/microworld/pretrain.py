@@ -8,7 +8,8 @@ The world grows: the first texts speak of a tenth of its people, goods and routi
 half. A model that meets everybody at once stays long on a plateau before it recalls anybody (Zucchet et al., 2025,
 arXiv 2503.21676); measured here: no recall at all after 4 million tokens of the whole world.
 
-Answers of yes/no questions are one token in a passage of sixty, and learnt last; `ANSWER_WEIGHT` weights their loss.
+Answers of yes/no questions are one token in a passage of sixty, and learnt last: their loss is weighted, and once the
+world is whole the texts turn to comparing and weighing (`REASONING_MIX`).
 """
 
 import argparse
@@ -23,14 +24,14 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lors.microworld import card, texts
-from lors.microworld.corpus import documents
+from lors.microworld.corpus import MIX, REASONING_MIX, documents
 from lors.microworld.tokenizer import VOCABULARY, train_tokenizer
 
 LENGTH, BATCH = 256, 12
 STEPS = 5_400
-PEAK_RATE, WARMUP, DECAY_SHARE = 2e-3, 100, 0.5
-FIRST_SHARE, GROWTH_SHARE = 0.1, 0.5  # of the world at the start; of the steps until it is whole
-ANSWER_WEIGHT = 4.0
+PEAK_RATE, WARMUP, DECAY_SHARE = 2e-3, 100, 0.35
+FIRST_SHARE, GROWTH_STEPS = 0.1, 2_700  # share of the world at the start; steps until it is whole
+ANSWER_WEIGHT, LATE_ANSWER_WEIGHT = 4.0, 10.0  # late: once the world is whole
 CHUNK = 64  # batches made, and states saved, together
 CLIP = 1.0
 
@@ -52,15 +53,16 @@ def model_config() -> LlamaConfig:
     )
 
 
-def grown(step: int, steps: int) -> float:
-    """Share of the world that texts speak of: `FIRST_SHARE` at first, 1 after `GROWTH_SHARE` of the steps, linear."""
-    return min(1.0, FIRST_SHARE + (1 - FIRST_SHARE) * step / (GROWTH_SHARE * steps))
+def grown(step: int) -> float:
+    """Share of the world that texts speak of: `FIRST_SHARE` at first, linear to 1 at `GROWTH_STEPS`."""
+    return min(1.0, FIRST_SHARE + (1 - FIRST_SHARE) * step / GROWTH_STEPS)
 
 
-def packed_batches(tokenizer: PreTrainedTokenizerFast, chunk: int, seed: int, share: float) -> Tensor:
-    """Batches of `chunk` on `share` of the world: int64 [CHUNK, BATCH, LENGTH], documents as BOS text EOS, joined."""
+def packed_batches(tokenizer: PreTrainedTokenizerFast, chunk: int, seed: int) -> Tensor:
+    """Batches of `chunk`: int64 [CHUNK, BATCH, LENGTH], documents as BOS text EOS, joined and cut."""
     need, tokens = CHUNK * BATCH * LENGTH, []
-    stream = documents("pretrain", f"{seed}-{chunk}", share)
+    share = grown(chunk * CHUNK)
+    stream = documents("pretrain", f"{seed}-{chunk}", share, MIX if share < 1 else REASONING_MIX)
     while len(tokens) < need:
         for ids in tokenizer([next(stream) for _ in range(1000)])["input_ids"]:
             tokens += ids
@@ -73,11 +75,11 @@ def learning_rate(step: int, steps: int) -> float:
     return PEAK_RATE * min((step + 1) / WARMUP, 1.0, (steps - step) / (DECAY_SHARE * steps))
 
 
-def answer_weights(tokenizer: PreTrainedTokenizerFast) -> Tensor:
-    """Loss weight of each vocabulary entry as a target: `ANSWER_WEIGHT` for yes, no, True, False; else 1."""
+def answer_weights(tokenizer: PreTrainedTokenizerFast, weight: float) -> Tensor:
+    """Loss weight of each vocabulary entry as a target: `weight` for yes, no, True, False; else 1."""
     weights = torch.ones(len(tokenizer))
     for answer in (" yes", " no", " True", " False"):
-        weights[tokenizer(answer, add_special_tokens=False)["input_ids"][-1]] = ANSWER_WEIGHT
+        weights[tokenizer(answer, add_special_tokens=False)["input_ids"][-1]] = weight
     return weights
 
 
@@ -123,11 +125,11 @@ def train(work: Path, steps: int, seed: int, compiled: bool) -> tuple[LlamaForCa
         print(f"continuing after step {first * CHUNK}", flush=True)
     model.set_attn_implementation("eager")  # compiled, a quarter faster than the flash kernel at this size on a CPU
     inner = torch.compile(model.model) if compiled else model.model
-    weights, heldout = answer_weights(tokenizer), heldout_batch(tokenizer)
+    heldout = heldout_batch(tokenizer)
     for chunk in range(first, -(-steps // CHUNK)):
         began, losses = time.time(), []
-        batches = packed_batches(tokenizer, chunk, seed, grown(chunk * CHUNK, steps))
-        for offset, ids in enumerate(batches):
+        weights = answer_weights(tokenizer, ANSWER_WEIGHT if grown(chunk * CHUNK) < 1 else LATE_ANSWER_WEIGHT)
+        for offset, ids in enumerate(packed_batches(tokenizer, chunk, seed)):
             step = chunk * CHUNK + offset
             if step >= steps:
                 break
@@ -183,6 +185,7 @@ def main(arguments: list[str] | None = None) -> None:
         "length": LENGTH,
         "tokens": options.steps * BATCH * LENGTH,
         "peak_rate": PEAK_RATE,
+        "decay_share": DECAY_SHARE,
         "parameters": model.num_parameters(),
         "world": card.world_fingerprint(),
         "log": log,
