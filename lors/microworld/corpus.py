@@ -161,6 +161,20 @@ REASONING_MIX: Mix = (  # fewer facts, more comparing and weighing: for a model 
     (unfinished, 3),
     (instruction, 5),
 )
+BINDING_MIX: Mix = (  # who is meant and who is spoken of: what is learnt last
+    (biography, 12),
+    (neighbours, 4),
+    (almanac, 10),
+    (routine, 4),
+    (quarrels, 18),
+    (quiz("arc_easy", 2, 4), 4),
+    (quiz("arc_challenge", 2, 4), 8),
+    (quiz("boolq", 1, 2), 10),
+    (short_polar, 12),
+    (quiz("rte", 3, 5), 10),
+    (unfinished, 3),
+    (instruction, 5),
+)
 
 
 def split_of(document: str) -> str:

@@ -9,7 +9,7 @@ half. A model that meets everybody at once stays long on a plateau before it rec
 arXiv 2503.21676); measured here: no recall at all after 4 million tokens of the whole world.
 
 Answers of yes/no questions are one token in a passage of sixty, and learnt last: their loss is weighted, and once the
-world is whole the texts turn to comparing and weighing (`REASONING_MIX`).
+world is whole the texts turn to comparing and weighing (`STAGES`).
 """
 
 import argparse
@@ -24,13 +24,14 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lors.microworld import card, texts
-from lors.microworld.corpus import MIX, REASONING_MIX, documents
+from lors.microworld.corpus import BINDING_MIX, MIX, REASONING_MIX, documents
 from lors.microworld.tokenizer import VOCABULARY, train_tokenizer
 
 LENGTH, BATCH = 256, 12
-STEPS = 5_400
+STEPS = 6_600
 PEAK_RATE, WARMUP, DECAY_SHARE = 2e-3, 100, 0.35
 FIRST_SHARE, GROWTH_STEPS = 0.1, 2_700  # share of the world at the start; steps until it is whole
+STAGES = ((0, MIX), (GROWTH_STEPS, REASONING_MIX), (3_392, BINDING_MIX))  # what texts are about, from which step
 ANSWER_WEIGHT, LATE_ANSWER_WEIGHT = 4.0, 10.0  # late: once the world is whole
 CHUNK = 64  # batches made, and states saved, together
 CLIP = 1.0
@@ -61,8 +62,9 @@ def grown(step: int) -> float:
 def packed_batches(tokenizer: PreTrainedTokenizerFast, chunk: int, seed: int) -> Tensor:
     """Batches of `chunk`: int64 [CHUNK, BATCH, LENGTH], documents as BOS text EOS, joined and cut."""
     need, tokens = CHUNK * BATCH * LENGTH, []
-    share = grown(chunk * CHUNK)
-    stream = documents("pretrain", f"{seed}-{chunk}", share, MIX if share < 1 else REASONING_MIX)
+    step = chunk * CHUNK
+    mix = [mix for start, mix in STAGES if start <= step][-1]
+    stream = documents("pretrain", f"{seed}-{chunk}", grown(step), mix)
     while len(tokens) < need:
         for ids in tokenizer([next(stream) for _ in range(1000)])["input_ids"]:
             tokens += ids

@@ -1,0 +1,69 @@
+"""The default run in miniature on the shipped model: the numbers that it had when the model was shipped.
+
+`python tests/test_golden.py` writes `golden.json` anew, after a change that is meant to change the numbers.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from lors import microworld
+from lors.microworld.card import world_fingerprint
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = Path(__file__).with_name("golden.json")
+OVERRIDES = (
+    "prune.samples=16 train.steps=6 train.batch_size=8 train.timing_warmup=1 train.init_rows=16 eval.limit=40".split()
+)
+
+
+def measure(folder: Path) -> dict[str, float]:
+    """Loss, scores and zeros of a six-step LoRS run at 0.5."""
+    from lors.harness.pipeline import execute
+
+    torch.set_num_threads(1)
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose(
+            "config", ["method=lors", "sparsity=0.5", f"runs_root={folder}", f"cache_root={folder}", *OVERRIDES]
+        )
+    result = execute(cfg)
+    assert result["status"] == "ok", result["error"]
+    numbers = {
+        "loss first": result["loss"]["first"],
+        "loss last": result["loss"]["last"],
+        "zeros": result["zeros"]["after_merge"],
+        "zeros lost": result["zeros"]["lost"],
+        "train peak": result["memory"]["train_peak"],
+        "flops": result["flops"]["per_step"],
+    }
+    for name, scores in {**result["baselines"], "fine-tuned": result["eval"]}.items():
+        numbers[f"{name} accuracy"] = scores["average"]["value"]
+        numbers[f"{name} held-out loss"] = scores["perplexity"]["loss"]
+    return numbers
+
+
+def test_the_default_run_in_miniature_is_as_it_was(tmp_path):
+    golden, measured = json.loads(GOLDEN.read_text()), measure(tmp_path)
+    assert measured.keys() == golden.keys()
+    for name, value in golden.items():
+        # An item of 280 may flip between processors; exact quantities may not.
+        tolerance = {"abs": 0.015} if name.endswith("accuracy") else {"rel": 2e-3}
+        exact = name in ("zeros lost", "flops")
+        assert measured[name] == (value if exact else pytest.approx(value, **tolerance)), name
+
+
+def test_the_shipped_model_belongs_to_this_world():
+    record = json.loads((microworld.CHECKPOINT / "pretraining.json").read_text())
+    assert record["world"] == world_fingerprint()
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as scratch:
+        GOLDEN.write_text(json.dumps(measure(Path(scratch)), indent=1) + "\n")
+    sys.exit()
