@@ -1,0 +1,10 @@
+"""LoRS: fine-tune a pruned language model with a low-rank adapter, and keep its zeros (arXiv 2501.08582).
+
+Importing this package registers LoRS with PEFT. It needs torch, transformers and peft, nothing else.
+"""
+
+from lors.functional import masked_linear
+from lors.initialization import initialize
+from lors.tuner import LorsConfig, LorsLinear, LorsModel
+
+__all__ = ["LorsConfig", "LorsLinear", "LorsModel", "initialize", "masked_linear"]

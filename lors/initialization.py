@@ -1,0 +1,194 @@
+"""Gradient-based initialisation of LoRS adapters (arXiv 2501.08582).
+
+LoRS starts from the gradient that full fine-tuning of the pruned model would see. For each adapted layer with
+the weight W (out x in) and the loss L of a few training batches:
+
+    D = dL/dW at the pruned model            out x in, dense: not multiplied by the mask
+    D ~ U S V^t                              randomised SVD (Halko, Martinsson, Tropp 2011, algorithm 4.4)
+    A = first r columns of V, transposed     r x in, orthonormal rows
+    B = 0                                    out x r
+
+so the first step leaves the model as it is, and the first gradient of B is that of W in its r most active
+input directions.
+
+L is the mean over all label tokens of all batches: the mean loss of a batch counts by its number of label
+tokens. D is summed in float32 in host memory, 4 bytes for each adapted weight; the gradient of a layer moves
+there as soon as the backward pass has made it, so that only one is alive on the device.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from lors.tuner import LorsLinear
+
+__all__ = ["initialize"]
+
+IGNORED_LABEL = -100  # the label of positions without a loss, in transformers and in torch's cross entropy
+
+
+def initialize(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Tensor]],
+    *,
+    adapter_name: str = "default",
+    seed: int = 0,
+    oversampling: int = 4,
+    power_iterations: int = 4,
+) -> nn.Module:
+    """Set A of every LoRS layer to the top right singular vectors of its weight's gradient, and B to zero.
+
+    The gradient is taken with all adapters switched off, in training mode (dropout on, activation
+    checkpointing as configured). Mode, ``requires_grad`` flags, gradients, devices and the global random
+    state are afterwards as before. A layer that no batch reaches (an idle expert) keeps its A, and so does
+    one whose gradient is zero. In a data-parallel job give every process the same batches.
+
+    Args:
+        model: A causal language model with LoRS adapters (from ``get_peft_model``, or injected by
+            transformers).
+        batches: As for training: dicts with ``input_ids`` ``[b, l]``, ``attention_mask`` and ``labels`` (-100
+            = no loss). 128 rows in all is what the paper's code takes. A batch without any label is skipped.
+        adapter_name: The adapter to initialise; its config must say ``init="gradient"``.
+        seed: Of the SVD's random projection, and of dropout.
+        oversampling: The SVD works in ``min(oversampling * r, in, out)`` dimensions.
+        power_iterations: Of the randomised SVD.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        ValueError: No such adapter, it is merged, or its ``init`` is not "gradient"; no batch, no label in
+            any batch, a batch without ``labels``, or a loss that is not finite.
+    """
+    for name, value, least in (("oversampling", oversampling, 1), ("power_iterations", power_iterations, 0)):
+        if value < least:
+            raise ValueError(f"{name}={value!r}: must be at least {least}")
+    layers = _layers(model, adapter_name)
+    weights = [layer.get_base_layer().weight for layer in layers.values()]
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), _only_trainable(model, weights):
+        torch.manual_seed(seed)
+        gradients = _gradient_sums(model, weights, batches)
+    idle = []
+    for name, layer in layers.items():
+        A, B = layer.lors_A[adapter_name], layer.lors_B[adapter_name]
+        gradient = gradients.get(id(layer.get_base_layer().weight))
+        with torch.no_grad():
+            B.zero_()
+            if gradient is None or not gradient.any():
+                idle.append(name)
+                continue
+            A.copy_(_right_singular_vectors(gradient.to(A.device), len(A), seed, oversampling, power_iterations))
+    if idle:
+        message = f"{len(idle)} of {len(layers)} layers had no gradient and keep their A: {idle[0]}, ..."
+        warnings.warn(message, stacklevel=2)
+    return model
+
+
+def _layers(model: nn.Module, adapter_name: str) -> dict[str, LorsLinear]:
+    """The layers that have the adapter, by name, after checking that it can be initialised."""
+    layers = {name: part for name, part in model.named_modules() if isinstance(part, LorsLinear)}
+    chosen = {name: layer for name, layer in layers.items() if adapter_name in layer.lors_A}
+    if not chosen:
+        known = sorted({adapter for layer in layers.values() for adapter in layer.lors_A})
+        raise ValueError(f"adapter_name={adapter_name!r}: the model has no such LoRS adapter; it has {known or 'none'}")
+    init = model.peft_config[adapter_name].init
+    if init != "gradient":
+        raise ValueError(f"init={init!r}: the config of {adapter_name!r} must say init='gradient' to be initialised so")
+    if any(part.merged for part in model.modules() if isinstance(part, BaseTunerLayer)):
+        raise ValueError("the model has a merged adapter: unmerge it first (model.unmerge_adapter())")
+    return chosen
+
+
+@contextmanager
+def _only_trainable(model: nn.Module, weights: list[Tensor]) -> Iterator[None]:
+    """Make the model the pruned one in training mode, with gradients for ``weights`` only; then undo that."""
+    parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    adapters = [part for part in model.modules() if isinstance(part, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    enabled = [part for part in adapters if not part.disable_adapters]
+    try:
+        for part in enabled:
+            part.enable_adapters(False)
+        for parameter, _, _ in parameters:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        for weight in weights:
+            weight.requires_grad_(True)
+        model.train()
+        yield
+    finally:
+        for part in enabled:
+            part.enable_adapters(True)
+        for module, training in modes:
+            module.training = training
+        for parameter, requires_grad, gradient in parameters:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = gradient
+
+
+def _gradient_sums(
+    model: nn.Module, weights: list[Tensor], batches: Iterable[Mapping[str, Tensor]]
+) -> dict[int, Tensor]:
+    """Sum over all label tokens of the gradient of each weight, float32 on the CPU, by ``id`` of the weight.
+
+    The mean differs from the sum by a factor that singular vectors do not see.
+    """
+    sums: dict[int, Tensor] = {}
+    tokens = total = 0
+
+    def collect(weight: Tensor) -> None:
+        gradient = weight.grad.to("cpu", torch.float32)
+        weight.grad = None  # frees the device's copy before the backward pass makes the next
+        if id(weight) in sums:
+            sums[id(weight)].add_(gradient, alpha=tokens)
+        else:
+            sums[id(weight)] = gradient.mul_(tokens)
+
+    with ExitStack() as hooks, torch.enable_grad():
+        for weight in {id(weight): weight for weight in weights}.values():  # a tied weight is hooked once
+            hooks.callback(weight.register_post_accumulate_grad_hook(collect).remove)
+        for index, batch in enumerate(batches):
+            tokens = _label_tokens(batch, index)
+            if tokens:
+                _loss(model, batch, index, weights[0].device).backward()
+                total += tokens
+    if not total:
+        raise ValueError("batches: no batch has a label to learn from (empty, or all labels are -100)")
+    return sums
+
+
+def _label_tokens(batch: Mapping[str, Tensor], index: int) -> int:
+    """Number of positions with a loss: causal models predict every label but the first of a row."""
+    if "labels" not in batch:
+        raise ValueError(f"batches: batch {index} has no 'labels', only {sorted(batch)}")
+    return int((batch["labels"][..., 1:] != IGNORED_LABEL).sum())
+
+
+def _loss(model: nn.Module, batch: Mapping[str, Tensor], index: int, device: torch.device) -> Tensor:
+    inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    loss = model(**inputs).loss
+    if not torch.isfinite(loss):
+        raise ValueError(f"batches: the loss of batch {index} is {loss.item()}")
+    return loss
+
+
+def _right_singular_vectors(D: Tensor, r: int, seed: int, oversampling: int, power_iterations: int) -> Tensor:
+    """First r right singular vectors of D (out x in) as rows, r x in; needs r <= min(out, in).
+
+    Random projection, power iterations with orthonormalisation, and an exact SVD in the subspace found. The
+    projection has a generator of its own, the same on every device.
+    """
+    width = min(oversampling * r, *D.shape)
+    probe = torch.randn(D.shape[1], width, generator=torch.Generator().manual_seed(seed)).to(D.device)
+    Q = torch.linalg.qr(D @ probe).Q  # out x width
+    for _ in range(power_iterations):
+        Q = torch.linalg.qr(D.t() @ Q).Q  # in x width
+        Q = torch.linalg.qr(D @ Q).Q  # out x width
+    return torch.linalg.svd(Q.t() @ D, full_matrices=False).Vh[:r]

@@ -1,0 +1,82 @@
+"""The library alone: importing and using it takes torch, transformers and peft, nothing of the bench."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BENCH = ("hydra", "omegaconf", "lm_eval", "datasets", "pandas", "matplotlib", "pytest", "hypothesis", "ruff")
+
+# An entry None in sys.modules is an absent module: importing it fails, and looking for it finds nothing. So
+# transformers and peft, which look before they use an optional library, behave as where it was never installed.
+# What `import lors` adds is counted after them, for they bring in much themselves (accelerate, for one).
+PROGRAM = f"""
+import sys
+for name in {BENCH}:
+    sys.modules[name] = None
+
+import importlib.util, json
+found = [name for name in {BENCH} if importlib.util.find_spec(name)]
+
+import torch, peft, transformers
+from peft import AutoPeftModelForCausalLM, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+before = set(sys.modules)
+import lors
+added = sorted(set(sys.modules) - before)
+
+shape = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=32)
+LlamaForCausalLM(LlamaConfig(**shape)).save_pretrained("base")
+model = get_peft_model(LlamaForCausalLM.from_pretrained("base"), lors.LorsConfig(r=2, task_type="CAUSAL_LM"))
+ids = torch.arange(12).view(2, 6)
+lors.initialize(model, [{{"input_ids": ids, "labels": ids}}])
+optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+for _ in range(2):
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+model.save_pretrained("adapter")
+merged = AutoPeftModelForCausalLM.from_pretrained("adapter").merge_and_unload()
+own = sorted(name for name in sys.modules if name.partition(".")[0] in ("lors", "baselines", "analysis"))
+print(json.dumps(dict(found=found, added=added, own=own, merged=type(merged).__name__)))
+"""
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """What the program above found, in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        cwd=tmp_path_factory.mktemp("library"),
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=900,  # a starved machine needs minutes to import transformers
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_bench_is_absent_in_that_process(report: dict) -> None:
+    """Otherwise the other tests of this file could not fail."""
+    assert report["found"] == []
+
+
+def test_import_adds_only_the_library_and_the_standard_library(report: dict) -> None:
+    packages = {name.partition(".")[0] for name in report["added"]}
+    assert packages - set(sys.stdlib_module_names) == {"lors"}
+
+
+def test_neither_import_nor_use_reaches_the_bench(report: dict) -> None:
+    assert "lors.tuner" in report["own"]
+    bench = ("lors.harness", "lors.microworld", "lors.prune", "baselines", "analysis")
+    assert not [name for name in report["own"] if name.startswith(bench)]
+
+
+def test_fine_tuning_works_without_the_bench(report: dict) -> None:
+    assert report["merged"] == "LlamaForCausalLM"
