@@ -1,0 +1,53 @@
+"""Full fine-tuning of a pruned model: every weight is trained, and the zeros of the decoder linears stay.
+
+With W (out x in) a pruned weight, M = (W != 0) its support and G = dL/dW, training sees the masked gradient M
+(.) G. A pruned entry then has gradient 0 at every step, hence zero moments, and every term of AdamW
+(decoupled weight decay included) or of SGD with momentum is exactly 0 for it: W stays 0 bit for bit, without
+touching the optimizer. The upper bound of the comparison: no adapter, no merge, all the memory of dense
+training.
+
+M is read off W itself when the gradient arrives, so there is no mask to keep, to move or to save, and a run
+that is resumed from a checkpoint needs nothing but the weights. A trained entry that happens to round to 0
+loses one gradient, and its moments carry it on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor, nn
+
+from lors.blocks import decoder_linears
+
+__all__ = ["mask_gradient", "train_all_weights"]
+
+
+def train_all_weights(model: nn.Module, batches: Iterable[Mapping[str, Tensor]] = (), seed: int = 0) -> nn.Module:
+    """``Method.prepare`` of ``full``: un-freeze every parameter and keep the zeros of the decoder linears.
+
+    Embeddings, norms and the head are trained without a mask, as they are not pruned.
+
+    Args:
+        model: The pruned model; changed in place.
+        batches: Not read; there is nothing to initialise.
+        seed: Not used, likewise.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: The decoder has weights that are not ``nn.Linear`` (see ``lors.blocks``).
+    """
+    model.requires_grad_(True)
+    for layer in decoder_linears(model).values():
+        layer.weight.register_post_accumulate_grad_hook(mask_gradient)
+    return model
+
+
+def mask_gradient(weight: nn.Parameter) -> None:
+    """Set the gradient of every zero weight to 0, in place.
+
+    As a post-accumulate hook it runs before the reduction of data-parallel training and before gradient
+    clipping, so the norm that clips is that of the weights which can move.
+    """
+    weight.grad.mul_(weight != 0)

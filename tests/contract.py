@@ -1,0 +1,93 @@
+"""The methods of ``conf/method`` as the contract tests see them: built, adapted to a small pruned model and trained."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from conftest import make_tiny_llama
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lors.blocks import decoder_linears
+from lors.harness.method import Method, adapt
+from lors.sparsity import random_support
+
+CONF = Path(__file__).parents[1] / "conf"
+NAMES = sorted(file.stem for file in (CONF / "method").glob("*.yaml"))
+R, ALPHA = 4, 6  # alpha / r is not 1, so a scale that is forgotten anywhere shows
+
+
+@functools.cache
+def composed(name: str) -> DictConfig:
+    """The config of a job as run.py composes it."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", [f"method={name}", f"adapter.r={R}", f"adapter.alpha={ALPHA}"])
+
+
+@functools.cache
+def method_of(name: str, *overrides: str) -> Method:
+    """The method of a file under overrides as on a command line. Shared: a test must not change it."""
+    config = composed(name).copy()
+    config.merge_with_dotlist(list(overrides))  # refuses a key that the file does not have
+    return instantiate(config.method, _convert_="all")
+
+
+def having(wanted: Callable[[Method], bool]) -> list[str]:
+    """Names of the methods of a kind; instantiating a method needs no model."""
+    return [name for name in NAMES if wanted(method_of(name))]
+
+
+TRAINED = having(lambda method: method.trains)
+ADAPTERS = having(lambda method: method.peft is not None)
+
+
+def pruned(pattern: str = "unstructured", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A small Llama with half of its decoder weights zero, the same at every call."""
+    model = make_tiny_llama().to(dtype)
+    model.config.dtype = dtype
+    return prune(model, pattern)
+
+
+def prune(model: PreTrainedModel, pattern: str = "unstructured") -> PreTrainedModel:
+    generator = torch.Generator().manual_seed(0)
+    for layer in decoder_linears(model).values():
+        layer.weight.data.mul_(random_support(tuple(layer.weight.shape), 0.5, pattern, generator))
+    return model
+
+
+ROWS = [
+    {"input_ids": row, "labels": row}
+    for row in torch.randint(3, 64, (8, 12), generator=torch.Generator().manual_seed(0)).tolist()
+]
+
+
+def batch(count: int = 4) -> dict[str, Tensor]:
+    tokens = torch.tensor([row["input_ids"] for row in ROWS[:count]])
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def trained(method: Method, model: PreTrainedModel, precision: str = "float32") -> nn.Module:
+    """Adapt and take two large steps; at the first one the factor opposite a zero factor does not move yet."""
+    adapted = adapt(method, model, [batch()], precision=precision).train()
+    if method.trains:
+        optimizer = torch.optim.AdamW(trainable(adapted).values(), lr=3e-2, weight_decay=0.01)
+        for _ in range(2):
+            adapted(**batch()).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return adapted.eval()
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> Tensor:
+    return model(input_ids=batch()["input_ids"]).logits

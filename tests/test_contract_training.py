@@ -1,0 +1,64 @@
+"""The contract of a method, training: bfloat16 autocast and a resumed run through the plain Trainer of transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from contract import ROWS, TRAINED, batch, logits, method_of, pruned, trainable
+from torch import nn
+from transformers import Trainer, TrainingArguments, default_data_collator
+
+from lors.harness.method import adapt, finish
+from lors.sparsity import supports, zero_report
+
+
+def fit(model: nn.Module, folder: Path, steps: int, resume: Path | None = None, **arguments: object) -> Trainer:
+    """Train with the plain Trainer of transformers on the CPU."""
+    settings = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        weight_decay=0.01,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        seed=0,
+        **arguments,
+    )
+    trainer = Trainer(model, settings, train_dataset=ROWS, data_collator=default_data_collator)
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    return trainer
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_bf16_autocast_through_the_trainer(name, tmp_path):
+    method, before = method_of(name), supports(pruned(dtype=torch.bfloat16))
+    model = adapt(method, pruned(dtype=torch.bfloat16), [batch()], precision="bf16_mixed")
+    start = {key: value.clone() for key, value in trainable(model).items()}
+    trainer = fit(model, tmp_path, steps=3, bf16=True, save_strategy="no")
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 3
+    assert all(torch.isfinite(torch.tensor(losses)))
+    for key, value in trainable(model).items():
+        assert value.dtype == torch.float32, key
+        assert value.isfinite().all(), key
+        assert not torch.equal(value, start[key]), key
+    assert zero_report(before, finish(method, model, before, method.merges[0]), "unstructured")["lost"] == 0
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_resumed_training_equals_an_uninterrupted_one(name, tmp_path):
+    method = method_of(name)
+    whole = adapt(method, pruned(), [batch()])
+    fit(whole, tmp_path / "whole", steps=3, save_steps=2)
+    resumed = adapt(method, pruned(), [batch()], seed=1)  # another start, which the checkpoint must replace
+    checkpoint = tmp_path / "whole" / "checkpoint-2"
+    fit(resumed, tmp_path / "resumed", steps=3, resume=checkpoint, save_strategy="no")
+    for key, value in trainable(whole).items():
+        assert torch.equal(value, trainable(resumed)[key]), key
+    assert torch.equal(logits(whole.eval()), logits(resumed.eval()))
