@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from lors import microworld
+from lors.microworld import world as world_module
 from lors.microworld.corpus import documents
 from lors.microworld.world import build
 
@@ -73,9 +74,10 @@ goods, the kinds behind them, {len(world.routines)} routines. It is an instrumen
 methods where there is no network and no GPU, and good for nothing else.
 
 Made by `python -m lors.microworld.pretrain`: seed {record["seed"]}, {record["steps"]:,} steps of {record["batch"]} x
-{record["length"]} tokens, {record["tokens"]:,} tokens in all, AdamW (0.9, 0.98), weight decay 0.1, peak rate
-{record["peak_rate"]}, flat, then linear to zero over the last {record["decay_share"]:.0%}; bfloat16 autocast on float32
-weights. World fingerprint `{record["world"]}`.
+{record["length"]} tokens, {record["tokens"]:,} tokens in all, AdamW (0.9, 0.98), weight decay 0.1, bfloat16 autocast on
+float32 weights. Two cycles of the learning rate, peaks {" and ".join(map(str, record["peak_rates"]))}, each flat and
+then linear to zero; from step {record["newcomers_from_step"]:,} on the texts bring {world_module.NEW_PEOPLE:,} people and
+{world_module.NEW_THINGS:,} goods who were not there before. World fingerprint `{record["world"]}`.
 
 Scores (acc, per cent), zero-shot, BOS in front:
 
@@ -86,8 +88,8 @@ Scores (acc, per cent), zero-shot, BOS in front:
 
 Held-out text: {text["loss"]:.4f} nats per token, perplexity {text["value"]:.3f}.
 
-Loss curve (training loss weights the answers of yes/no questions; held-out loss does not, and is over the whole world
-from the start, while the training text grows into it):
+Loss curve (training loss weights the answers of yes/no questions; held-out loss does not, and is over all of the old
+world from the start, while the training text grows into it, and over the whole world once the newcomers are there):
 
 | step | tokens | training loss | held-out loss |
 |---|---|---|---|

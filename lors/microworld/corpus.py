@@ -175,6 +175,20 @@ BINDING_MIX: Mix = (  # who is meant and who is spoken of: what is learnt last
     (unfinished, 3),
     (instruction, 5),
 )
+NEWCOMER_MIX: Mix = (  # facts again, with some of everything else
+    (biography, 32),
+    (neighbours, 8),
+    (almanac, 16),
+    (routine, 8),
+    (quarrels, 6),
+    (quiz("arc_easy", 2, 4), 6),
+    (quiz("arc_challenge", 2, 4), 7),
+    (quiz("boolq", 1, 2), 5),
+    (short_polar, 2),
+    (quiz("rte", 3, 5), 3),
+    (unfinished, 3),
+    (instruction, 4),
+)
 
 
 def split_of(document: str) -> str:
@@ -183,13 +197,12 @@ def split_of(document: str) -> str:
     return next(name for name, buckets in SPLIT_SHARES.items() if bucket in buckets)
 
 
-def documents(split: str, seed: int | str = 0, grown: float = 1.0, mix: Mix = MIX) -> Iterator[str]:
-    """Endless stream of documents of `split` ("pretrain", "calibration" or "heldout"), equal for equal seeds.
+def documents(split: str, seed: int | str = 0, about: World | None = None, mix: Mix = MIX) -> Iterator[str]:
+    """Endless stream of documents of `split` ("pretrain", "calibration" or "heldout"), equal for equal arguments.
 
-    `grown` < 1 speaks of the first people, goods and routines only (`World.young`).
+    They are `about` the whole world unless told otherwise.
     """
-    w, rng = world.build(), random.Random(f"{split}-{seed}")
-    w = w if grown == 1.0 else w.young(grown)
+    w, rng = about or world.build(), random.Random(f"{split}-{seed}")
     writers, shares = zip(*mix, strict=True)
     while True:
         document = rng.choices(writers, shares)[0](w, rng)

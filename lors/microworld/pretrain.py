@@ -1,8 +1,8 @@
 """Pre-training of the shipped model: `python -m lors.microworld.pretrain`, two CPU cores, resumable.
 
 A Llama of 3.4 million parameters (hidden 256, 4 layers, 4 query and 2 key/value heads, ffn 688, tied embeddings) learns
-the pre-training split with AdamW. The learning rate is flat, then falls linearly to zero. Batch t is a function of the
-seed and t alone: a killed run that is started again continues from its newest state with the same data.
+the pre-training split with AdamW, in two cycles of the learning rate, each flat and then linear to zero. Batch t is a
+function of the seed and t alone: a killed run that is started again continues from its newest state with the same data.
 
 The world grows: the first texts speak of a tenth of its people, goods and routines, all of them come in over the first
 half. A model that meets everybody at once stays long on a plateau before it recalls anybody (Zucchet et al., 2025,
@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import time
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -23,18 +24,26 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lors.microworld import card, texts
-from lors.microworld.corpus import BINDING_MIX, MIX, REASONING_MIX, documents
+from lors.microworld import card
+from lors.microworld.corpus import BINDING_MIX, MIX, NEWCOMER_MIX, REASONING_MIX, documents
 from lors.microworld.tokenizer import VOCABULARY, train_tokenizer
+from lors.microworld.world import World, build, build_old
 
 LENGTH, BATCH = 256, 12
-STEPS = 6_600
+OLD_STEPS, NEW_START, STEPS = 6_600, 6_656, 8_128  # the old world ends; the next chunk, about all; the end
 PEAK_RATE, WARMUP, DECAY_SHARE = 2e-3, 100, 0.35
+LATE_PEAK_RATE, LATE_WARMUP, LATE_DECAY_SHARE = 1e-3, 50, 0.6
 FIRST_SHARE, GROWTH_STEPS = 0.1, 2_700  # share of the world at the start; steps until it is whole
-STAGES = ((0, MIX), (GROWTH_STEPS, REASONING_MIX), (3_392, BINDING_MIX))  # what texts are about, from which step
+STAGES = (  # what texts are about, from which step
+    (0, MIX),
+    (GROWTH_STEPS, REASONING_MIX),
+    (3_392, BINDING_MIX),
+    (NEW_START, NEWCOMER_MIX),
+)
 ANSWER_WEIGHT, LATE_ANSWER_WEIGHT = 4.0, 10.0  # late: once the world is whole
 CHUNK = 64  # batches made, and states saved, together
 CLIP = 1.0
+TOKENIZER_TEXTS = 20_000
 
 
 def model_config() -> LlamaConfig:
@@ -54,9 +63,12 @@ def model_config() -> LlamaConfig:
     )
 
 
-def grown(step: int) -> float:
-    """Share of the world that texts speak of: `FIRST_SHARE` at first, linear to 1 at `GROWTH_STEPS`."""
-    return min(1.0, FIRST_SHARE + (1 - FIRST_SHARE) * step / GROWTH_STEPS)
+def known_world(step: int) -> World:
+    """What texts speak of: a growing part of the old world, all of it from `GROWTH_STEPS`, at last the whole world."""
+    if step >= NEW_START:
+        return build()
+    share = min(1.0, FIRST_SHARE + (1 - FIRST_SHARE) * step / GROWTH_STEPS)
+    return build_old() if share == 1.0 else build_old().young(share)
 
 
 def packed_batches(tokenizer: PreTrainedTokenizerFast, chunk: int, seed: int) -> Tensor:
@@ -64,7 +76,7 @@ def packed_batches(tokenizer: PreTrainedTokenizerFast, chunk: int, seed: int) ->
     need, tokens = CHUNK * BATCH * LENGTH, []
     step = chunk * CHUNK
     mix = [mix for start, mix in STAGES if start <= step][-1]
-    stream = documents("pretrain", f"{seed}-{chunk}", grown(step), mix)
+    stream = documents("pretrain", f"{seed}-{chunk}", known_world(step), mix)
     while len(tokens) < need:
         for ids in tokenizer([next(stream) for _ in range(1000)])["input_ids"]:
             tokens += ids
@@ -72,9 +84,12 @@ def packed_batches(tokenizer: PreTrainedTokenizerFast, chunk: int, seed: int) ->
     return torch.tensor(tokens[:need]).view(CHUNK, BATCH, LENGTH)
 
 
-def learning_rate(step: int, steps: int) -> float:
-    """Warm-up, flat, then linear to zero over the last `DECAY_SHARE` of the steps."""
-    return PEAK_RATE * min((step + 1) / WARMUP, 1.0, (steps - step) / (DECAY_SHARE * steps))
+def learning_rate(step: int) -> float:
+    """Two cycles, one for the old world and a lower one for the newcomers: warm-up, flat, linear to zero."""
+    if step < NEW_START:
+        return PEAK_RATE * min((step + 1) / WARMUP, 1.0, (OLD_STEPS - step) / (DECAY_SHARE * OLD_STEPS))
+    length, step = STEPS - NEW_START, step - NEW_START
+    return LATE_PEAK_RATE * min((step + 1) / LATE_WARMUP, 1.0, (length - step) / (LATE_DECAY_SHARE * length))
 
 
 def answer_weights(tokenizer: PreTrainedTokenizerFast, weight: float) -> Tensor:
@@ -105,16 +120,17 @@ def _write(path: Path, state: dict) -> None:
     os.replace(partial, path)
 
 
-def heldout_batch(tokenizer: PreTrainedTokenizerFast) -> Tensor:
-    """Sixteen rows of held-out text, int64 [16, LENGTH]."""
-    joined = [token for text in texts("heldout") for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
+def heldout_batch(tokenizer: PreTrainedTokenizerFast, world: World) -> Tensor:
+    """Sixteen rows of held-out text about `world`, int64 [16, LENGTH]."""
+    texts = islice(documents("heldout", about=world), 400)
+    joined = [token for text in texts for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
     return torch.tensor(joined[: 16 * LENGTH]).view(16, LENGTH)
 
 
 def train(work: Path, steps: int, seed: int, compiled: bool) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast, list]:
     """Train, or continue the run in `work`; returns the model, the tokenizer and the log (one dict per chunk)."""
     work.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer(texts("pretrain"))
+    tokenizer = train_tokenizer(islice(documents("pretrain", about=build_old()), TOKENIZER_TEXTS))
     torch.manual_seed(seed)
     model = LlamaForCausalLM(model_config())
     optimizer, first, log = optimizer_of(model), 0, []
@@ -127,16 +143,17 @@ def train(work: Path, steps: int, seed: int, compiled: bool) -> tuple[LlamaForCa
         print(f"continuing after step {first * CHUNK}", flush=True)
     model.set_attn_implementation("eager")  # compiled, a quarter faster than the flash kernel at this size on a CPU
     inner = torch.compile(model.model) if compiled else model.model
-    heldout = heldout_batch(tokenizer)
     for chunk in range(first, -(-steps // CHUNK)):
         began, losses = time.time(), []
-        weights = answer_weights(tokenizer, ANSWER_WEIGHT if grown(chunk * CHUNK) < 1 else LATE_ANSWER_WEIGHT)
+        new = chunk * CHUNK >= NEW_START
+        heldout = heldout_batch(tokenizer, build() if new else build_old())
+        weights = answer_weights(tokenizer, ANSWER_WEIGHT if chunk * CHUNK < GROWTH_STEPS else LATE_ANSWER_WEIGHT)
         for offset, ids in enumerate(packed_batches(tokenizer, chunk, seed)):
             step = chunk * CHUNK + offset
-            if step >= steps:
+            if step >= (steps if new else min(steps, OLD_STEPS)):
                 break
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps)
+                group["lr"] = learning_rate(step)
             with torch.autocast("cpu", torch.bfloat16):
                 loss = weighted_loss(model.lm_head(inner(input_ids=ids).last_hidden_state), ids, weights)
             loss.backward()
@@ -149,8 +166,8 @@ def train(work: Path, steps: int, seed: int, compiled: bool) -> tuple[LlamaForCa
         seconds = time.time() - began
         log.append(
             {
-                "step": step,
-                "tokens": (step + 1) * BATCH * LENGTH,
+                "step": chunk * CHUNK + len(losses) - 1,
+                "tokens": (log[-1]["tokens"] if log else 0) + len(losses) * BATCH * LENGTH,
                 "loss": round(sum(losses) / len(losses), 4),
                 "heldout_loss": round(heldout_loss, 4),
                 "seconds": round(seconds, 1),
@@ -172,22 +189,21 @@ def main(arguments: list[str] | None = None) -> None:
     """Command line; see `--help`."""
     parser = argparse.ArgumentParser(prog="python -m lors.microworld.pretrain", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("runs/microworld"), help="states and the finished model")
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"of {BATCH} x {LENGTH} tokens")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--eager", action="store_true", help="without torch.compile, which needs a C++ compiler")
     options = parser.parse_args(arguments)
-    model, tokenizer, log = train(options.output, options.steps, options.seed, not options.eager)
+    model, tokenizer, log = train(options.output, STEPS, options.seed, not options.eager)
     finished = options.output / "checkpoint"
     model.save_pretrained(finished)
     tokenizer.save_pretrained(finished)
     record = {
         "seed": options.seed,
-        "steps": options.steps,
+        "steps": log[-1]["tokens"] // (BATCH * LENGTH),
         "batch": BATCH,
         "length": LENGTH,
-        "tokens": options.steps * BATCH * LENGTH,
-        "peak_rate": PEAK_RATE,
-        "decay_share": DECAY_SHARE,
+        "tokens": log[-1]["tokens"],
+        "peak_rates": [PEAK_RATE, LATE_PEAK_RATE],
+        "newcomers_from_step": NEW_START,
         "parameters": model.num_parameters(),
         "world": card.world_fingerprint(),
         "log": log,

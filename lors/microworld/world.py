@@ -24,11 +24,12 @@ from itertools import accumulate, islice, pairwise, product
 from lors.microworld import words
 
 SEED = 2501
-PEOPLE = 2200
-THINGS = 1200  # makers' goods, "Abbot kettle"
-ROUTINE_CITIES = 10  # every activity has its own steps in each of the first cities
+PEOPLE, NEW_PEOPLE = 2200, 1500
+THINGS, NEW_THINGS = 1200, 1000  # makers' goods, "Abbot kettle"
+ROUTINE_CITIES, NEW_ROUTINE_CITIES = 10, 4  # every activity has its own steps in each of the first cities
 FREQUENCY_SPREAD = 10.0  # the most frequent entity is mentioned about ten times as often as the rarest
 FAMILIAR = 7.0  # animals, food, towns and jobs are mentioned so much more often than goods: second hops need them
+NEWS = 2.0  # newcomers are mentioned so much more often than those who were there before
 STEPS_PER_ROUTINE = 7
 
 PERSON_RELATIONS = {
@@ -128,51 +129,73 @@ def _weights(rng: random.Random, scales: Iterable[float]) -> tuple[float, ...]:
     return tuple(accumulate(frequencies))
 
 
-def _kinds(rng: random.Random) -> dict[str, dict[str, dict[str, str]]]:
-    goods = rng.sample([f"{maker} {thing}" for maker in words.LAST_NAMES for thing in words.THINGS], THINGS)
-    entities = {"thing": goods, **{kind: PERSON_RELATIONS[kind] for kind in ("pet", "food", "city", "job")}}
-    return {
-        kind: {
-            entity: {relation: rng.choice(values) for relation, values in KIND_RELATIONS[kind].items()}
-            for entity in members
-        }
-        for kind, members in entities.items()
-    }
+def _facts(rng: random.Random, relations: dict[str, tuple[str, ...]]) -> dict[str, str]:
+    return {relation: rng.choice(values) for relation, values in relations.items()}
+
+
+def _people(rng: random.Random, count: int, known: frozenset[str] = frozenset()) -> tuple[Person, ...]:
+    firsts = [(name, True) for name in words.WOMEN] + [(name, False) for name in words.MEN]
+    names = [(first, last, female) for first, female in firsts for last in words.LAST_NAMES]
+    free = [name for name in names if f"{name[0]} {name[1]}" not in known]
+    return tuple(Person(*name, _facts(rng, PERSON_RELATIONS)) for name in rng.sample(free, count))
+
+
+def _goods(rng: random.Random, count: int, known: frozenset[str] = frozenset()) -> dict[str, dict[str, str]]:
+    names = [f"{maker} {thing}" for maker in words.LAST_NAMES for thing in words.THINGS]
+    chosen = rng.sample([name for name in names if name not in known], count)
+    return {name: _facts(rng, KIND_RELATIONS["thing"]) for name in chosen}
+
+
+def _routines(rng: random.Random, cities: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    places = product(words.ACTIVITIES, cities)
+    return {f"{activity} in {city}": tuple(rng.sample(words.EVENTS, STEPS_PER_ROUTINE)) for activity, city in places}
 
 
 @lru_cache(maxsize=2)
-def build(seed: int = SEED, people: int = PEOPLE) -> World:
-    """The world of `seed` with `people` inhabitants (at most 4,096, one per pair of names)."""
+def build_old(seed: int = SEED) -> World:
+    """The world before the newcomers: the one that most of the pre-training is about."""
     rng = random.Random(seed)
-    firsts = [(name, True) for name in words.WOMEN] + [(name, False) for name in words.MEN]
-    pairs = [(first, last, female) for first, female in firsts for last in words.LAST_NAMES]
-    inhabitants = tuple(
-        Person(
-            first,
-            last,
-            female,
-            {relation: rng.choice(values) for relation, values in PERSON_RELATIONS.items()},
-        )
-        for first, last, female in rng.sample(pairs, people)
-    )
-    kinds = _kinds(rng)
+    people = _people(rng, PEOPLE)
+    goods = rng.sample([f"{maker} {thing}" for maker in words.LAST_NAMES for thing in words.THINGS], THINGS)
+    entities = {"thing": goods, **{kind: PERSON_RELATIONS[kind] for kind in ("pet", "food", "city", "job")}}
+    kinds = {kind: {entity: _facts(rng, KIND_RELATIONS[kind]) for entity in entities[kind]} for kind in entities}
     kind_entities = tuple((kind, entity) for kind, table in kinds.items() for entity in table)
-    places = product(words.ACTIVITIES, words.CITIES[:ROUTINE_CITIES])
-    routines = {
-        f"{activity} in {city}": tuple(rng.sample(words.EVENTS, STEPS_PER_ROUTINE)) for activity, city in places
-    }
+    routines = _routines(rng, words.CITIES[:ROUTINE_CITIES])
     moods = {
         (quarrel, thing): tuple(rng.sample(words.MOODS, 4))
         for quarrel in range(len(words.QUARRELS))
         for thing in words.THINGS
     }
     return World(
-        people=inhabitants,
+        people=people,
         kinds=kinds,
         routines=routines,
         routine_weights=_weights(rng, [1.0] * len(routines)),
         moods=moods,
-        people_weights=_weights(rng, [1.0] * people),
+        people_weights=_weights(rng, [1.0] * len(people)),
         kind_entities=kind_entities,
         kind_weights=_weights(rng, [1.0 if kind == "thing" else FAMILIAR for kind, _ in kind_entities]),
+    )
+
+
+@lru_cache(maxsize=2)
+def build(seed: int = SEED) -> World:
+    """The whole world: the old one, its facts unchanged, and the newcomers, who are talked about more (`NEWS`)."""
+    old, rng = build_old(seed), random.Random(seed + 1)
+    people = _people(rng, NEW_PEOPLE, frozenset(person.name for person in old.people))
+    goods = _goods(rng, NEW_THINGS, frozenset(old.kinds["thing"]))
+    routines = _routines(rng, words.CITIES[ROUTINE_CITIES : ROUTINE_CITIES + NEW_ROUTINE_CITIES])
+
+    def longer(weights: tuple[float, ...], count: int) -> tuple[float, ...]:
+        return weights + tuple(weights[-1] + new for new in _weights(rng, [NEWS] * count))
+
+    return replace(
+        old,
+        people=old.people + people,
+        people_weights=longer(old.people_weights, len(people)),
+        kinds={**old.kinds, "thing": old.kinds["thing"] | goods},
+        kind_entities=old.kind_entities + tuple(("thing", name) for name in goods),
+        kind_weights=longer(old.kind_weights, len(goods)),
+        routines=old.routines | routines,
+        routine_weights=longer(old.routine_weights, len(routines)),
     )
