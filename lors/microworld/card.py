@@ -76,8 +76,8 @@ methods where there is no network and no GPU, and good for nothing else.
 Made by `python -m lors.microworld.pretrain`: seed {record["seed"]}, {record["steps"]:,} steps of {record["batch"]} x
 {record["length"]} tokens, {record["tokens"]:,} tokens in all, AdamW (0.9, 0.98), weight decay 0.1, bfloat16 autocast on
 float32 weights. Two cycles of the learning rate, peaks {" and ".join(map(str, record["peak_rates"]))}, each flat and
-then linear to zero; from step {record["newcomers_from_step"]:,} on the texts bring {world_module.NEW_PEOPLE:,} people and
-{world_module.NEW_THINGS:,} goods who were not there before. World fingerprint `{record["world"]}`.
+then linear to zero; from step {record["newcomers_from_step"]:,} on the texts bring {world_module.NEW_PEOPLE:,} people
+and {world_module.NEW_THINGS:,} goods that were not there before. World fingerprint `{record["world"]}`.
 
 Scores (acc, per cent), zero-shot, BOS in front:
 
