@@ -3,8 +3,9 @@
 Every function returns the columns of the real data set of that name, so that the stock prompt wording applies, or
 `None` when the draw belongs to the other side of the split. `test` says which side is wanted: what a test item is
 about (an entity and a relation in this format, a pair of names, a person and an activity) is held out by hash, so that
-the same question can never be both. Choices come from one pool per relation, gold and distractors alike: no position,
-length or frequency gives the gold away.
+the same question can never be both. Test items are about the newcomers of the world, whom the model knows least.
+Choices come from one pool per relation, gold and distractors alike: no position, length or frequency gives the gold
+away.
 """
 
 import random
@@ -24,22 +25,33 @@ from lors.microworld.wordings import (
     say_kind,
     stem,
 )
-from lors.microworld.world import KIND_RELATIONS, PERSON_RELATIONS, TWO_HOPS, Person, World, build, held_out
+from lors.microworld.world import (
+    KIND_RELATIONS,
+    NEW_PEOPLE,
+    NEW_ROUTINE_CITIES,
+    NEW_THINGS,
+    PERSON_RELATIONS,
+    TWO_HOPS,
+    Person,
+    World,
+    build,
+    held_out,
+)
 
 LETTERS = ("A", "B", "C", "D")
 
 
-def draw_person(world: World, rng: random.Random, uniform: bool = False) -> Person:
-    """A person by frequency weight, or uniformly (test items)."""
-    if uniform:
-        return rng.choice(world.people)
+def draw_person(world: World, rng: random.Random, newcomer: bool = False) -> Person:
+    """A person by frequency weight, or any newcomer (test items)."""
+    if newcomer:
+        return rng.choice(world.people[-NEW_PEOPLE:])
     return rng.choices(world.people, cum_weights=world.people_weights)[0]
 
 
-def draw_kind(world: World, rng: random.Random, uniform: bool = False) -> tuple[str, str]:
-    """A (kind, entity) by frequency weight, or uniformly (test items)."""
-    if uniform:
-        return rng.choice(world.kind_entities)
+def draw_kind(world: World, rng: random.Random, newcomer: bool = False) -> tuple[str, str]:
+    """A (kind, entity) by frequency weight, or any new thing (test items)."""
+    if newcomer:
+        return rng.choice(world.kind_entities[-NEW_THINGS:])
     return rng.choices(world.kind_entities, cum_weights=world.kind_weights)[0]
 
 
@@ -138,7 +150,8 @@ def rte(world: World, rng: random.Random, test: bool) -> dict | None:
         gold = world.two_hop(person, (relation, of_kind))
         wording, hypothesis = rng.choice(PERSON_STATEMENTS[relation]), TWO_HOP_STATEMENTS[relation, of_kind]
     else:
-        relation, known = "thing", rng.choice(list(world.kinds["thing"]))
+        goods = list(world.kinds["thing"])
+        relation, known = "thing", rng.choice(goods[-NEW_THINGS:] if test else goods)
         of_kind = rng.choice(list(THING_HINTS))
         pool, gold = KIND_RELATIONS["thing"][of_kind], world.kinds["thing"][known][of_kind]
         wording, hypothesis = rng.choice(THING_OWNERSHIP), THING_HINTS[of_kind]
@@ -154,14 +167,20 @@ def rte(world: World, rng: random.Random, test: bool) -> dict | None:
 
 
 def draw_routine(world: World, rng: random.Random, uniform: bool = False) -> str:
-    """The name of a routine by frequency weight, or uniformly (test items)."""
+    """The name of a routine by frequency weight, or uniformly."""
     names = list(world.routines)
     return rng.choice(names) if uniform else rng.choices(names, cum_weights=world.routine_weights)[0]
 
 
+def new_routine(world: World, rng: random.Random) -> str:
+    """The name of any of the routines that came last (test items)."""
+    return rng.choice(list(world.routines)[-NEW_ROUTINE_CITIES * len(words.ACTIVITIES) :])
+
+
 def hellaswag(world: World, rng: random.Random, test: bool) -> dict | None:
     """The next step of a routine. Held out: (last name, routine)."""
-    person, routine = draw_person(world, rng, test), draw_routine(world, rng, test)
+    person = draw_person(world, rng, test)
+    routine = new_routine(world, rng) if test else draw_routine(world, rng)
     if held_out("hellaswag", person.last, routine, share=0.12) != test:
         return None
     steps = world.routines[routine]
