@@ -4,10 +4,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from analysis import margins
+from analysis import margins, methods
 from analysis.results import load
 
-COMMANDS = {"margins": margins.report}
+COMMANDS = {"margins": margins.report, "methods": methods.report}
 
 
 def main() -> int:

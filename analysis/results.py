@@ -46,7 +46,7 @@ def load(folders: Iterable[Path]) -> pd.DataFrame:
                 "zeros_after": content["zeros"]["after_merge"]
             }
         for baseline, scores in result["baselines"].items():
-            if scores is not None:
+            if scores is not None and not (baseline == "pruned" and result["pruner"] == "none"):
                 row = _row(result, None, scores) | {
                     "method": baseline,
                     "seed": None,

@@ -28,13 +28,13 @@ def texts(split: str) -> list[str]:
 @lru_cache
 def instruction_rows(split: str = "train") -> list[dict[str, str]]:
     """Instruction data for fine-tuning: rows with instruction, input and output."""
-    from lors.microworld.corpus import instruction_row
+    from lors.microworld.corpus import tuning_row
     from lors.microworld.world import build
 
     if split != "train":
         raise ValueError(f"split={split!r}: the instruction data has only the split 'train'")
     rng = random.Random("instructions")
-    return [instruction_row(build(), rng) for _ in range(INSTRUCTION_ROWS)]
+    return [tuning_row(build(), rng) for _ in range(INSTRUCTION_ROWS)]
 
 
 @lru_cache

@@ -127,6 +127,26 @@ def instruction_row(w: World, rng: random.Random) -> dict[str, str]:
     return {"instruction": _INSTRUCTIONS[task], "input": prompt, "output": answer}
 
 
+def tuning_row(w: World, rng: random.Random) -> dict[str, str]:
+    """One row of the fine-tuning data: as in pre-training, but more is told where there is something to tell."""
+    kind = rng.random()
+    if kind < 0.35:
+        people = [draw_person(w, rng) for _ in range(2)]
+        told = [
+            say(rng.choice(PERSON_STATEMENTS[relation]), person.name, person.facts[relation])
+            for person in people
+            for relation in rng.sample(list(PERSON_RELATIONS), 4)
+        ]
+        names = " and ".join(person.name for person in people)
+        return {"instruction": f"Tell me about {names}.", "input": "", "output": " ".join(told)}
+    if kind < 0.65:
+        told = " ".join(kind_sentence(w, rng) for _ in range(8))
+        return {"instruction": "Tell me some facts about the land.", "input": "", "output": told}
+    if kind < 0.75:
+        return {"instruction": "Tell me a story.", "input": "", "output": routine(w, rng)}
+    return instruction_row(w, rng)
+
+
 def instruction(w: World, rng: random.Random) -> str:
     """An instruction row in the Alpaca template, as real base models have seen them."""
     row = instruction_row(w, rng)

@@ -1,0 +1,136 @@
+"""Everything that a run reads before a model is loaded: shape, tokenizer, training rows, calibration tokens.
+
+Whatever is wrong with it ends here, as one line (``BadInput``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from lors.harness.data import calibration_tokens, random_data, training_data
+from lors.harness.evaluate import check_tasks
+from lors.harness.method import Method
+from lors.harness.store import local_path
+from lors.harness.validate import BadInput, check_fit, needs_calibration, one_line
+
+__all__ = ["Inputs", "model_source", "read_inputs"]
+
+WEIGHTS = ("*.safetensors", "*.bin")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run starts from, besides the weights.
+
+    Attributes:
+        shape: The config of the model.
+        tokenizer: None in mode=profile, which has no text.
+        rows: Training rows: ``input_ids`` and ``labels``.
+        calibration: Token ids ``[samples, length]`` for the pruner; None if it looks at no data.
+    """
+
+    shape: PretrainedConfig
+    tokenizer: Tokenizer | None
+    rows: Sequence[dict[str, list[int]]]
+    calibration: Tensor | None
+
+
+def read_inputs(cfg: DictConfig, method: Method) -> Inputs:
+    """Read and check the inputs of a resolved config.
+
+    Raises:
+        BadInput: Anything that is missing, empty, malformed, or does not fit the shape of the model.
+    """
+    shape = _read_shape(cfg)
+    check_fit(cfg, method, shape)
+    if cfg.mode == "profile":
+        rows = random_data(shape.get_text_config().vocab_size, cfg.train, cfg.seed)
+        return Inputs(shape, None, rows, None)
+    tokenizer = _read_tokenizer(cfg, shape)
+    try:
+        check_tasks(cfg.eval)
+        rows = training_data(cfg.data, cfg.train, tokenizer, cfg.seed)
+        calibration = None
+        if needs_calibration(cfg.prune.name):
+            calibration = calibration_tokens(cfg.prune, tokenizer, cfg.prune.seed)
+    except (ValueError, OSError) as error:
+        raise BadInput(one_line(error)) from error
+    return Inputs(shape, tokenizer, rows, calibration)
+
+
+def model_source(cfg: DictConfig) -> tuple[str, str | None]:
+    """Folder or Hub name of the model, and its revision on the Hub.
+
+    Raises:
+        BadInput: ``model.path`` can only be a folder, and there is none.
+    """
+    folder = local_path(cfg.model.path)
+    if folder is not None:
+        return str(folder), None
+    if cfg.model.path == "microworld" or cfg.model.path.startswith(("/", "./", "../", "~")):
+        raise BadInput(f"model.path={cfg.model.path}: no such folder; must be a model folder or a name on the Hub")
+    return cfg.model.path, cfg.model.revision
+
+
+def _read_shape(cfg: DictConfig) -> PretrainedConfig:
+    """``model.shape`` in mode=profile if the model has one, else ``config.json`` of ``model.path``."""
+    if cfg.mode == "profile" and cfg.model.shape is not None:
+        try:
+            shape = AutoConfig.for_model(**OmegaConf.to_container(cfg.model.shape))
+        except (TypeError, ValueError) as error:
+            raise BadInput(f"model.shape: {one_line(error)}") from error
+    else:
+        shape = _from_pretrained(AutoConfig, cfg, "config.json")
+    if cfg.model.layers is not None:
+        _cut(shape, cfg.model.layers)
+    return shape
+
+
+def _read_tokenizer(cfg: DictConfig, shape: PretrainedConfig) -> Tokenizer:
+    """The tokenizer; where it has no padding token the end-of-text token pads (the loss ignores it there)."""
+    folder = local_path(cfg.model.path)
+    if folder is not None:
+        # By name, because transformers makes up an empty tokenizer for some architectures.
+        if not any((folder / name).exists() for name in TOKENIZERS):
+            raise BadInput(f"model.path={cfg.model.path}: the folder has no tokenizer ({', '.join(TOKENIZERS)})")
+        if not any(any(folder.glob(pattern)) for pattern in WEIGHTS):
+            raise BadInput(f"model.path={cfg.model.path}: the folder has no weights ({', '.join(WEIGHTS)})")
+    tokenizer = _from_pretrained(AutoTokenizer, cfg, "tokenizer")
+    vocabulary = shape.get_text_config().vocab_size
+    if len(tokenizer) > vocabulary:
+        raise BadInput(
+            f"model.path={cfg.model.path}: the tokenizer has {len(tokenizer)} tokens, the model {vocabulary}"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _from_pretrained(kind: type, cfg: DictConfig, wanted: str) -> Any:
+    path, revision = model_source(cfg)
+    try:
+        return kind.from_pretrained(path, revision=revision)
+    except (OSError, ValueError) as error:
+        place = "the folder has" if Path(path).is_dir() else "no such folder, and the Hub gave"
+        raise BadInput(f"model.path={cfg.model.path}: {place} no usable {wanted} ({one_line(error)})") from error
+
+
+def _cut(shape: PretrainedConfig, layers: int) -> None:
+    """Keep the first decoder layers, also in the lists with an entry per layer that some configs have."""
+    text = shape.get_text_config()
+    full = text.num_hidden_layers
+    if layers > full:
+        raise BadInput(f"model.layers={layers}: must be at most {full}, the layers of the model")
+    text.num_hidden_layers = layers
+    for name, value in list(vars(text).items()):
+        if isinstance(value, list) and len(value) == full:
+            setattr(text, name, value[:layers])

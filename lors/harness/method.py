@@ -1,0 +1,251 @@
+"""What every fine-tuning method is to the harness: a PEFT config and the few things that a tuner cannot
+carry.
+
+A method of ``conf/method`` is a frozen ``Method`` built by Hydra. ``adapt`` turns the pruned model into one
+that trains, ``finish`` turns the trained one into the model that is scored. Both are the same for all
+methods, so that precision, freezing and the arithmetic of the merge cannot differ between the rows of a
+table.
+
+W (out x in) is the pruned weight, M = (W != 0) its support, delta W the change that the method has learned.
+End states:
+
+==========  =================================================================================================
+merged      the method's own merge; W' keeps the zeros of W if ``keeps_zeros``
+dense       W' = W + delta W, the zeros are lost (LoRA)
+remasked    W' = M * (W + delta W), the zeros are kept but the function changes (LoRA)
+adapter     delta W stays beside W (LoRA as it was trained: no zero is lost, nothing is merged)
+==========  =================================================================================================
+
+Every merge runs in float32, one layer at a time, and is rounded once to the dtype of W.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+__all__ = ["PRECISIONS", "VARIANTS", "Method", "Precision", "adapt", "finish", "gradient_initialization"]
+
+VARIANTS = ("merged", "adapter", "remasked", "dense")
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Number formats of one ``train.precision``, the same for every method.
+
+    Attributes:
+        base: Format of the frozen weights.
+        trainable: Format of everything that an optimizer updates.
+        autocast: Whether matrix products of a training step run in bfloat16 autocast.
+    """
+
+    base: torch.dtype
+    trainable: torch.dtype
+    autocast: bool
+
+
+PRECISIONS: Mapping[str, Precision] = {
+    "float32": Precision(base=torch.float32, trainable=torch.float32, autocast=False),
+    "bf16_mixed": Precision(base=torch.bfloat16, trainable=torch.float32, autocast=True),
+    "bf16": Precision(base=torch.bfloat16, trainable=torch.bfloat16, autocast=False),
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One fine-tuning method.
+
+    Attributes:
+        name: The name in tables; equal to that of its file in ``conf/method``.
+        peft: Config of the PEFT tuner that wraps the model; None for a method without adapter (``full``,
+            ``none``).
+        keeps_zeros: Whether the zeros of the pruned weight survive the method's merge.
+        trains: False for the pruned model as it is.
+        prepare: ``prepare(model, batches, seed) -> model``, called once after the wrapping (LoRS reads a
+            gradient, SHiRA needs the support); without ``peft`` it replaces the wrapping (``full`` un-freezes
+            the weights). ``batches`` may be iterated more than once.
+        optimizer: ``optimizer(model, train_cfg) -> torch.optim.Optimizer``; None for AdamW over all trainable
+            parameters.
+        callbacks: Further ``TrainerCallback`` objects.
+        penalty: ``penalty(model) -> scalar tensor`` added to the loss of every micro-batch.
+        merges: End states to score, see the module's text; the first is the row itself, the others are its
+            variants.
+    """
+
+    name: str
+    peft: PeftConfig | None = None
+    keeps_zeros: bool = True
+    trains: bool = True
+    prepare: Callable[..., nn.Module] | None = None
+    optimizer: Callable[..., torch.optim.Optimizer] | None = None
+    callbacks: tuple = ()
+    penalty: Callable[[nn.Module], Tensor] | None = None
+    merges: tuple[str, ...] = ("merged",)
+
+    def __post_init__(self) -> None:
+        # Hydra hands over lists.
+        object.__setattr__(self, "merges", tuple(self.merges))
+        object.__setattr__(self, "callbacks", tuple(self.callbacks))
+        unknown = [variant for variant in self.merges if variant not in VARIANTS]
+        if unknown or not self.merges:
+            wrong = unknown[0] if unknown else "[]"
+            raise ValueError(f"method.merges={wrong}: must be one or more of {', '.join(VARIANTS)}")
+        if self.trains and self.peft is None and self.prepare is None:
+            raise ValueError(f"method {self.name}: needs method.peft, method.prepare, or trains: false")
+
+
+def adapt(
+    method: Method,
+    model: PreTrainedModel,
+    batches: Iterable[Mapping[str, Tensor]] = (),
+    seed: int = 0,
+    *,
+    precision: str = "float32",
+) -> nn.Module:
+    """Make the pruned model trainable by ``method``; ``model`` is changed in place.
+
+    Args:
+        method: The method.
+        model: The pruned model, in the ``base`` format of the precision.
+        batches: Training batches (input_ids, attention_mask, labels) that ``method.prepare`` may read, more
+            than once.
+        seed: Seed of the initial values.
+        precision: A key of ``PRECISIONS``.
+
+    Returns:
+        The wrapped model (or the model itself for a method without adapter); exactly what the method trains
+        requires a gradient, and all of it has the ``trainable`` format.
+
+    Raises:
+        ValueError: The config does not fit the model (raised by PEFT or by the tuner).
+        RuntimeError: Nothing is trainable, or an adapter method trains a weight of the base model.
+    """
+    formats = PRECISIONS[precision]
+    model.requires_grad_(False)
+    if not method.trains:
+        return model
+    torch.manual_seed(seed)
+    adapted = model
+    if method.peft is not None:
+        # PEFT's default would make some adapters float32 and leave others in the format of the base weight.
+        adapted = get_peft_model(model, copy.deepcopy(method.peft), autocast_adapter_dtype=False)
+        _cast_trainable(adapted, formats.trainable)
+    else:
+        model.to(formats.trainable)
+    if method.prepare is not None:
+        device = next(model.parameters()).device.type
+        with torch.autocast(device, torch.bfloat16, enabled=formats.autocast):
+            adapted = method.prepare(adapted, batches, seed)
+    _check_freezing(method, adapted)
+    return adapted
+
+
+def finish(
+    method: Method,
+    model: nn.Module,
+    supports: Mapping[str, Tensor],
+    variant: str,
+    *,
+    in_place: bool = False,
+) -> PreTrainedModel:
+    """Bring the trained model to one of the end states of the module's text.
+
+    Args:
+        method: The method that ``model`` was adapted by.
+        model: The trained model.
+        supports: M of every decoder linear before the fine-tuning, by the name of the un-wrapped module.
+        variant: One of ``VARIANTS``.
+        in_place: Merge into ``model`` itself, which is unusable afterwards. Saves one copy of the weights;
+            meant for the last variant.
+
+    Returns:
+        For ``adapter`` the adapted model itself; otherwise a plain model without adapters, every weight in
+        the dtype that it had before the fine-tuning.
+
+    Raises:
+        ValueError: Unknown variant, or a support without its linear.
+    """
+    if variant not in VARIANTS:
+        raise ValueError(f"variant={variant!r}: must be one of {', '.join(VARIANTS)}")
+    if variant == "adapter":
+        return model.get_base_model() if isinstance(model, PeftModel) else model
+    result = model if in_place else copy.deepcopy(model)
+    if isinstance(result, PeftModel):
+        result = _merge_in_float32(result)
+    elif method.trains:
+        # Without an adapter the trained weights themselves go back to the format of the model (bf16_mixed).
+        result = result.to(_format_of(result))
+    if variant == "remasked":
+        _apply_supports(result, supports)
+    return result.requires_grad_(False).eval()
+
+
+def gradient_initialization(
+    model: nn.Module, batches: Iterable[Mapping[str, Tensor]], seed: int, **options: Any
+) -> nn.Module:
+    """``Method.prepare`` of LoRS: take A from the gradient of the full weights, unless the config asks for
+    another start.
+
+    Args:
+        model: A model wrapped by ``LorsModel``.
+        batches: The batches whose gradient is taken.
+        seed: Seed of the randomised singular value decomposition.
+        options: Passed on to ``lors.initialize``.
+    """
+    from lors import initialize
+
+    if model.peft_config["default"].init != "gradient":
+        return model
+    return initialize(model, batches, seed=seed, **options)
+
+
+def _cast_trainable(model: nn.Module, dtype: torch.dtype) -> None:
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+
+
+def _check_freezing(method: Method, model: nn.Module) -> None:
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if not trainable:
+        raise RuntimeError(f"method {method.name}: no parameter is trainable")
+    if not isinstance(model, PeftModel):
+        return
+    frozen_by_contract = (".base_layer.weight", ".original_module.weight")
+    wrong = [name for name in trainable if name.endswith(frozen_by_contract)]
+    if wrong:
+        raise RuntimeError(f"method {method.name}: trains {wrong[0]}, a weight of the base model that must stay frozen")
+
+
+def _format_of(model: PreTrainedModel) -> torch.dtype:
+    """The dtype that the model was loaded in; its parameters may since have been cast for the training."""
+    dtype = model.config.dtype
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.get_default_dtype()
+
+
+def _merge_in_float32(model: PeftModel) -> PreTrainedModel:
+    """Merge layer by layer, so that at most one layer is alive in float32; the weights are rounded once."""
+    for layer in [module for module in model.modules() if isinstance(module, BaseTunerLayer)]:
+        dtype = layer.get_base_layer().weight.dtype
+        layer.float()
+        layer.merge()
+        layer.get_base_layer().to(dtype)
+    return model.unload()
+
+
+@torch.no_grad()
+def _apply_supports(model: nn.Module, supports: Mapping[str, Tensor]) -> None:
+    modules = dict(model.named_modules())
+    for name, M in supports.items():
+        if name not in modules:
+            raise ValueError(f"supports: the model has no module {name!r}")
+        W = modules[name].weight
+        W.mul_(M.to(W.device))

@@ -1,0 +1,158 @@
+"""The models that a run starts from, dense and pruned, and their scores: what many runs share and only one
+computes.
+
+Pruned models lie in ``<cache>/pruned/<key>/``, scores of dense and pruned models in
+``<cache>/scores/<key>.json``. The keys are hashes of what determines the content: of the weights themselves,
+the calibration tokens, the tasks, and so on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from lors.blocks import decoder_linears
+from lors.harness.evaluate import evaluate
+from lors.harness.inputs import Inputs, model_source
+from lors.harness.method import PRECISIONS
+from lors.harness.store import cache_directory, digest, read_json, with_fingerprints, write_json
+from lors.prune import prune_model, pruned_checkpoint
+from lors.sparsity import random_support
+
+__all__ = ["Models", "default_device", "random_model"]
+
+log = logging.getLogger("lors")
+
+
+def default_device() -> torch.device:
+    """The GPU if there is one, else the CPU; CUDA_VISIBLE_DEVICES="" hides a GPU."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+class Models:
+    """The dense and the pruned model of one run, and their cached scores.
+
+    Args:
+        cfg: A resolved config, mode=run.
+        inputs: What ``read_inputs`` made of it.
+    """
+
+    def __init__(self, cfg: DictConfig, inputs: Inputs) -> None:
+        self.cfg = cfg
+        self.inputs = inputs
+        self.dtype = PRECISIONS[cfg.train.precision].base
+        self.cache = cache_directory(cfg)
+        self.pruned_folder: Path | None = None  # None as long as nothing is pruned
+
+    def dense(self, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        """The model as it comes, on the device of the run; ``"auto"`` keeps the format of the file."""
+        path, revision = model_source(self.cfg)
+        return _load(path, dtype or self.dtype, revision)
+
+    def prune(self) -> None:
+        """Make sure that the pruned model is in the cache."""
+        if self.cfg.prune.name != "none":
+            self.pruned_folder = pruned_checkpoint(self.cache / "pruned", self.pruned_key, self._prune)
+
+    def pruned(self) -> PreTrainedModel:
+        """The model to fine-tune, in the ``base`` format of the precision; call ``prune`` first."""
+        return self.dense() if self.pruned_folder is None else _load(str(self.pruned_folder), self.dtype)
+
+    def scores(self, which: str, model: PreTrainedModel | None = None) -> dict[str, Any]:
+        """Scores of the ``dense`` or the ``pruned`` model, from the cache if they were ever computed with
+        this config.
+
+        Args:
+            which: dense or pruned.
+            model: That model, if it is loaded already.
+        """
+        settings = {key: value for key, value in self.sources["eval"].items() if key not in ("name", "baselines")}
+        key = digest(
+            {
+                "model": self.dense_key if which == "dense" else self.pruned_key,
+                "eval": settings,
+                "dtype": str(self.dtype),
+                "device": default_device().type,
+                "versions": [version(name) for name in ("torch", "transformers", "lm_eval")],
+            }
+        )
+        file = self.cache / "scores" / f"{key}.json"
+        cached = read_json(file)
+        if cached is not None:
+            log.info("scores of the %s model: read from the cache", which)
+            return cached
+        if model is None:
+            model = self.dense() if which == "dense" else self.pruned()
+        write_json(file, evaluate(model, self.inputs.tokenizer, self.cfg.eval))
+        return read_json(file)
+
+    @cached_property
+    def sources(self) -> dict[str, Any]:
+        """The config with fingerprints in place of paths; once, because it reads every byte of a local model."""
+        return with_fingerprints(self.cfg)
+
+    @cached_property
+    def dense_key(self) -> str:
+        return digest([self.sources["model"]["path"], self.sources["model"]["revision"]])
+
+    @cached_property
+    def pruned_key(self) -> str:
+        """Key of the pruned model: the dense one, the pruner and its options, how much, the calibration."""
+        if self.cfg.prune.name == "none":
+            return self.dense_key
+        tokens = self.inputs.calibration
+        content = None if tokens is None else hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+        pruner = self.cfg.prune.name
+        return digest([self.dense_key, pruner, self._options(), self.cfg.sparsity, self.cfg.pattern, content])
+
+    def _options(self) -> dict[str, Any]:
+        """The pruner's own options; the other fields of the group say what the calibration tokens are."""
+        return {
+            key: value
+            for key, value in OmegaConf.to_container(self.cfg.prune).items()
+            if key not in ("name", "samples", "sequence_length", "seed", "text")
+        }
+
+    def _prune(self) -> PreTrainedModel:
+        model = self.dense("auto")
+        calibration = self.inputs.calibration
+        prune_model(
+            model,
+            self.cfg.prune.name,
+            sparsity=self.cfg.sparsity,
+            pattern=self.cfg.pattern,
+            calibration=None if calibration is None else calibration.to(model.device),
+            **self._options(),
+        )
+        return model
+
+
+def random_model(
+    shape: PretrainedConfig, dtype: torch.dtype, sparsity: float, pattern: str, seed: int
+) -> PreTrainedModel:
+    """A model with random weights and exactly this sparsity in its decoder linears, on the device of the run.
+
+    It is made on the CPU, so that a seed means the same weights everywhere.
+    """
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(shape, dtype=dtype).eval()
+    if sparsity > 0:
+        generator = torch.Generator().manual_seed(seed)
+        for linear in tqdm(decoder_linears(model).values(), desc="random sparsity", unit="layer"):
+            M = random_support(tuple(linear.weight.shape), sparsity, pattern, generator)  # out x in
+            linear.weight.data.mul_(M)
+    return model.to(default_device())
+
+
+def _load(path: str, dtype: torch.dtype | str, revision: str | None = None) -> PreTrainedModel:
+    model = AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=dtype)
+    return model.to(default_device()).eval()

@@ -1,0 +1,317 @@
+"""One run from its config to its result file.
+
+load -> prune (cached) -> adapt -> train and measure -> merge -> check the zeros -> evaluate ->
+``result.json``
+
+What can be wrong with the input is found before a model is loaded (``BadInput``). A later failure still
+leaves a result: its status, its error, and every number that was known by then. A killed run leaves no result
+and is continued by the same command: training from its newest checkpoint, everything else from the parts that
+were finished.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import random
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from omegaconf import DictConfig
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lors.harness.data import Collator
+from lors.harness.evaluate import evaluate
+from lors.harness.inputs import Inputs, read_inputs
+from lors.harness.live_tensors import LiveTensors, live_tensor_forward
+from lors.harness.meter import CudaPeak, Meter, count_flops, cuda_peak, process_rss_peak, training_memory
+from lors.harness.method import PRECISIONS, Method, adapt, finish
+from lors.harness.models import Models, default_device, random_model
+from lors.harness.result import blank_result, check_zeros, count_parameters, held_out_loss
+from lors.harness.store import RunStore, now, run_key
+from lors.harness.summary import summary
+from lors.harness.train import train
+from lors.harness.validate import BadInput, build_method, one_line, resolve
+from lors.sparsity import supports
+
+__all__ = ["execute", "seed_everything"]
+
+log = logging.getLogger("lors")
+
+
+def execute(cfg: DictConfig) -> dict[str, Any]:
+    """Run one config, unless that has been done before, and print its summary.
+
+    Args:
+        cfg: A config as Hydra composes it from ``conf``.
+
+    Returns:
+        The content of ``result.json``; its ``status`` is ok, failed or oom.
+
+    Raises:
+        BadInput: A value that the user has to change. Nothing has been computed, nothing is written.
+    """
+    cfg = resolve(cfg)
+    method = build_method(cfg)
+    store = RunStore(Path(cfg.runs_root).expanduser() / cfg.name / run_key(cfg))
+    result = None if cfg.force else _finished(store, cfg)
+    if result is None:
+        inputs = read_inputs(cfg, method)
+        _make_folder(store)
+        with store.lock(waiting=lambda: print(f"{store.directory}: another process is at this run; waiting for it")):
+            result = None if cfg.force else _finished(store, cfg)
+            if result is None:
+                if cfg.force:
+                    store.clear()
+                result = _attempt(cfg, method, inputs, store)
+    else:
+        print("This run has finished before and is not repeated; force=true repeats it.")
+    print(summary(result, store.directory / "result.json"))
+    return result
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the generators of Python, NumPy and PyTorch (all devices)."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def _finished(store: RunStore, cfg: DictConfig) -> dict[str, Any] | None:
+    """The result of an earlier run that ended well and left all that is asked for."""
+    result = store.result()
+    if result is None or result["status"] != "ok":
+        return None
+    return result if not cfg.save_merged or result["artifacts"]["merged"] else None
+
+
+def _make_folder(store: RunStore) -> None:
+    try:
+        store.directory.mkdir(parents=True, exist_ok=True)
+        store.check_writable()
+    except OSError as error:
+        raise BadInput(f"runs_root: cannot write to {store.directory} ({one_line(error)})") from error
+
+
+def _attempt(cfg: DictConfig, method: Method, inputs: Inputs, store: RunStore) -> dict[str, Any]:
+    """Run; whatever goes wrong on the way becomes the status of the result."""
+    with _logging(store.directory / "log.txt"):
+        run = Run(cfg, method, inputs, store)
+        result = run.result
+        try:
+            run.run()
+            result["status"] = "ok"
+        except Exception as error:  # not KeyboardInterrupt: an interrupted run is continued
+            result["status"] = "oom" if _out_of_memory(error) else "failed"
+            result["error"] = {
+                "type": type(error).__name__,
+                "message": str(error),
+                "traceback": traceback.format_exc(),
+            }
+            log.error("%s: %s", result["status"], one_line(error))
+        result["memory"]["process_rss_peak"] = process_rss_peak()
+        result["environment"]["end"] = now()
+        store.write(result)
+        if result["status"] == "ok":
+            store.drop_progress()
+    return store.result()
+
+
+class Run:
+    """One run under way.
+
+    Attributes:
+        result: The content of ``result.json`` as far as it is known.
+    """
+
+    def __init__(self, cfg: DictConfig, method: Method, inputs: Inputs, store: RunStore) -> None:
+        self.cfg = cfg
+        self.method = method
+        self.inputs = inputs
+        self.store = store
+        self.device = default_device()
+        self.formats = PRECISIONS[cfg.train.precision]
+        self.result = blank_result(cfg, store.directory.name, self.device)
+
+    def run(self) -> None:
+        """All phases, in order."""
+        self.store.write_config(self.cfg)
+        model = self._start()
+        M = supports(model)
+        adapted = self._adapt(model)
+        if self.method.trains:
+            self._train(adapted)
+        self._finish(adapted, M)
+
+    def _start(self) -> PreTrainedModel:
+        """The pruned model, and the scores of what it was made from."""
+        cfg = self.cfg
+        if cfg.mode == "profile":
+            with self._phase("load"):
+                return random_model(self.inputs.shape, self.formats.base, cfg.sparsity, cfg.pattern, cfg.seed)
+        models = Models(cfg, self.inputs)
+        with self._phase("prune"):
+            models.prune()
+        with self._phase("load"):
+            model = models.pruned()
+        if cfg.eval.baselines:
+            with self._phase("baselines"):
+                self.result["baselines"]["dense"] = models.scores("dense")
+                self.result["baselines"]["pruned"] = pruned = models.scores("pruned", model)
+            self.result["loss"]["eval_before"] = held_out_loss(pruned)
+        return model
+
+    def _adapt(self, model: PreTrainedModel) -> nn.Module:
+        cfg = self.cfg
+        batches = self._first_batches() if self.method.prepare is not None else []
+        if self.device.type == "cpu" and self.method.trains:
+            self.result["memory"]["init_peak"] = self.store.once(
+                "init_memory", lambda: _initial_peak(self.method, model, batches, cfg)
+            )
+        with self._phase("init") as peak:
+            seed_everything(cfg.seed)
+            adapted = adapt(self.method, model, batches, cfg.seed, precision=cfg.train.precision)
+        if peak.allocated is not None:
+            self.result["memory"]["init_peak"] = peak.allocated
+        self.result["parameters"] = count_parameters(adapted)
+        return adapted
+
+    def _train(self, adapted: nn.Module) -> None:
+        """Measure one step apart, then train; an interrupted training goes on from its newest checkpoint."""
+        cfg, method, result = self.cfg, self.method, self.result
+        collator = Collator(self.inputs.tokenizer, "fixed", cfg.train.sequence_length)
+        batch = collator(self._rows(cfg.train.batch_size))
+        result["memory"] |= self.store.once("memory", lambda: self._measure_memory(adapted, batch))
+        result["flops"] = self.store.once("flops", lambda: self._measure_flops(adapted, batch))
+        meter = Meter(cfg.train.timing_warmup)
+        if cfg.mode == "run":
+            collator = Collator(self.inputs.tokenizer, cfg.train.pad, cfg.train.sequence_length)
+        with self._phase("train") as peak:
+            outcome = train(
+                adapted, self.inputs.rows, collator, cfg.train, method, meter, self.store.directory, cfg.seed
+            )
+        if peak.allocated is not None:
+            result["memory"] |= {"kind": "cuda", "train_peak": peak.allocated, "reserved_peak": peak.reserved}
+        result["time"] |= meter.time_report()
+        result["loss"] |= {"first": outcome.first_loss, "last": outcome.last_loss}
+        result["artifacts"]["steps"] = "steps.jsonl"
+        if isinstance(adapted, PeftModel):
+            adapted.save_pretrained(self.store.directory / "adapter")
+            result["artifacts"]["adapter"] = "adapter"
+
+    def _finish(self, adapted: nn.Module, M: dict[str, Tensor]) -> None:
+        """Bring the model to each of its end states, check the zeros, score it."""
+        variants = self.method.merges if self.cfg.mode == "run" else self.method.merges[:1]
+        for variant in variants:
+            # The first end state is the row itself.
+            row = self.result if variant == variants[0] else self.result["variants"].setdefault(variant, {})
+            with self._phase("merge"):
+                model = finish(self.method, adapted, M, variant, in_place=variant == variants[-1])
+                row |= {"end_state": variant, "zeros": check_zeros(self.cfg, self.method, variant, model, M)}
+            if self.cfg.save_merged and variant != "adapter" and self.result["artifacts"]["merged"] is None:
+                self._save_merged(model)
+            row["eval"] = self._score(variant, model)
+            if variant == variants[0]:
+                self.result["loss"]["eval_after"] = held_out_loss(row["eval"])
+
+    def _score(self, variant: str, model: PreTrainedModel) -> dict[str, Any] | None:
+        memory = self.result["memory"]
+        if self.device.type == "cpu" and memory["eval_peak"] is None:
+            collator = Collator(self.inputs.tokenizer, "fixed", self.cfg.train.sequence_length)
+            memory["eval_peak"] = live_tensor_forward(model, collator(self._rows(self.cfg.train.batch_size)))
+        if self.cfg.mode == "profile" or not (self.cfg.eval.tasks or self.cfg.eval.perplexity):
+            return None
+        if not self.method.trains and self.result["baselines"]["pruned"] is not None:
+            return self.result["baselines"]["pruned"]
+        with self._phase("evaluate") as peak:
+            scores = self.store.once(f"scores_{variant}", lambda: evaluate(model, self.inputs.tokenizer, self.cfg.eval))
+        memory["eval_peak"] = memory["eval_peak"] or peak.allocated
+        return scores
+
+    def _save_merged(self, model: PreTrainedModel) -> None:
+        folder = self.store.directory / "merged"
+        model.save_pretrained(folder)
+        if self.inputs.tokenizer is not None:
+            self.inputs.tokenizer.save_pretrained(folder)
+        self.result["artifacts"]["merged"] = folder.name
+
+    def _measure_memory(self, adapted: nn.Module, batch: dict[str, Tensor]) -> dict[str, Any]:
+        return training_memory(adapted, batch, self.cfg.train, self.method)
+
+    def _measure_flops(self, adapted: nn.Module, batch: dict[str, Tensor]) -> dict[str, int]:
+        autocast = self.formats.autocast
+        per_batch = count_flops(adapted, batch, penalty=self.method.penalty, autocast=autocast)
+        return {"per_step": per_batch * self.cfg.train.gradient_accumulation}
+
+    def _rows(self, count: int) -> list[dict[str, list[int]]]:
+        rows = self.inputs.rows
+        return [rows[i] for i in range(min(count, len(rows)))]
+
+    def _first_batches(self) -> list[dict[str, Tensor]]:
+        """The first rows of the training data in the batches of the training."""
+        size = self.cfg.train.batch_size
+        collator = Collator(self.inputs.tokenizer, self.cfg.train.pad, self.cfg.train.sequence_length)
+        # In a profile only the memory counts, and the second batch reaches the peak.
+        rows = self._rows(self.cfg.train.init_rows if self.cfg.mode == "run" else 2 * size)
+        return [collator(rows[start : start + size]) for start in range(0, len(rows), size)]
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[CudaPeak]:
+        """Time a phase, which may come in several parts, and measure its peak on a GPU."""
+        log.info("%s ...", name)
+        start = perf_counter()
+        with cuda_peak(self.device) as peak:
+            yield peak
+        phases = self.result["time"]["phases"]
+        phases[name] = phases.get(name, 0.0) + perf_counter() - start
+
+
+def _initial_peak(method: Method, model: PreTrainedModel, batches: Sequence[dict[str, Tensor]], cfg: DictConfig) -> int:
+    """Peak of live bytes while the method sets itself up, on a copy; a third batch would not raise it."""
+    trial = copy.deepcopy(model)
+    live = LiveTensors()
+    live.count([*trial.parameters(), *trial.buffers()], "weights")
+    with live:
+        adapt(method, trial, batches[:2], cfg.seed, precision=cfg.train.precision)
+    return live.peak
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether a device or the host had no memory left; PyTorch has no error type of its own for the host."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
+@contextmanager
+def _logging(file: Path) -> Iterator[None]:
+    """The log file of the run gets everything, the console only what the suite itself says."""
+    to_file = logging.FileHandler(file, encoding="utf-8")
+    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    to_console = logging.StreamHandler(sys.stdout)
+    to_console.setFormatter(logging.Formatter("%(message)s"))
+    root, ours = logging.getLogger(), logging.getLogger("lors")
+    level = ours.level
+    root.addHandler(to_file)
+    ours.addHandler(to_console)
+    ours.setLevel(logging.INFO)
+    logging.captureWarnings(True)
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.captureWarnings(False)
+        ours.setLevel(level)
+        root.removeHandler(to_file)
+        ours.removeHandler(to_console)
+        to_file.close()

@@ -1,0 +1,72 @@
+"""The training recipe that all methods share: AdamW, a cosine with a floor, activation checkpointing.
+
+With peak rate a, floor b, w warm-up steps and T steps, step t = 0 .. T - 1 uses
+
+    t < w:   a (t + 1) / (w + 1)
+    else:    b + (a - b) (1 + cos(pi (t - w) / (T - 1 - w))) / 2
+
+so that no step has rate 0, the peak follows the warm-up and the last step has exactly the floor.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from lors.harness.method import Method
+
+__all__ = ["cosine_with_floor", "enable_activation_checkpointing", "make_optimizer"]
+
+
+def make_optimizer(model: nn.Module, train_cfg: Any, method: Method) -> torch.optim.Optimizer:
+    """The method's own optimizer, or AdamW with one rate and one weight decay for all that is trainable.
+
+    Args:
+        model: The adapted model.
+        train_cfg: ``learning_rate``, ``betas``, ``weight_decay``.
+        method: The method.
+    """
+    if method.optimizer is not None:
+        return method.optimizer(model, train_cfg)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(
+        trainable,
+        lr=train_cfg.learning_rate,
+        betas=tuple(train_cfg.betas),
+        weight_decay=train_cfg.weight_decay,
+    )
+
+
+def cosine_with_floor(optimizer: torch.optim.Optimizer, train_cfg: Any, steps: int) -> LambdaLR:
+    """The schedule of the module's text as a factor on the rate of every parameter group.
+
+    Args:
+        optimizer: Its groups may have different rates; each falls to the same fraction.
+        train_cfg: ``learning_rate`` (a), ``minimum_learning_rate`` (b), ``warmup_steps`` (w).
+        steps: T.
+    """
+    floor = train_cfg.minimum_learning_rate / train_cfg.learning_rate
+    warmup = train_cfg.warmup_steps
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        progress = min(1.0, (step - warmup) / max(1, steps - 1 - warmup))
+        return floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2
+
+    return LambdaLR(optimizer, factor)
+
+
+def enable_activation_checkpointing(model: nn.Module) -> None:
+    """Recompute each decoder block in the backward pass, non-re-entrant; calling it twice changes nothing."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    options = {"use_reentrant": False}
+    if hasattr(base, "activation_checkpointing_enable"):
+        base.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:  # its name in older transformers
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)

@@ -1,0 +1,99 @@
+"""The fields of ``result.json``, and the numbers in it that are read off a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+from lors.harness.method import Method
+from lors.harness.store import environment
+from lors.sparsity import zero_report
+
+__all__ = ["blank_result", "check_zeros", "count_parameters", "held_out_loss"]
+
+SCHEMA = 1
+
+
+def blank_result(cfg: DictConfig, key: str, device: torch.device) -> dict[str, Any]:
+    """The result of a run that has just begun: every field is there, what is not known yet is None."""
+    memory = ("kind", "init_peak", "train_peak", "eval_peak", "reserved_peak", "breakdown", "process_rss_peak")
+    spans = ("step_ms", "forward_ms", "backward_ms", "optimizer_ms")
+    return {
+        "schema": SCHEMA,
+        "key": key,
+        "status": None,
+        "error": None,
+        "mode": cfg.mode,
+        "method": cfg.method.name,
+        "model": cfg.model.name,
+        "pruner": cfg.prune.name,
+        "pattern": cfg.pattern,
+        "sparsity": cfg.sparsity,
+        "seed": cfg.seed,
+        "config": OmegaConf.to_container(cfg, resolve=True),
+        "environment": environment(device),
+        "parameters": None,
+        "end_state": None,
+        "zeros": None,
+        "memory": dict.fromkeys(memory),
+        "time": {**dict.fromkeys(("warmup_steps", "steps", *spans, "tokens_per_second")), "phases": {}},
+        "flops": {"per_step": None},
+        "loss": dict.fromkeys(("first", "last", "eval_before", "eval_after")),
+        "eval": None,
+        "baselines": {"dense": None, "pruned": None},
+        "variants": {},
+        "artifacts": {
+            "config": "config.yaml",
+            "log": "log.txt",
+            "steps": None,
+            "adapter": None,
+            "merged": None,
+        },
+    }
+
+
+def check_zeros(
+    cfg: DictConfig, method: Method, variant: str, model: nn.Module, supports: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """Zeros before and after the fine-tuning.
+
+    Args:
+        cfg: A resolved config: ``sparsity`` and ``pattern``.
+        method: The method.
+        variant: The end state that ``model`` is in.
+        model: The fine-tuned model.
+        supports: M of every decoder linear before the fine-tuning.
+
+    Returns:
+        ``requested`` and what ``lors.sparsity.zero_report`` returns; ``mergeable`` says that the model is merged and
+        every zero is kept. Beside an unmerged adapter there is nothing to count after the merge: None.
+
+    Raises:
+        RuntimeError: The merge of a method that keeps zeros has lost some.
+    """
+    report = zero_report(supports, model, cfg.pattern)
+    if variant == "adapter":
+        report |= {"after_merge": None, "lost": None, "gained": None}
+    kept = report["lost"] == 0
+    if variant == "merged" and method.keeps_zeros and not kept:
+        raise RuntimeError(f"method {method.name} has keeps_zeros: true and lost {report['lost']} zeros in its merge")
+    return {"requested": cfg.sparsity, **report, "mergeable": kept}
+
+
+def count_parameters(model: nn.Module) -> dict[str, int]:
+    """Numbers in the model and trainable ones, and the bytes of the trainable ones as they are saved."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return {
+        "total": sum(parameter.numel() for parameter in model.parameters()),
+        "trainable": sum(parameter.numel() for parameter in trainable),
+        "adapter_bytes": sum(parameter.numel() * parameter.element_size() for parameter in trainable),
+    }
+
+
+def held_out_loss(scores: Mapping[str, Any] | None) -> float | None:
+    """Mean negative log-likelihood per token of the held-out text, in nats."""
+    return scores["perplexity"]["loss"] if scores and scores["perplexity"] else None

@@ -1,0 +1,167 @@
+"""One Hydra job = one cell of a table: ``python run.py method=lors sparsity=0.5``; see ``python run.py
+--help``.
+
+This file only composes the config and decides which process runs it. The suite itself is imported once Hydra
+has parsed the command line, so that ``--help`` and a misspelt name answer at once.
+
+Exit codes: 0 the run finished; 1 it failed (the result file says why), or a job of a sweep did; 2 a bad
+value.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+CONF = Path(__file__).resolve().parent / "conf"
+# Set in the processes that run.py itself starts, so that they do not start another.
+CHILD = "LORS_JOB"
+# What the user set, before main() sets it for Hydra.
+TRACEBACKS = os.environ.get("HYDRA_FULL_ERROR") == "1"
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+
+
+class JobFailed(Exception):  # noqa: N818 - named for what happened
+    """A job of a sweep ended with an exit code other than 0."""
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+def job(cfg: DictConfig) -> None:
+    """Run one composed config here; in a sweep or with a launcher, in a process of its own."""
+    hydra_config = HydraConfig.get()
+    sweep = hydra_config.mode == RunMode.MULTIRUN
+    if CHILD not in os.environ and (sweep or as_list(cfg.launch.arguments)):
+        code = start_afresh(cfg, hydra_config)
+    else:
+        code = run_here(cfg)
+    if sweep and code:
+        raise JobFailed(f"job {hydra_config.job.num} ended with exit code {code}")
+    if code:
+        sys.exit(code)
+
+
+def run_here(cfg: DictConfig) -> int:
+    """Execute the run in this process and return the exit code."""
+    if "HF_HUB_OFFLINE" not in os.environ and is_local(cfg):
+        # Read when the libraries are imported. Without it some of them knock at the Hub for files that lie
+        # here.
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    from lors.harness.pipeline import execute
+    from lors.harness.validate import BadInput
+
+    try:
+        result = execute(cfg)
+    except BadInput as error:
+        if TRACEBACKS:
+            raise
+        return complain(str(error))
+    return 0 if result["status"] == "ok" else FAILED
+
+
+def start_afresh(cfg: DictConfig, hydra_config: DictConfig) -> int:
+    """Run the job in a new process through ``launch`` and return its exit code.
+
+    Memory peaks and caches of one job would otherwise leak into the next.
+    """
+    folders = [source.path for source in hydra_config.runtime.config_sources if source.provider == "command-line"]
+    command = [sys.executable, *as_list(cfg.launch.arguments), str(CONF.parent / "run.py")]
+    command += [f"--config-dir={folder}" for folder in folders] + list(hydra_config.overrides.task)
+    environment = {**os.environ, CHILD: "1", "HYDRA_FULL_ERROR": "1" if TRACEBACKS else "0"}
+    return subprocess.run(command, env=environment, check=False).returncode
+
+
+def is_local(cfg: DictConfig) -> bool:
+    """Whether the run reads nothing from the Hub, as far as its config says (which is not checked yet)."""
+
+    def here(key: str) -> bool:
+        source = OmegaConf.select(cfg, key)
+        return source in (None, "microworld") or os.path.exists(os.path.expanduser(str(source)))
+
+    if cfg.mode == "profile":
+        return cfg.model.shape is not None or here("model.path")
+    folder = cfg.eval.data_root is not None
+    tasks = folder or all(str(task).startswith("microworld_") for task in as_list(cfg.eval.tasks))
+    wikitext = folder and OmegaConf.select(cfg, "eval.perplexity.text") == "wikitext"
+    text = wikitext or here("eval.perplexity.text")
+    # Without a text, activations of any model but the embedded one are calibrated on C4.
+    c4 = cfg.prune.text is None and cfg.prune.samples != 0 and cfg.model.path != "microworld"
+    return tasks and text and not c4 and all(map(here, ("model.path", "data.path", "prune.text")))
+
+
+def as_list(value: object) -> list:
+    """The entries of a list in the config; of anything else none, its check comes later."""
+    return list(value) if OmegaConf.is_list(value) else []
+
+
+def explain(error: Exception) -> str:
+    """One line for an error of Hydra: the key, the value, and what is allowed."""
+    text = str(error)
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: must be name=value, with quotes around special characters"
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        group, _, option = error.missing_cfg_file.rpartition("/")
+        return f"{group}={option}: must be one of {', '.join(error.options)}"
+    unknown = re.search(r"Could not override '([^']*)'", text)
+    if unknown:
+        key = unknown[1]
+        given = next((argument for argument in sys.argv if argument.lstrip("~+").startswith(f"{key}=")), key)
+        close = difflib.get_close_matches(key, known_names(), n=1)
+        hint = f"did you mean {close[0]}?" if close else "`python run.py --help` lists the names"
+        return f"{given}: no such key; {hint}"
+    return " ".join(text.partition("Config search path")[0].split())
+
+
+def known_names() -> list[str]:
+    """Groups and dotted keys of the default config."""
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = hydra.compose("config")
+    names = [entry.name for entry in CONF.iterdir() if entry.is_dir()]
+
+    def walk(node: DictConfig, prefix: str) -> None:
+        for key in (key for key in node if not key.startswith("_")):
+            names.append(f"{prefix}{key}")
+            child = node._get_node(key)  # without resolving interpolations
+            if isinstance(child, DictConfig):
+                walk(child, f"{prefix}{key}.")
+
+    walk(cfg, "")
+    return names
+
+
+def complain(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return BAD_INPUT
+
+
+def main() -> int:
+    """Run the command line and return the exit code."""
+    # Makes Hydra raise its errors; else it prints them over several lines and exits with 1.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        job()
+    except JobFailed as error:
+        print(f"error: the sweep is over, but {error}", file=sys.stderr)
+        return FAILED
+    except (HydraException, OmegaConfBaseException) as error:
+        if TRACEBACKS:
+            raise
+        return complain(explain(error))
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues where this one stopped", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""Fixtures that several test files share: a small random Llama, a tokenizer and tasks for it, all offline."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+# Before any library of Hugging Face is imported: no test may reach for the network.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+WORDS = "the a cat dog bird fish tree house river stone red blue green big old sees likes has is not yes".split()
+
+
+def make_tiny_llama(seed: int = 0, **overrides: object) -> LlamaForCausalLM:
+    """A random Llama: hidden 32, 2 layers, 4 heads (2 of keys and values), ffn 48, vocabulary 64."""
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 64,
+        "max_position_embeddings": 128,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(**(shape | overrides))).eval()
+
+
+def make_tokenizer(vocab_size: int = 384) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with <pad> 0, <s> 1, </s> 2, which puts <s> in front."""
+    tokenizer = Tokenizer(models.BPE(unk_token=None))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([" ".join(WORDS)] * 4, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", add_bos_token=True
+    )
+
+
+def sentence(index: int, length: int = 9) -> str:
+    """A sentence of known words, another for every index."""
+    return " ".join(WORDS[(index * 7 + position * (index % 5 + 1)) % len(WORDS)] for position in range(length))
+
+
+def write_rows(file: Path, rows: list[dict]) -> Path:
+    """Write JSON Lines."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def compose_config(*overrides: str) -> DictConfig:
+    """The config that ``python run.py <overrides>`` composes."""
+    with initialize_config_dir(str(Path(__file__).parents[1] / "conf"), version_base="1.3"):
+        return compose("config", overrides=list(overrides))
+
+
+@pytest.fixture(scope="session")
+def composed() -> Callable[..., DictConfig]:
+    """Function that composes a config: ``composed("method=lora", "seed=1")``."""
+    return compose_config
+
+
+@pytest.fixture
+def tiny_llama() -> Callable[..., LlamaForCausalLM]:
+    """Factory of small random Llamas: ``tiny_llama(seed=0, **config_fields)``."""
+    return make_tiny_llama
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a small random Llama with a tokenizer, as `model=hf model.path=` takes it."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tokenizer = make_tokenizer()
+    make_tiny_llama(vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with instructions, plain text, and two zero-shot tasks in the columns that lm-eval expects."""
+    folder = tmp_path_factory.mktemp("sources")
+    write_rows(
+        folder / "instructions.jsonl",
+        [{"instruction": sentence(i), "input": "", "output": sentence(i + 1, 5)} for i in range(24)],
+    )
+    write_rows(folder / "text.jsonl", [{"text": sentence(i, 40)} for i in range(40)])
+    letters = ["A", "B", "C", "D"]
+    write_rows(
+        folder / "arc_easy" / "test.jsonl",
+        [
+            {
+                "id": str(i),
+                "question": sentence(i),
+                "choices": {"text": [sentence(i + k, 3) for k in range(4)], "label": letters},
+                "answerKey": letters[i % 4],
+            }
+            for i in range(8)
+        ],
+    )
+    write_rows(
+        folder / "rte" / "validation.jsonl",
+        [{"sentence1": sentence(i), "sentence2": sentence(i + 1, 4), "label": i % 2, "idx": i} for i in range(8)],
+    )
+    return folder

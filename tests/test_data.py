@@ -1,0 +1,327 @@
+"""Reading text and instructions, the template, tokenised rows, batches, calibration samples."""
+
+import hashlib
+import json
+import os
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import make_tokenizer, sentence, write_rows
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lors.harness import data as data_module
+from lors.harness.corpora import read_rows, texts, wikitext_rows
+from lors.harness.data import IGNORED, Collator, calibration_tokens, random_data, training_data
+from lors.harness.validate import BadInput
+
+TOKENIZER = make_tokenizer()
+BOS, EOS, PAD = 1, 2, 0
+# A folder with real data sets, laid out as <name>/<split>.jsonl.
+REAL = Path(os.environ.get("LORS_DATA_ROOT", "no-such-folder"))
+needs_real_data = pytest.mark.skipif(not REAL.is_dir(), reason="LORS_DATA_ROOT names no folder")
+
+PREAMBLE = "Below is an instruction that describes a task"
+WITH_INPUT = (
+    PREAMBLE + ", paired with an input that provides further context. Write a response that appropriately completes "
+    "the request.\n\n### Instruction:\nAdd.\n\n### Input:\n1 and 2\n\n### Response:\n"
+)
+WITHOUT_INPUT = (
+    PREAMBLE + ". Write a response that appropriately completes the request.\n\n### Instruction:\nSing."
+    "\n\n### Response:\n"
+)
+
+
+def data_cfg(path, **fields):
+    base = {"kind": "instruction", "path": str(path), "split": "train", "limit": None}
+    return SimpleNamespace(**(base | {"template": "alpaca", "loss_on": "all"} | fields))
+
+
+def train_cfg(**fields):
+    base = {"sequence_length": 512, "steps": 3, "batch_size": 2, "gradient_accumulation": 2}
+    return SimpleNamespace(**(base | fields))
+
+
+def prune_cfg(path, samples, length):
+    return SimpleNamespace(samples=samples, sequence_length=length, text=str(path))
+
+
+def decode(ids):
+    return TOKENIZER.decode(ids, skip_special_tokens=False)
+
+
+@pytest.fixture
+def instructions(tmp_path):
+    rows = [
+        {"instruction": "Add.", "input": "1 and 2", "output": "It is 3."},
+        {"instruction": "Sing.", "input": "", "output": "La la."},
+    ]
+    return write_rows(tmp_path / "rows.jsonl", rows)
+
+
+# ---- instruction rows
+
+
+def test_rows_are_the_alpaca_template_between_bos_and_eos(instructions):
+    rows = training_data(data_cfg(instructions), train_cfg(), TOKENIZER, seed=0)
+    found = {decode(row["input_ids"]) for row in rows}
+    assert found == {f"<s>{WITH_INPUT}It is 3.</s>", f"<s>{WITHOUT_INPUT}La la.</s>"}
+    for row in rows:
+        assert row["labels"] == [IGNORED, *row["input_ids"][1:]]
+
+
+def test_loss_on_the_answer_alone(instructions):
+    rows = training_data(data_cfg(instructions, loss_on="answer"), train_cfg(), TOKENIZER, seed=0)
+    assert {decode([t for t in row["labels"] if t != IGNORED]) for row in rows} == {"It is 3.</s>", "La la.</s>"}
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.text(min_size=1, max_size=20), st.text(min_size=1, max_size=20))
+def test_every_character_of_any_answer_is_a_target_and_the_prompt_is_none(instruction, answer):
+    pair = (f"### Instruction:\n{instruction}\n\n### Response:\n", answer)
+    (row,) = data_module._encode_rows([pair], TOKENIZER, "answer", 10_000)
+    first = next(i for i, label in enumerate(row["labels"]) if label != IGNORED)
+    assert row["labels"][first:] == row["input_ids"][first:]
+    # A byte-level token may hold only part of a character, so the split is compared in bytes.
+    prompt = decode(row["input_ids"][1:first]).encode().rstrip("\N{REPLACEMENT CHARACTER}".encode())
+    assert pair[0].encode().startswith(prompt)
+    assert len(prompt) >= len(pair[0].encode()) - 8
+
+
+def test_a_row_that_is_cut_has_no_eos(instructions):
+    full = training_data(data_cfg(instructions), train_cfg(), TOKENIZER, seed=0)
+    longest = max(len(row["input_ids"]) for row in full)
+    exact = training_data(data_cfg(instructions), train_cfg(sequence_length=longest), TOKENIZER, seed=0)
+    cut = training_data(data_cfg(instructions), train_cfg(sequence_length=longest - 1), TOKENIZER, seed=0)
+    assert exact == full
+    for before, after in zip(full, cut, strict=True):
+        kept = longest - 1
+        assert after == {name: ids[:kept] for name, ids in before.items()}
+    assert sum(row["input_ids"][-1] == EOS for row in cut) == 1
+
+
+def test_rows_whose_answer_does_not_fit_are_dropped_with_a_warning(tmp_path, caplog):
+    rows = [
+        {"instruction": "x" * 400, "output": "never seen"},
+        {"instruction": "short", "output": "seen"},
+    ]
+    cfg = data_cfg(write_rows(tmp_path / "rows.jsonl", rows), loss_on="answer")
+    (row,) = training_data(cfg, train_cfg(sequence_length=300), TOKENIZER, seed=0)
+    assert "short" in decode(row["input_ids"])
+    assert "1 of 2 rows dropped" in caplog.text
+    with pytest.raises(BadInput, match=r"train.sequence_length=20: shorter than every prompt"):
+        training_data(cfg, train_cfg(sequence_length=20), TOKENIZER, seed=0)
+
+
+def test_the_seed_shuffles_and_limit_takes_the_first_rows(tmp_path):
+    rows = [{"instruction": sentence(i), "output": str(i)} for i in range(12)]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    orders = [training_data(data_cfg(file), train_cfg(), TOKENIZER, seed=seed) for seed in (0, 0, 1)]
+    assert orders[0] == orders[1] != orders[2]
+    assert sorted(map(str, orders[0])) == sorted(map(str, orders[2]))
+    limited = training_data(data_cfg(file, limit=3), train_cfg(), TOKENIZER, seed=0)
+    assert {decode(row["input_ids"])[-5:-4] for row in limited} == {"0", "1", "2"}
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"instruction": "a", "output": "b"}\n\n{"instruction": oops}\n', r"rows.jsonl:3: not valid JSON"),
+        ('{"instruction": "a", "output": "b"}\n["a"]\n', r"rows.jsonl:2: must be a JSON object, not list"),
+        ('[{"instruction": "a",\n "output": }]', r"rows.jsonl:2: not valid JSON"),
+        ('[{"instruction": "a", "output": "b"}, 7]', r"entry 2 must be a JSON object, not int"),
+        ('{"instruction": "a", "response": "b"}\n', r"row 1 has no column 'output'.*instruction, response"),
+        ('{"instruction": "a", "output": 3}\n', r"column 'output' of row 1 must be text, not 3"),
+        ("", r"no row to train on; the data set is empty"),
+        (b"\xff\xfe{}", r"not UTF-8 text"),
+    ],
+)
+def test_a_bad_file_is_one_clear_line(tmp_path, content, message):
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(BadInput, match=message) as caught:
+        training_data(data_cfg(file), train_cfg(), TOKENIZER, seed=0)
+    assert str(caught.value).startswith("data.path")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("no/such/file.jsonl", "data.path=no/such/file.jsonl: no such file"),
+        ("missing.json", "data.path=missing.json: no such file"),
+        ("./somewhere", "data.path=./somewhere: no such file"),
+        ("nobody/nothing", "data.path=nobody/nothing: no such file, and split 'train' of a data set of this name"),
+    ],
+)
+def test_a_missing_source_is_one_clear_line(path, message):
+    with pytest.raises(BadInput) as caught:
+        list(read_rows(path))
+    assert str(caught.value).startswith(message)
+
+
+def test_a_folder_is_no_file(tmp_path):
+    with pytest.raises(BadInput, match=r"is a folder; must be a file"):
+        list(read_rows(str(tmp_path)))
+
+
+def test_json_list_json_lines_blank_lines_and_byte_order_mark_read_alike(tmp_path):
+    rows = [{"text": "eins"}, {"text": "zwei äöü"}]
+    lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    forms = {
+        "list.json": json.dumps(rows, indent=1),
+        "late.json": "\n \n" + json.dumps(rows),
+        "lines.jsonl": "\n" + lines.replace("\n", "\n\n") + "\n",
+        "mark.jsonl": "\N{ZERO WIDTH NO-BREAK SPACE}" + lines,
+    }
+    for name, content in forms.items():
+        (tmp_path / name).write_text(content, encoding="utf-8")
+        assert list(read_rows(str(tmp_path / name))) == rows, name
+    assert list(read_rows(str(tmp_path / "lines.jsonl"), limit=1)) == rows[:1]
+
+
+# ---- text and batches
+
+
+def test_texts_from_columns_and_plain_files(tmp_path):
+    assert list(texts(str(write_rows(tmp_path / "a.jsonl", [{"text": "one"}, {"page": "two"}])))) == ["one", "two"]
+    (tmp_path / "b.txt").write_text("three\n\nfour")
+    assert list(texts(str(tmp_path / "b.txt"))) == ["three\n\nfour"]
+    with pytest.raises(BadInput, match="row 1 has no column 'text'; its columns are body"):
+        list(texts(str(write_rows(tmp_path / "c.jsonl", [{"body": "x"}]))))
+
+
+def test_text_becomes_blocks_of_the_joined_documents(tmp_path):
+    documents = [sentence(i, 11) for i in range(9)]
+    file = write_rows(tmp_path / "text.jsonl", [{"text": t} for t in [*documents, "  "]])
+    # The BOS of the first document is the one in front of the first block.
+    stream = [t for d in documents for t in [BOS, *TOKENIZER.encode(d, add_special_tokens=False), EOS]][1:]
+    cfg = data_cfg(file, kind="text")
+    rows = training_data(cfg, train_cfg(steps=None, sequence_length=8), TOKENIZER, seed=0)
+    expected = [[BOS, *stream[i : i + 7]] for i in range(0, len(stream) // 7 * 7, 7)]
+    assert sorted(row["input_ids"] for row in rows) == sorted(expected)
+    assert all(row["labels"] == row["input_ids"] for row in rows)
+    with pytest.raises(BadInput, match=r"less text than one block of train.sequence_length=500"):
+        training_data(cfg, train_cfg(sequence_length=500), TOKENIZER, seed=0)
+
+
+def test_no_more_text_is_read_than_the_steps_need(monkeypatch):
+    read = []
+
+    def endless(*_, **__):
+        while True:
+            read.append(sentence(len(read), 30))
+            yield read[-1]
+
+    monkeypatch.setattr(data_module, "texts", endless)
+    rows = training_data(data_cfg("x", kind="text"), train_cfg(sequence_length=10), TOKENIZER, seed=0)
+    assert len(rows) == 3 * 2 * 2
+    assert len(read) <= data_module.ENCODED_AT_ONCE
+
+
+def test_the_collator_pads_masks_and_ignores(tmp_path):
+    rows = [{"input_ids": [BOS, 5, 6], "labels": [BOS, IGNORED, 6]}, {"input_ids": [BOS], "labels": [BOS]}]
+    batch = Collator(TOKENIZER, "longest", 5)(rows)
+    assert batch["input_ids"].tolist() == [[BOS, 5, 6], [BOS, PAD, PAD]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [[IGNORED, IGNORED, 6], [IGNORED, IGNORED, IGNORED]]
+    fixed = Collator(TOKENIZER, "fixed", 5)(rows)
+    assert all(tensor.shape == (2, 5) and tensor.dtype == torch.int64 for tensor in fixed.values())
+    assert all(torch.equal(fixed[name][:, :3], batch[name]) for name in batch)
+    assert not fixed["attention_mask"][:, 3:].any()
+    assert (fixed["labels"][:, 3:] == IGNORED).all()
+    with pytest.raises(BadInput, match=r"train.pad=left: must be one of longest, fixed"):
+        Collator(TOKENIZER, "left", 5)
+
+
+def test_the_collator_pads_with_any_token_there_is():
+    without_pad = SimpleNamespace(pad_token_id=None, eos_token_id=2)
+    rows = [{"input_ids": [7], "labels": [7]}]
+    assert Collator(without_pad, "fixed", 2)(rows)["input_ids"].tolist() == [[7, 2]]
+    assert Collator(None, "fixed", 2)(rows)["input_ids"].tolist() == [[7, 0]]
+
+
+# ---- calibration
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    return write_rows(tmp_path / "text.jsonl", [{"text": sentence(i, 12)} for i in range(40)])
+
+
+def test_calibration_samples_start_with_bos_and_do_not_overlap(corpus):
+    tokens = calibration_tokens(prune_cfg(corpus, 6, 9), TOKENIZER, seed=3)
+    assert tokens.shape == (6, 9)
+    assert tokens.dtype == torch.int64
+    assert (tokens[:, 0] == BOS).all()
+    # Together they are one running text: documents shuffled, each between BOS and EOS.
+    joined = decode(tokens[:, 1:].flatten().tolist()).split("</s><s>")
+    documents = {sentence(i, 12) for i in range(40)}
+    assert len(joined) > 2
+    assert set(joined[:-1]) <= documents
+
+
+def test_the_seed_draws_the_calibration_samples(corpus):
+    draw = [calibration_tokens(prune_cfg(corpus, 6, 9), TOKENIZER, seed) for seed in (0, 0, 1)]
+    assert torch.equal(draw[0], draw[1])
+    assert not torch.equal(draw[0], draw[2])
+
+
+def test_a_small_corpus_gives_samples_that_overlap_evenly(corpus, caplog):
+    tokens = calibration_tokens(prune_cfg(corpus, 50, 100), TOKENIZER, seed=0)
+    documents = [TOKENIZER.encode(sentence(i, 12), add_special_tokens=False) for i in range(40)]
+    length = sum(map(len, documents)) + 2 * 40 - 1
+    assert length < 50 * 99
+    assert "samples of 100 overlap" in caplog.text
+    assert tokens.shape == (50, 100)
+    assert len({tuple(row) for row in tokens.tolist()}) == 50
+    steps = [round(i * (length - 99) / 49) for i in range(50)]
+    for (a, b), (start, following) in zip(pairwise(tokens), pairwise(steps), strict=True):
+        assert torch.equal(a[1 + following - start :], b[1 : 100 - (following - start)])
+
+
+def test_less_text_than_one_calibration_sample_is_an_error(corpus):
+    with pytest.raises(BadInput, match=r"prune.text=.* holds \d+ tokens; one sample .*=5000 needs 4999"):
+        calibration_tokens(prune_cfg(corpus, 1, 5000), TOKENIZER, seed=0)
+
+
+def test_random_data_fills_every_step_and_is_seeded():
+    cfg = train_cfg(sequence_length=7)
+    rows = random_data(50, cfg, seed=0)
+    assert len(rows) == 12
+    assert all(len(row["input_ids"]) == 7 and row["labels"] == row["input_ids"] for row in rows)
+    assert {t for row in rows for t in row["input_ids"]} <= set(range(50))
+    assert rows == random_data(50, cfg, seed=0) != random_data(50, cfg, seed=1)
+
+
+# ---- real data
+
+
+def test_wikitext_rows_are_lines_and_blank_lines_are_empty():
+    pages = [" = A = \n \n First line . \n ", " = B = \n \n Second . \n \n"]
+    rows = wikitext_rows(pages)
+    assert rows == ["", " = A = \n", "", " First line . \n", "", " = B = \n", "", " Second . \n", ""]
+
+
+@needs_real_data
+def test_wikitext_pages_give_back_the_original_file():
+    pages = [row["page"] for row in read_rows(str(REAL / "wikitext" / "test.jsonl"))]
+    original = " \n" + "\n".join(pages)
+    digest = "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"
+    assert hashlib.sha256(original.encode()).hexdigest() == digest
+    assert len(wikitext_rows(pages)) == 4358
+
+
+@needs_real_data
+def test_real_alpaca_rows_and_c4_documents():
+    rows = training_data(data_cfg(REAL / "alpaca_gpt4" / "train.jsonl", limit=50), train_cfg(), TOKENIZER, seed=0)
+    assert len(rows) == 50
+    assert all(row["input_ids"][0] == BOS and len(row["input_ids"]) <= 512 for row in rows)
+    tokens = calibration_tokens(prune_cfg(REAL / "c4" / "train.jsonl", 8, 256), TOKENIZER, seed=0)
+    assert tokens.shape == (8, 256)

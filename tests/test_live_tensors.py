@@ -1,0 +1,309 @@
+"""Live tensor bytes against numbers worked out by hand, and the promise that measuring leaves no trace."""
+
+import random
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_tiny_llama
+from peft import LoraConfig
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lors.harness.data import Collator, random_data
+from lors.harness.live_tensors import CATEGORIES, LiveTensors, live_tensor_forward, live_tensor_step
+from lors.harness.meter import Meter, count_flops, training_memory
+from lors.harness.method import Method, adapt
+from lors.harness.recipe import enable_activation_checkpointing
+from lors.harness.train import train
+
+FLOAT = 4  # bytes
+B, T, V = 3, 16, 64
+RECIPE = SimpleNamespace(
+    steps=3, epochs=None, batch_size=B, gradient_accumulation=1, sequence_length=T, learning_rate=1e-2,
+    minimum_learning_rate=1e-3, warmup_steps=0, weight_decay=0.0, betas=[0.9, 0.999], max_grad_norm=1.0,
+    precision="float32", activation_checkpointing=False, checkpoint_every=None,
+)  # fmt: skip
+
+
+def recipe(**fields):
+    return SimpleNamespace(**(vars(RECIPE) | fields))
+
+
+def lora(r=4, dropout=0.0):
+    targets = ["q_proj", "v_proj", "up_proj", "down_proj"]
+    config = LoraConfig(r=r, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM")
+    return Method(name="lora", peft=config)
+
+
+def adapted(method=None, **fields):
+    return adapt(method or lora(), make_tiny_llama(**fields))
+
+
+def batch():
+    return Collator(None, "fixed", T)(random_data(V, RECIPE, seed=0)[:B])
+
+
+def adamw(model):
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+
+def trainable(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def size(tensors):
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+# ---- counted by hand
+
+
+def test_peak_of_a_small_mlp():
+    n, d, h, k = 5, 7, 11, 3
+    x, W1, W2 = torch.randn(n, d), nn.Parameter(torch.randn(h, d)), nn.Parameter(torch.randn(k, h))
+    live = LiveTensors()
+    live.count([W1, W2], "weights")
+    live.count([x], "other")
+    with live:
+        live.phase = "forward"
+        loss = (torch.relu(x @ W1.t()) @ W2.t()).sum()
+        # Alive: parameters, x, the output of relu (saved, its input is not), the loss.
+        assert live.now == FLOAT * (h * d + k * h + n * d + n * h + 1)
+        live.phase = "backward"
+        loss.backward()
+    # Highest while relu goes backward: its saved output, the incoming and the outgoing gradient, and dW2; two
+    # scalars are the loss and the 1 that the backward pass starts from.
+    assert live.peak == FLOAT * (h * d + k * h + n * d + 3 * n * h + k * h + 2)
+    assert live.peak_phase == "backward"
+    live.count([W1.grad, W2.grad], "gradients")
+    assert live.breakdown() == {
+        "weights": FLOAT * (h * d + k * h),
+        "adapters": 0,
+        "gradients": FLOAT * k * h,
+        "optimizer": 0,
+        "activations": FLOAT * (3 * n * h + 2),
+        "other": FLOAT * n * d,
+    }
+
+
+def test_views_and_in_place_operations_are_free_and_freed_tensors_leave():
+    live = LiveTensors()
+    with live:
+        a = torch.zeros(100)
+        b = a.view(10, 10).t()[2:]
+        a.add_(1)
+        assert live.now == 100 * FLOAT
+        del a
+        assert live.now == 100 * FLOAT  # b still holds the storage
+        del b
+        assert live.now == 0
+        c = torch.zeros(30)
+        c.resize_(50)
+        assert live.now == 50 * FLOAT
+    assert live.peak == 100 * FLOAT
+
+
+def test_what_only_a_custom_function_saves_is_alive_until_its_backward():
+    class Saving(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(torch.ones(1000))
+            return x * 1
+
+        @staticmethod
+        def backward(ctx, grad):
+            (saved,) = ctx.saved_tensors
+            return grad * saved[0]
+
+    x = torch.ones(4, requires_grad=True)
+    live = LiveTensors()
+    live.count([x], "other")
+    with live:
+        y = Saving.apply(x)
+        assert live.now == FLOAT * (4 + 4 + 1000)
+        y.sum().backward()
+        assert live.now == FLOAT * (4 + 4 + 4)  # x, y and the gradient of x
+
+
+def test_sparse_tensors_count_their_indices_and_values():
+    live = LiveTensors()
+    with live:
+        indices, values = torch.zeros(2, 6, dtype=torch.int64), torch.ones(6)
+        kept = torch.sparse_coo_tensor(indices, values, (9, 9), check_invariants=False)
+        del indices, values
+        assert live.now >= 6 * (2 * 8 + FLOAT)
+    assert kept.shape == (9, 9)
+
+
+# ---- a training step
+
+
+def test_categories_of_a_lora_step():
+    model = adapted()
+    report = live_tensor_step(model, batch(), adamw, max_grad_norm=1.0)
+    parts = report["breakdown"]
+    assert tuple(parts) == CATEGORIES
+    assert sum(parts.values()) == report["train_peak"]
+    base = [p for p in model.parameters() if not p.requires_grad] + list(model.buffers())
+    assert parts["weights"] == size(base)
+    assert parts["adapters"] == size(trainable(model))
+    # Two moments of the size of the parameter and a step counter each.
+    assert parts["optimizer"] == 2 * size(trainable(model)) + FLOAT * len(trainable(model))
+    assert parts["other"] == 3 * B * T * 8  # the batch: three int64 tensors
+    assert report["kind"] == "live_tensors"
+    assert report["peak_phase"] == "backward"
+
+
+def test_saved_activations_grow_with_the_rank_by_one_narrow_product_per_layer():
+    """B's gradient needs x A^T, n x r; all else that LoRA saves does not depend on r (methods: one float32
+    each)."""
+    saved = {r: live_tensor_step(adapted(lora(r)), batch(), adamw)["saved_for_backward"] for r in (4, 8)}
+    layers = 2 * 4  # decoder blocks x targets
+    assert saved[8] - saved[4] == layers * B * T * (8 - 4) * FLOAT
+
+
+def test_all_gradients_are_alive_when_the_optimizer_steps():
+    method = Method(name="full", prepare=lambda model, batches, seed: model.requires_grad_(True))
+    model = adapted(method)
+    report = live_tensor_step(model, {k: v[:1, :2] for k, v in batch().items()}, adamw)
+    assert report["peak_phase"] == "optimizer"  # with two tokens activations are nothing
+    assert report["breakdown"]["gradients"] == size(model.parameters())
+    assert report["breakdown"]["adapters"] == 0
+
+
+def test_with_accumulation_gradients_are_alive_in_a_forward_pass():
+    once, twice, often = (live_tensor_step(adapted(), batch(), adamw, accumulation=n) for n in (1, 2, 7))
+    assert once["breakdown"]["gradients"] < size(trainable(adapted())) == twice["breakdown"]["gradients"]
+    assert once["train_peak"] < twice["train_peak"] == often["train_peak"]
+
+
+def test_activation_checkpointing_saves_less_and_its_recomputation_is_counted():
+    plain = training_memory(adapted(), batch(), recipe(), lora())
+    saving = training_memory(adapted(), batch(), recipe(activation_checkpointing=True), lora())
+    assert saving["saved_for_backward"] < plain["saved_for_backward"] / 2
+    assert saving["saved_for_backward"] < saving["breakdown"]["activations"] < plain["breakdown"]["activations"]
+    assert saving["train_peak"] < plain["train_peak"]
+
+
+def test_a_penalty_is_part_of_the_step():
+    def penalty(model):
+        return sum((p.flatten().repeat(9) ** 2).sum() for p in trainable(model))
+
+    plain = live_tensor_step(adapted(), batch(), adamw)["saved_for_backward"]
+    assert live_tensor_step(adapted(), batch(), adamw, penalty=penalty)["saved_for_backward"] > plain
+
+
+def test_the_separate_step_has_the_peak_of_a_step_of_the_training(tmp_path):
+    """The Trainer's own step, watched from outside, has the same peak but for a few scalars that it keeps."""
+    live = LiveTensors()
+
+    class Watch(Meter):
+        def on_step_begin(self, args, state, control, model, optimizer, **kwargs):
+            super().on_step_begin()
+            if state.global_step == 1:
+                live.count(model.parameters(), "weights")
+                live.count(model.buffers(), "weights")
+                live.count([t for s in optimizer.state.values() for t in s.values()], "optimizer")
+                live.__enter__()
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                live.__exit__(None, None, None)
+            super().on_step_end()
+
+    for precision in ("float32", "bf16_mixed"):
+        live = LiveTensors()
+        cfg = recipe(precision=precision)
+        dtype = torch.float32 if precision == "float32" else torch.bfloat16
+        model = adapt(lora(), make_tiny_llama().to(dtype), precision=precision)
+        expected = training_memory(model, batch(), cfg, lora())["train_peak"]
+        collator = Collator(None, "fixed", T)
+        train(model, random_data(V, cfg, 0), collator, cfg, lora(), Watch(0), tmp_path / precision, 0)
+        assert abs(live.peak - expected) <= 64, precision
+
+
+def test_measuring_leaves_no_trace():
+    model = adapted(lora(dropout=0.2))
+    model.eval()
+    model.get_submodule("base_model.model.lm_head").train()
+    model(**{k: batch()[k] for k in ("input_ids", "labels")}).loss.backward()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    gradients = {
+        name: (id(p.grad), p.grad if p.grad is None else p.grad.clone()) for name, p in model.named_parameters()
+    }
+    modes = {name: module.training for name, module in model.named_modules()}
+    states = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
+
+    live_tensor_step(model, batch(), adamw, max_grad_norm=1.0, accumulation=2)
+    live_tensor_forward(model, batch())
+    count_flops(model, batch())
+
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    for name, parameter in model.named_parameters():
+        identity, gradient = gradients[name]
+        assert id(parameter.grad) == identity
+        assert gradient is None or torch.equal(parameter.grad, gradient)
+    assert modes == {name: module.training for name, module in model.named_modules()}
+    assert random.getstate() == states[0]
+    assert (np.random.get_state()[1] == states[1]).all()
+    assert torch.equal(torch.get_rng_state(), states[2])
+
+
+def test_measuring_twice_gives_the_same_number():
+    model = adapted(lora(dropout=0.2))
+    assert live_tensor_step(model, batch(), adamw) == live_tensor_step(model, batch(), adamw)
+
+
+def test_the_forward_pass_alone():
+    model = adapted()
+    peak = live_tensor_forward(model, batch())
+    at_least = size(model.parameters()) + size(model.buffers()) + 2 * B * T * 8 + B * T * V * FLOAT
+    step = live_tensor_step(model, batch(), adamw)
+    assert at_least < peak < step["train_peak"]
+
+
+# ---- FLOPs
+
+
+def test_flops_of_a_step_of_the_whole_model():
+    model = make_tiny_llama()
+    linears = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    heads, width, layers = 4, 8, 2
+    matrix = 3 * 2 * B * T * linears  # forward, input gradient, weight gradient
+    attention = (2 + 5) * 2 * B * heads * T * T * width * layers  # backward computes the scores again
+    angles = 2 * T * width // 2  # of the rotary embedding, a matrix product in older transformers
+    assert count_flops(model, batch()) - matrix - attention in (0, angles)
+
+
+def test_recomputation_costs_one_more_forward_of_the_blocks():
+    model = make_tiny_llama()
+    plain = count_flops(model, batch())
+    enable_activation_checkpointing(model)
+    blocks = sum(m.weight.numel() for m in model.model.modules() if isinstance(m, nn.Linear))
+    # The recomputation stops once everything that was saved is there again, before the last product of a
+    # block.
+    last = sum(layer.mlp.down_proj.weight.numel() for layer in model.model.layers)
+    attention = 2 * 2 * B * 4 * T * T * 8 * 2
+    assert count_flops(model, batch()) - plain == 2 * B * T * (blocks - last) + attention
+
+
+def test_flops_inside_custom_functions_and_checkpoints_count():
+    x, W = torch.randn(6, 5, requires_grad=True), torch.randn(5, 5)
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(W)
+
+        def forward(self, input_ids, attention_mask, use_cache):
+            logits = checkpoint(lambda y: (y @ self.weight) @ self.weight, x, use_reentrant=False)
+            return SimpleNamespace(logits=logits[None])
+
+    tokens = torch.zeros(1, 6, dtype=torch.int64)
+    flops = count_flops(Twice(), {"input_ids": tokens, "attention_mask": tokens + 1, "labels": tokens})
+    product = 2 * 6 * 5 * 5
+    # Two forward, four backward, and the first of the two again.
+    assert flops == pytest.approx(7 * product, abs=product)
+    assert flops % product == 0

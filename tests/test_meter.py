@@ -1,0 +1,175 @@
+"""Step times: what is dropped, what is reported, which span a delay is charged to; peaks of the process and
+of CUDA."""
+
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import make_tiny_llama
+from peft import LoraConfig
+from transformers import TrainerCallback
+
+from lors.harness.data import Collator, random_data
+from lors.harness.meter import Meter, cuda_peak, process_rss_peak
+from lors.harness.method import Method, adapt
+from lors.harness.train import train
+
+DELAY = 0.4  # seconds; far above a step of the small model, also on a busy machine
+STEPS, WARMUP = 8, 3
+RECIPE = SimpleNamespace(
+    steps=STEPS, epochs=None, batch_size=2, gradient_accumulation=2, sequence_length=8, learning_rate=1e-3,
+    minimum_learning_rate=1e-4, warmup_steps=0, weight_decay=0.0, betas=[0.9, 0.999], max_grad_norm=1.0,
+    precision="float32", activation_checkpointing=False, checkpoint_every=None,
+)  # fmt: skip
+
+
+class Sleep(TrainerCallback):
+    """Sleeps at the beginning of the steps of these numbers, from 1, inside the span that is being timed."""
+
+    def __init__(self, *steps):
+        self.steps = steps
+
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step + 1 in self.steps:
+            time.sleep(DELAY)
+
+
+def run(tmp_path: Path, *callbacks, model=None, warmup=WARMUP, data=None) -> Meter:
+    config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    method = Method(name="lora", peft=config, callbacks=callbacks)
+    meter = Meter(warmup)
+    model = model or adapt(method, make_tiny_llama())
+    data = data or random_data(64, RECIPE, 0)
+    train(model, data, Collator(None, "longest", 8), RECIPE, method, meter, tmp_path, seed=0)
+    return meter
+
+
+def test_a_delay_in_a_warm_up_step_does_not_change_the_report(tmp_path):
+    meter = run(tmp_path, Sleep(1, 2, 3))
+    report = meter.time_report()
+    assert [step.warmup for step in meter.steps] == [True] * 3 + [False] * 5
+    assert (report["warmup_steps"], report["steps"]) == (3, 5)
+    assert all(step.ms > DELAY * 1e3 for step in meter.steps[:3])
+    assert report["step_ms"]["p90"] < DELAY * 1e3
+    assert report["tokens_per_second"] > 5 * 32 / (5 * DELAY)
+
+
+def test_a_delay_in_a_later_step_changes_the_report(tmp_path):
+    report = run(tmp_path, Sleep(4, 6, 7)).time_report()
+    assert report["step_ms"]["p10"] < DELAY * 1e3 < report["step_ms"]["p50"]
+    assert report["tokens_per_second"] < 5 * 32 / (3 * DELAY)
+
+
+def test_spans_are_charged_where_the_time_goes(tmp_path):
+    def delays():
+        model = adapt(
+            Method(name="lora", peft=LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")),
+            make_tiny_llama(),
+        )
+        parameter = next(p for p in model.parameters() if p.requires_grad)
+        yield "forward", model, lambda: model.register_forward_hook(lambda *_: time.sleep(DELAY / 4))
+        yield "backward", model, lambda: parameter.register_hook(lambda _: time.sleep(DELAY / 4))
+
+    class SlowOptimizer(TrainerCallback):
+        def on_pre_optimizer_step(self, *_, **__):
+            time.sleep(DELAY / 2)
+
+    for span, model, delay in delays():
+        handle = delay()
+        report = run(tmp_path / span, model=model).time_report()
+        handle.remove()
+        # Two micro-batches, each with a quarter of the delay.
+        spans = {name: report[f"{name}_ms"] for name in ("forward", "backward", "optimizer")}
+        assert spans.pop(span) >= DELAY / 2 * 1e3
+        assert max(spans.values()) < DELAY / 2 * 1e3
+    report = run(tmp_path / "optimizer", SlowOptimizer()).time_report()
+    assert report["optimizer_ms"] >= DELAY / 2 * 1e3 > max(report["forward_ms"], report["backward_ms"])
+
+
+def test_spans_add_up_to_the_step(tmp_path):
+    for step in run(tmp_path).steps:
+        assert min(step.forward_ms, step.backward_ms, step.optimizer_ms) > 0
+        # What is left is the hand-over between micro-batches.
+        assert 0.7 * step.ms < step.forward_ms + step.backward_ms + step.optimizer_ms <= step.ms
+
+
+def test_padding_is_no_token(tmp_path):
+    rows = [{"input_ids": [1] * (2 + i % 5), "labels": [1] * (2 + i % 5)} for i in range(32)]
+    meter = run(tmp_path, data=rows)
+    assert sum(step.tokens for step in meter.steps) == sum(len(row["input_ids"]) for row in rows)
+
+
+def test_a_step_is_always_left_to_report(tmp_path):
+    report = run(tmp_path, warmup=100).time_report()
+    assert (report["warmup_steps"], report["steps"]) == (STEPS - 1, 1)
+
+
+def test_a_resumed_run_reports_the_steps_of_all_its_processes():
+    meter = Meter(warmup_steps=1)
+    state = SimpleNamespace(max_steps=5, global_step=3)
+    lines = [{"ms": 10.0 * i, "forward_ms": 4.0, "backward_ms": 5.0, "optimizer_ms": 1.0, "tokens": 20,
+              "warmup": i == 1, "loss": 3.0} for i in (1, 2, 3)]  # fmt: skip
+    meter.restore(lines)
+    meter.on_train_begin(SimpleNamespace(device=torch.device("cpu")), state, None)
+    for _ in range(2):
+        meter.on_step_begin()
+        meter.mark("")
+        meter.count_tokens(torch.ones(4, 5))
+        meter.mark("forward")
+        meter.mark("backward")
+        meter.on_step_end()
+    assert [step.warmup for step in meter.steps] == [True, False, False, True, False]
+    report = meter.time_report()
+    assert (report["warmup_steps"], report["steps"]) == (2, 3)
+    assert report["step_ms"]["p50"] == 20.0  # of 20, 30 and the short step of this process
+
+
+def test_percentiles_and_rates():
+    meter = Meter()
+    lines = [{"ms": float(ms), "forward_ms": 1.0, "backward_ms": 2.0, "optimizer_ms": 3.0, "tokens": 7,
+              "warmup": False} for ms in range(1, 12)]  # fmt: skip
+    meter.restore(lines)
+    report = meter.time_report()
+    assert report["step_ms"] == {"p10": 2.0, "p50": 6.0, "p90": 10.0}
+    assert (report["forward_ms"], report["backward_ms"], report["optimizer_ms"]) == (1.0, 2.0, 3.0)
+    assert report["tokens_per_second"] == pytest.approx(11 * 7 / 0.066)
+
+
+def test_nothing_measured_is_an_error_not_a_zero():
+    with pytest.raises(ValueError, match="no step to report: 0 measured"):
+        Meter().time_report()
+
+
+def test_process_peak_covers_a_block_that_is_gone_again():
+    resident = int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) * 1024
+    size = 64 * 2**20
+    block = torch.ones(size, dtype=torch.uint8)
+    assert block[-1] == 1
+    del block
+    assert process_rss_peak() >= resident + 0.9 * size
+
+
+def test_a_cpu_has_no_allocator_peak():
+    with cuda_peak(torch.device("cpu")) as peak:
+        torch.zeros(1000)
+    assert (peak.allocated, peak.reserved) == (None, None)
+
+
+@pytest.mark.gpu
+def test_cuda_peaks_are_reset_between_phases():
+    device = torch.device("cuda", 0)
+    with cuda_peak(device) as first:
+        torch.zeros(2**26, device=device)
+    with cuda_peak(device) as second:
+        torch.zeros(2**20, device=device)
+    assert first.allocated >= 2**28 > second.allocated >= 2**22
+
+
+@pytest.mark.gpu
+def test_cuda_spans_are_device_time(tmp_path):
+    config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = adapt(Method(name="lora", peft=config), make_tiny_llama().cuda())
+    for step in run(tmp_path, model=model).steps:
+        assert 0 < step.forward_ms + step.backward_ms + step.optimizer_ms <= 1.05 * step.ms
