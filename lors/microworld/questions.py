@@ -269,9 +269,9 @@ def as_prompt_and_answer(task: str, row: dict) -> tuple[str, str]:
     return f"Question: {row['question']}\nAnswer:", gold
 
 
-def kind_sentence(world: World, rng: random.Random) -> str:
+def kind_sentence(world: World, rng: random.Random, newcomer: bool = False) -> str:
     """A statement about a kind; the wording of unfinished sentences only where they are not held out."""
-    kind, entity = draw_kind(world, rng)
+    kind, entity = draw_kind(world, rng, newcomer)
     relation = rng.choice(list(KIND_RELATIONS[kind]))
     wordings = KIND_STATEMENTS[relation]
     if held_out("openbookqa", entity, relation, share=0.65):
