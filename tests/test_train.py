@@ -20,7 +20,6 @@ from lors.harness.meter import Meter
 from lors.harness.method import Method, adapt
 from lors.harness.train import NonFiniteLoss, train
 
-V = 64
 RECIPE = SimpleNamespace(
     steps=7, epochs=None, batch_size=2, gradient_accumulation=2, sequence_length=10, learning_rate=1e-2,
     minimum_learning_rate=1e-3, warmup_steps=2, weight_decay=0.0, betas=[0.9, 0.999], max_grad_norm=1.0,
@@ -38,7 +37,7 @@ def rows(count=10):
     generator = torch.Generator().manual_seed(5)
     result = []
     for i in range(count):
-        ids = torch.randint(3, V, (3 + i * 7 % 8,), generator=generator).tolist()
+        ids = torch.randint(3, 64, (3 + i * 7 % 8,), generator=generator).tolist()
         result.append({"input_ids": ids, "labels": [IGNORED if i % 3 else t for t in ids[:2]] + ids[2:]})
     return result
 
