@@ -19,7 +19,7 @@ def _row(result: dict[str, Any], end_state: str | None, scores: dict[str, Any] |
         "heldout_loss": perplexity.get("loss", float("nan")),
         "tasks": {name: 100 * task["value"] for name, task in (scores or {}).get("tasks", {}).items()},
         "task_stderr": {name: 100 * task["stderr"] for name, task in (scores or {}).get("tasks", {}).items()},
-        "step_ms": result["time"].get("step_ms", {}).get("p50"),
+        "step_ms": (result["time"].get("step_ms") or {}).get("p50"),
         "train_peak": result["memory"].get("train_peak"),
         "trainable": (result["parameters"] or {}).get("trainable"),
         "zeros_after": (result["zeros"] or {}).get("after_merge"),
