@@ -4,12 +4,12 @@ A Llama of 3.4 million parameters (hidden 256, 4 layers, 4 query and 2 key/value
 the pre-training split with AdamW, in two cycles of the learning rate, each flat and then linear to zero. Batch t is a
 function of the seed and t alone: a killed run that is started again continues from its newest state with the same data.
 
-The world grows: the first texts speak of a tenth of its people, goods and routines, all of them come in over the first
-half. A model that meets everybody at once stays long on a plateau before it recalls anybody (Zucchet et al., 2025,
-arXiv 2503.21676); measured here: no recall at all after 4 million tokens of the whole world.
+The world grows: the first texts speak of a tenth of its people, goods and routines, all of them have come in by
+`GROWTH_STEPS`. A model that meets everybody at once stays long on a plateau before it recalls anybody (Zucchet et al.,
+2025, arXiv 2503.21676). The second cycle brings newcomers, known less firmly; the test items are about them.
 
 Answers of yes/no questions are one token in a passage of sixty, and learnt last: their loss is weighted, and once the
-world is whole the texts turn to comparing and weighing (`STAGES`).
+old world is whole the texts turn to comparing and weighing (`STAGES`).
 """
 
 import argparse

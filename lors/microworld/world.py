@@ -156,9 +156,9 @@ def build_old(seed: int = SEED) -> World:
     """The world before the newcomers: the one that most of the pre-training is about."""
     rng = random.Random(seed)
     people = _people(rng, PEOPLE)
-    goods = rng.sample([f"{maker} {thing}" for maker in words.LAST_NAMES for thing in words.THINGS], THINGS)
-    entities = {"thing": goods, **{kind: PERSON_RELATIONS[kind] for kind in ("pet", "food", "city", "job")}}
-    kinds = {kind: {entity: _facts(rng, KIND_RELATIONS[kind]) for entity in entities[kind]} for kind in entities}
+    kinds = {"thing": _goods(rng, THINGS)}
+    for kind in ("pet", "food", "city", "job"):
+        kinds[kind] = {entity: _facts(rng, KIND_RELATIONS[kind]) for entity in PERSON_RELATIONS[kind]}
     kind_entities = tuple((kind, entity) for kind, table in kinds.items() for entity in table)
     routines = _routines(rng, words.CITIES[:ROUTINE_CITIES])
     moods = {
