@@ -9,6 +9,8 @@ from pathlib import Path
 
 # Before any library of Hugging Face is imported: no test may reach for the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Before torch is imported, here and in the processes that tests start: pytest runs a worker on every core.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
