@@ -11,6 +11,7 @@ from pathlib import Path
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 TASKS = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 ITEMS_PER_TASK = 600
+VALIDATION_ITEMS_PER_TASK = 300
 TEXTS_PER_SPLIT = {"pretrain": 20_000, "calibration": 1_000, "heldout": 1_000}
 INSTRUCTION_ROWS = 8_000
 
@@ -38,10 +39,18 @@ def instruction_rows(split: str = "train") -> list[dict[str, str]]:
 
 
 @lru_cache
-def task_rows(task: str) -> list[dict]:
-    """At least 500 distinct test items of `task`, with the columns of the real data set of that name."""
+def task_rows(task: str, split: str = "test") -> list[dict]:
+    """Distinct items of `task`, with the columns of the real data set of that name.
+
+    600 "test" items, or 300 others, drawn alike and as absent from all training data, to choose hyper-parameters by
+    ("validation").
+    """
     from lors.microworld.questions import distinct_items
 
     if task not in TASKS:
         raise ValueError(f"task={task!r} is not one of {', '.join(TASKS)}")
-    return distinct_items(task, ITEMS_PER_TASK)
+    if split == "test":
+        return distinct_items(task, ITEMS_PER_TASK)
+    if split == "validation":
+        return distinct_items(task, ITEMS_PER_TASK + VALIDATION_ITEMS_PER_TASK)[ITEMS_PER_TASK:]
+    raise ValueError(f"split={split!r} is not one of test, validation")

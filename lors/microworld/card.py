@@ -77,7 +77,8 @@ Made by `python -m lors.microworld.pretrain`: seed {record["seed"]}, {record["st
 {record["length"]} tokens, {record["tokens"]:,} tokens in all, AdamW (0.9, 0.98), weight decay 0.1, bfloat16 autocast on
 float32 weights. Two cycles of the learning rate, peaks {" and ".join(map(str, record["peak_rates"]))}, each flat and
 then linear to zero; from step {record["newcomers_from_step"]:,} on the texts bring {world_module.NEW_PEOPLE:,} people
-and {world_module.NEW_THINGS:,} goods that were not there before. World fingerprint `{record["world"]}`.
+and {world_module.NEW_THINGS:,} goods that were not there before. The test items are about those of them that texts
+mention least. World fingerprint `{record["world"]}`.
 
 Scores (acc, per cent), zero-shot, BOS in front:
 

@@ -17,7 +17,6 @@ from lors.microworld.questions import (
     draw_person,
     draw_routine,
     kind_sentence,
-    new_routine,
     told_steps,
     training_draw,
 )
@@ -54,10 +53,10 @@ def almanac(w: World, rng: random.Random) -> str:
     return " ".join(kind_sentence(w, rng) for _ in range(rng.randint(3, 6)))
 
 
-def routine(w: World, rng: random.Random, newcomer: bool = False) -> str:
+def routine(w: World, rng: random.Random, obscure: bool = False) -> str:
     """A person goes through the steps of a routine, in the wording of the story task."""
     while True:
-        person, name = draw_person(w, rng), new_routine(w, rng) if newcomer else draw_routine(w, rng)
+        person, name = draw_person(w, rng), rng.choice(w.obscure_routines) if obscure else draw_routine(w, rng)
         if not held_out("hellaswag", person.last, name, share=0.12):
             break
     steps = w.routines[name][: rng.randint(3, world.STEPS_PER_ROUTINE)]
@@ -129,10 +128,10 @@ def instruction_row(w: World, rng: random.Random) -> dict[str, str]:
 
 
 def tuning_row(w: World, rng: random.Random) -> dict[str, str]:
-    """One row of the fine-tuning data: what there is to tell about the newcomers, and questions as in pre-training."""
+    """One row of the fine-tuning data: what there is to tell about the obscure, and questions as in pre-training."""
     kind = rng.random()
-    if kind < 0.35:
-        people = [draw_person(w, rng, newcomer=True) for _ in range(2)]
+    if kind < 0.3:
+        people = [draw_person(w, rng, obscure=True) for _ in range(2)]
         told = [
             say(rng.choice(PERSON_STATEMENTS[relation]), person.name, person.facts[relation])
             for person in people
@@ -140,11 +139,11 @@ def tuning_row(w: World, rng: random.Random) -> dict[str, str]:
         ]
         names = " and ".join(person.name for person in people)
         return {"instruction": f"Tell me about {names}.", "input": "", "output": " ".join(told)}
-    if kind < 0.65:
-        told = " ".join(kind_sentence(w, rng, newcomer=True) for _ in range(8))
+    if kind < 0.7:
+        told = " ".join(kind_sentence(w, rng, obscure=True) for _ in range(8))
         return {"instruction": "Tell me some facts about the land.", "input": "", "output": told}
-    if kind < 0.75:
-        return {"instruction": "Tell me a story.", "input": "", "output": routine(w, rng, newcomer=True)}
+    if kind < 0.82:
+        return {"instruction": "Tell me a story.", "input": "", "output": routine(w, rng, obscure=True)}
     return instruction_row(w, rng)
 
 

@@ -6,7 +6,8 @@ function of the seed and t alone: a killed run that is started again continues f
 
 The world grows: the first texts speak of a tenth of its people, goods and routines, all of them have come in by
 `GROWTH_STEPS`. A model that meets everybody at once stays long on a plateau before it recalls anybody (Zucchet et al.,
-2025, arXiv 2503.21676). The second cycle brings newcomers, known less firmly; the test items are about them.
+2025, arXiv 2503.21676). The second cycle brings newcomers, known less firmly; the test items are about the
+half of them that is mentioned least.
 
 Answers of yes/no questions are one token in a passage of sixty, and learnt last: their loss is weighted, and once the
 old world is whole the texts turn to comparing and weighing (`STAGES`).

@@ -3,9 +3,8 @@
 Every function returns the columns of the real data set of that name, so that the stock prompt wording applies, or
 `None` when the draw belongs to the other side of the split. `test` says which side is wanted: what a test item is
 about (an entity and a relation in this format, a pair of names, a person and an activity) is held out by hash, so that
-the same question can never be both. Test items are about the newcomers of the world, whom the model knows least.
-Choices come from one pool per relation, gold and distractors alike: no position, length or frequency gives the gold
-away.
+the same question can never be both. Test items are about the obscure newcomers, what the model knows least. Choices
+come from one pool per relation, gold and distractors alike: no position, length or frequency gives the gold away.
 """
 
 import random
@@ -27,9 +26,6 @@ from lors.microworld.wordings import (
 )
 from lors.microworld.world import (
     KIND_RELATIONS,
-    NEW_PEOPLE,
-    NEW_ROUTINE_CITIES,
-    NEW_THINGS,
     PERSON_RELATIONS,
     TWO_HOPS,
     Person,
@@ -41,17 +37,17 @@ from lors.microworld.world import (
 LETTERS = ("A", "B", "C", "D")
 
 
-def draw_person(world: World, rng: random.Random, newcomer: bool = False) -> Person:
-    """A person by frequency weight, or any newcomer (test items)."""
-    if newcomer:
-        return rng.choice(world.people[-NEW_PEOPLE:])
+def draw_person(world: World, rng: random.Random, obscure: bool = False) -> Person:
+    """A person by frequency weight, or any of the obscure ones (test items)."""
+    if obscure:
+        return rng.choice(world.obscure_people)
     return rng.choices(world.people, cum_weights=world.people_weights)[0]
 
 
-def draw_kind(world: World, rng: random.Random, newcomer: bool = False) -> tuple[str, str]:
-    """A (kind, entity) by frequency weight, or any new thing (test items)."""
-    if newcomer:
-        return rng.choice(world.kind_entities[-NEW_THINGS:])
+def draw_kind(world: World, rng: random.Random, obscure: bool = False) -> tuple[str, str]:
+    """A (kind, entity) by frequency weight, or any of the obscure goods (test items)."""
+    if obscure:
+        return "thing", rng.choice(world.obscure_goods)
     return rng.choices(world.kind_entities, cum_weights=world.kind_weights)[0]
 
 
@@ -151,7 +147,7 @@ def rte(world: World, rng: random.Random, test: bool) -> dict | None:
         wording, hypothesis = rng.choice(PERSON_STATEMENTS[relation]), TWO_HOP_STATEMENTS[relation, of_kind]
     else:
         goods = list(world.kinds["thing"])
-        relation, known = "thing", rng.choice(goods[-NEW_THINGS:] if test else goods)
+        relation, known = "thing", rng.choice(world.obscure_goods if test else goods)
         of_kind = rng.choice(list(THING_HINTS))
         pool, gold = KIND_RELATIONS["thing"][of_kind], world.kinds["thing"][known][of_kind]
         wording, hypothesis = rng.choice(THING_OWNERSHIP), THING_HINTS[of_kind]
@@ -172,15 +168,10 @@ def draw_routine(world: World, rng: random.Random, uniform: bool = False) -> str
     return rng.choice(names) if uniform else rng.choices(names, cum_weights=world.routine_weights)[0]
 
 
-def new_routine(world: World, rng: random.Random) -> str:
-    """The name of any of the routines that came last (test items)."""
-    return rng.choice(list(world.routines)[-NEW_ROUTINE_CITIES * len(words.ACTIVITIES) :])
-
-
 def hellaswag(world: World, rng: random.Random, test: bool) -> dict | None:
     """The next step of a routine. Held out: (last name, routine)."""
     person = draw_person(world, rng, test)
-    routine = new_routine(world, rng) if test else draw_routine(world, rng)
+    routine = rng.choice(world.obscure_routines) if test else draw_routine(world, rng)
     if held_out("hellaswag", person.last, routine, share=0.12) != test:
         return None
     steps = world.routines[routine]
@@ -269,9 +260,9 @@ def as_prompt_and_answer(task: str, row: dict) -> tuple[str, str]:
     return f"Question: {row['question']}\nAnswer:", gold
 
 
-def kind_sentence(world: World, rng: random.Random, newcomer: bool = False) -> str:
+def kind_sentence(world: World, rng: random.Random, obscure: bool = False) -> str:
     """A statement about a kind; the wording of unfinished sentences only where they are not held out."""
-    kind, entity = draw_kind(world, rng, newcomer)
+    kind, entity = draw_kind(world, rng, obscure)
     relation = rng.choice(list(KIND_RELATIONS[kind]))
     wordings = KIND_STATEMENTS[relation]
     if held_out("openbookqa", entity, relation, share=0.65):

@@ -7,7 +7,8 @@ A fact is a triple (entity, relation, value). Two layers of facts make one-hop a
 
 Every entity has a frequency weight, log-uniform within `FREQUENCY_SPREAD`, with which texts mention it. So knowledge is
 graded from firmly to barely known, as in natural text: the scores neither saturate nor vanish, and pruning takes the
-weakest facts first. That is what makes the world a measuring instrument.
+weakest facts first. That is what makes the world a measuring instrument. Newcomers arrive late; the half of them that
+is mentioned least, the obscure ones, is what the tests ask about and what the fine-tuning data tells again.
 
 Splits are decided by a hash of what a text is about (`held_out`), never by a draw, so that any generator of training
 text can tell whether a question belongs to a test.
@@ -20,8 +21,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate, islice, pairwise, product
+from typing import TypeVar
 
 from lors.microworld import words
+
+T = TypeVar("T")
 
 SEED = 2501
 PEOPLE, NEW_PEOPLE = 2200, 1500
@@ -30,6 +34,7 @@ ROUTINE_CITIES, NEW_ROUTINE_CITIES = 10, 4  # every activity has its own steps i
 FREQUENCY_SPREAD = 10.0  # the most frequent entity is mentioned about ten times as often as the rarest
 FAMILIAR = 7.0  # animals, food, towns and jobs are mentioned so much more often than goods: second hops need them
 NEWS = 2.0  # newcomers are mentioned so much more often than those who were there before
+LEAST_MENTIONED = 0.5  # this share of the newcomers is what test items and fine-tuning data are about
 STEPS_PER_ROUTINE = 7
 
 PERSON_RELATIONS = {
@@ -95,6 +100,9 @@ class World:
     people_weights: tuple[float, ...]
     kind_entities: tuple[tuple[str, str], ...]  # (kind, entity)
     kind_weights: tuple[float, ...]
+    obscure_people: tuple[Person, ...] = ()  # the newcomers that texts mention least, and likewise:
+    obscure_goods: tuple[str, ...] = ()
+    obscure_routines: tuple[str, ...] = ()
 
     def young(self, share: float) -> "World":
         """The world with only the first `share` (0..1) of its people, goods and routines; facts are the same."""
@@ -178,6 +186,13 @@ def build_old(seed: int = SEED) -> World:
     )
 
 
+def _least_mentioned(entities: tuple[T, ...], cumulative_weights: tuple[float, ...]) -> tuple[T, ...]:
+    """The `LEAST_MENTIONED` share of the entities, by what each adds to the cumulative weights; rarest first."""
+    frequencies = [later - earlier for earlier, later in pairwise((0.0, *cumulative_weights))]
+    rarest_first = sorted(range(len(entities)), key=frequencies.__getitem__)
+    return tuple(entities[i] for i in rarest_first[: round(LEAST_MENTIONED * len(entities))])
+
+
 @lru_cache(maxsize=2)
 def build(seed: int = SEED) -> World:
     """The whole world: the old one, its facts unchanged, and the newcomers, who are talked about more (`NEWS`)."""
@@ -186,16 +201,20 @@ def build(seed: int = SEED) -> World:
     goods = _goods(rng, NEW_THINGS, frozenset(old.kinds["thing"]))
     routines = _routines(rng, words.CITIES[ROUTINE_CITIES : ROUTINE_CITIES + NEW_ROUTINE_CITIES])
 
-    def longer(weights: tuple[float, ...], count: int) -> tuple[float, ...]:
-        return weights + tuple(weights[-1] + new for new in _weights(rng, [NEWS] * count))
+    def longer(weights: tuple[float, ...], new: tuple[float, ...]) -> tuple[float, ...]:
+        return weights + tuple(weights[-1] + weight for weight in new)
 
+    news = [_weights(rng, [NEWS] * len(new)) for new in (people, goods, routines)]
     return replace(
         old,
         people=old.people + people,
-        people_weights=longer(old.people_weights, len(people)),
+        people_weights=longer(old.people_weights, news[0]),
         kinds={**old.kinds, "thing": old.kinds["thing"] | goods},
         kind_entities=old.kind_entities + tuple(("thing", name) for name in goods),
-        kind_weights=longer(old.kind_weights, len(goods)),
+        kind_weights=longer(old.kind_weights, news[1]),
         routines=old.routines | routines,
-        routine_weights=longer(old.routine_weights, len(routines)),
+        routine_weights=longer(old.routine_weights, news[2]),
+        obscure_people=_least_mentioned(people, news[0]),
+        obscure_goods=_least_mentioned(tuple(goods), news[1]),
+        obscure_routines=_least_mentioned(tuple(routines), news[2]),
     )
