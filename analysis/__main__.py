@@ -1,25 +1,37 @@
-"""`python -m analysis <command> <folder of runs>`."""
+"""Tables, plots and verdicts from result files: `python -m analysis <command>`."""
 
 import argparse
 import sys
-from pathlib import Path
 
-from analysis import margins, methods
-from analysis.results import load
+from analysis import bench, claims, compare, margins, plots, rates, report, simulated, tables
 
-COMMANDS = {"margins": margins.report, "methods": methods.report}
+# A command is a module: the first line of its text is its help, `add_arguments(parser)` declares what it takes, and
+# `run(options)` returns the exit code. A ValueError is bad input: one line, exit code 2.
+COMMANDS = {
+    "bench": bench,
+    "claims": claims,
+    "compare": compare,
+    "lr": rates,
+    "margins": margins,
+    "plots": plots,
+    "report": report,
+    "simulated": simulated,
+    "tables": tables,
+}
 
 
-def main() -> int:
-    """Parse the command line, load the results and hand them to the command."""
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the command line and run the command."""
     parser = argparse.ArgumentParser(prog="python -m analysis", description=__doc__)
-    parser.add_argument("command", choices=COMMANDS)
-    parser.add_argument("runs", type=Path, nargs="+", help="folders below which result.json files lie")
-    parser.add_argument("--output", type=Path, help="folder for the table and the plot; default: the first of runs")
-    options = parser.parse_args()
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, module in COMMANDS.items():
+        summary = module.__doc__.splitlines()[0]
+        command = commands.add_parser(name, help=summary, description=summary)
+        module.add_arguments(command)
+    options = parser.parse_args(arguments)
     try:
-        return COMMANDS[options.command](load(options.runs), options.output or options.runs[0])
-    except ValueError as error:
+        return COMMANDS[options.command].run(options)
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

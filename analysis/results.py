@@ -1,61 +1,255 @@
-"""Finished results as one table: a row for each run and end state, scores in points (per cent)."""
+"""Result files as one table: a row for each run and end state, and one for each control (dense, pruned).
 
+Nothing is computed here except units: scores become points (per cent), everything else stays as the harness wrote it.
+Runs that failed or ran out of memory are rows too, with their axes and sizes and without a single measured number, so
+that no mean can pick up what a broken run had measured before it broke. The columns:
+
+    axes      status (ok, oom, failed), mode, method, model, pruner, pattern, sparsity, seed (NaN for a control),
+              label ("0.5", "2:4", "0"), end_state, headline (the first end state of its run)
+    run       key, path (of result.json), experiment, error, config (nested, resolved), steps_file
+    machine   device, threads, python, torch, transformers, peft, lm_eval, datasets, git_commit, git_dirty
+    quality   accuracy and accuracy_stderr (points), accuracy_metric, tasks, task_stderr, task_metric and task_norm
+              (by task; task_norm: acc_norm where a task has one),
+              perplexity, heldout_loss and heldout_stderr (nats), perplexity_text, perplexity_window
+    training  loss_first, loss_last
+    zeros     zeros_before and zeros_after (fractions), zeros_lost and zeros_gained (counts), zeros_kept (fraction of
+              the old zeros that are still zero; NaN beside an unmerged adapter), pattern_valid
+    size      trainable, total (counts), adapter_bytes
+    memory    memory_kind, train_peak, init_peak, eval_peak, reserved_peak (bytes), memory_breakdown (by category)
+    time      step_ms (median), step_ms_p10, step_ms_p90, forward_ms, backward_ms, optimizer_ms, tokens_per_second,
+              flops (per step)
+"""
+
+import argparse
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+__all__ = ["CONTROLS", "MACHINE", "add_run_arguments", "load"]
 
-def _row(result: dict[str, Any], end_state: str | None, scores: dict[str, Any] | None) -> dict[str, Any]:
-    average, perplexity = (scores or {}).get("average") or {}, (scores or {}).get("perplexity") or {}
-    return {
-        **{axis: result[axis] for axis in ("method", "model", "pruner", "pattern", "sparsity", "seed")},
-        "label": result["pattern"] if result["pattern"] != "unstructured" else f"{result['sparsity']:g}",
-        "end_state": end_state,
-        "accuracy": 100 * average.get("value", float("nan")),
-        "accuracy_stderr": 100 * average.get("stderr", float("nan")),
-        "heldout_loss": perplexity.get("loss", float("nan")),
-        "tasks": {name: 100 * task["value"] for name, task in (scores or {}).get("tasks", {}).items()},
-        "task_stderr": {name: 100 * task["stderr"] for name, task in (scores or {}).get("tasks", {}).items()},
-        "step_ms": (result["time"].get("step_ms") or {}).get("p50"),
-        "train_peak": result["memory"].get("train_peak"),
-        "trainable": (result["parameters"] or {}).get("trainable"),
-        "zeros_after": (result["zeros"] or {}).get("after_merge"),
-        "key": result["key"],
-    }
+SCHEMA = 1
+# Models that no method has trained; rows of their own, whatever run they were scored in.
+CONTROLS = ("dense", "pruned")
+# Runs that differ in one of these do not share a table: what they were measured on, and with.
+MACHINE = ("device", "threads", "torch", "transformers", "peft", "lm_eval", "datasets")
+NAN = float("nan")
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of every command that reads runs: their folders, and where to write."""
+    parser.add_argument(
+        "runs", type=Path, nargs="*", default=[Path("runs")], help="folders of result files; default: runs"
+    )
+    parser.add_argument("--output", type=Path, help="folder for what is written; default: the first of the folders")
 
 
 def load(folders: Iterable[Path]) -> pd.DataFrame:
-    """All runs with status ok below `folders`; end states of one run are rows of their own, and so are the dense and
-    the pruned model (methods "dense" and "pruned"), once for each pruned model.
+    """All results below `folders`, columns as in the module's text.
+
+    A ``method=none`` run is the control that it scores: "pruned", or "dense" if nothing was pruned. A run that was
+    repeated on the same machine counts once: the finished one, then the latest.
 
     Raises:
-        ValueError: no finished run below `folders`.
+        ValueError: No result file below `folders`, or one that cannot be read.
     """
-    folders = list(folders)
-    results = [json.loads(file.read_text()) for folder in folders for file in sorted(folder.rglob("result.json"))]
-    rows: dict[tuple, dict[str, Any]] = {}
-    for result in results:
-        if result["status"] != "ok":
+    folders = [Path(folder) for folder in folders]
+    files = [file for folder in folders for file in sorted(folder.rglob("result.json"))]
+    if not files:
+        raise ValueError(f"runs={', '.join(map(str, folders))}: no result.json below")
+    rows: dict[tuple[str, ...], dict[str, Any]] = {}
+    for file, result in _newest((file, _read(file)) for file in files):
+        for row in _rows(result, file):
+            if row["method"] not in CONTROLS:
+                rows[result["key"], *_machine(row), str(row["end_state"])] = row
+            elif row["status"] == "ok":
+                rows.setdefault(_control_identity(row), row)
+            else:
+                rows[result["key"], *_machine(row), "control"] = row
+    # Text stays text and None stays None: pandas would make NaN of it.
+    table = pd.DataFrame(rows.values(), dtype=object).drop(columns="end")
+    return table.astype({name: float for name in table if set(map(type, table[name])) == {float}})
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        result = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: not a result file ({error})") from error
+    if not isinstance(result, dict) or result.get("schema") != SCHEMA:
+        found = result.get("schema") if isinstance(result, dict) else result
+        raise ValueError(f"{file}: schema {found}; this version reads {SCHEMA}")
+    return result
+
+
+def _newest(results: Iterable[tuple[Path, dict[str, Any]]]) -> list[tuple[Path, dict[str, Any]]]:
+    """One result for each run and machine; those that scored a control by itself come first."""
+    kept: dict[tuple[str, ...], tuple[Path, dict[str, Any]]] = {}
+    for file, result in sorted(results, key=lambda item: (item[1]["status"] == "ok", item[1]["environment"]["end"])):
+        kept[result["key"], *_machine(result["environment"])] = (file, result)
+    return sorted(kept.values(), key=lambda item: (item[1]["method"] != "none", item[0]))
+
+
+def _machine(values: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(str(values[name]) for name in MACHINE)
+
+
+def _control_identity(row: dict[str, Any]) -> tuple[str, ...]:
+    """What a control's scores depend on: the model, how it was pruned, how it is scored, and the machine.
+
+    The scores themselves are part of it: if they differ, code or data have changed, and one of two must not hide the
+    other.
+    """
+    config = row["config"]
+    parts = [config["model"], config["eval"]] + ([config["prune"]] if row["method"] == "pruned" else [])
+    scores = f"{row['accuracy']:.2f} {row['heldout_loss']:.3f}"
+    return (row["method"], row["label"], json.dumps(parts, sort_keys=True), *_machine(row), scores)
+
+
+def _rows(result: dict[str, Any], file: Path) -> Iterator[dict[str, Any]]:
+    run = {**_axes(result), **_origin(result, file), **_sizes(result["parameters"])}
+    ok = result["status"] == "ok"
+    cost = {**_memory(result["memory"] if ok else {}), **_time(result if ok else {})}
+    if result["method"] == "none":
+        yield (
+            run
+            | cost
+            | _as_control("dense" if result["pruner"] == "none" else "pruned")
+            | (_quality(result["eval"] if ok else None) | _zeros(result["zeros"] if ok else None))
+        )
+        yield from _controls(result, run, ("dense",)) if ok else ()
+        return
+    states = {result["end_state"]: (result["eval"], result["zeros"])}
+    states |= {name: (variant["eval"], variant["zeros"]) for name, variant in result["variants"].items()}
+    for state, (scores, zeros) in states.items() if ok else [(None, (None, None))]:
+        end = {"end_state": state, "headline": state == result["end_state"] or not ok}
+        yield run | cost | end | _quality(scores) | _zeros(zeros)
+    yield from _controls(result, run, CONTROLS) if ok else ()
+
+
+def _controls(result: dict[str, Any], run: dict[str, Any], names: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """The baseline scores that a run carries; none of its own cost belongs to them."""
+    for name in names:
+        scores = result["baselines"][name]
+        if scores is None or (name == "pruned" and result["pruner"] == "none"):
             continue
-        rows[result["key"], "headline"] = _row(result, result["end_state"], result["eval"])
-        for variant, content in result["variants"].items():
-            rows[result["key"], variant] = _row(result, variant, content["eval"]) | {
-                "zeros_after": content["zeros"]["after_merge"]
-            }
-        for baseline, scores in result["baselines"].items():
-            if scores is not None and not (baseline == "pruned" and result["pruner"] == "none"):
-                row = _row(result, None, scores) | {
-                    "method": baseline,
-                    "seed": None,
-                    "step_ms": None,
-                    "trainable": 0,
-                }
-                if baseline == "dense":
-                    row |= {"pruner": "none", "pattern": "unstructured", "sparsity": 0.0, "label": "0"}
-                rows[tuple(row[axis] for axis in ("method", "model", "pruner", "label"))] = row
-    if not rows:
-        raise ValueError(f"runs={', '.join(map(str, folders))}: no finished result.json below")
-    return pd.DataFrame(rows.values())
+        row = run | _as_control(name) | _sizes({"trainable": 0}) | _memory({}) | _time({}) | _quality(scores)
+        zeros = result["zeros"] if name == "pruned" else None
+        before = {} if zeros is None else {"after_prune": zeros["after_prune"], "after_merge": zeros["after_prune"]}
+        row |= _zeros(before | {"lost": 0, "gained": 0} if before else None)
+        if name == "dense":
+            row |= {"pruner": "none", "pattern": "unstructured", "sparsity": 0.0, "label": "0"}
+        yield row
+
+
+def _as_control(name: str) -> dict[str, Any]:
+    return {"method": name, "seed": NAN, "end_state": None, "headline": True, "steps_file": None}
+
+
+def _axes(result: dict[str, Any]) -> dict[str, Any]:
+    axes = ("status", "mode", "method", "model", "pruner", "pattern")
+    label = result["pattern"] if result["pattern"] != "unstructured" else f"{result['sparsity']:g}"
+    numbers = {axis: _number(result[axis]) for axis in ("sparsity", "seed")}
+    return {**{axis: result[axis] for axis in axes}, **numbers, "label": label}
+
+
+def _origin(result: dict[str, Any], file: Path) -> dict[str, Any]:
+    error, environment = result["error"], result["environment"]
+    steps = result["artifacts"]["steps"]
+    machine = (*MACHINE, "python", "git_commit", "git_dirty", "end")
+    return {
+        "key": result["key"],
+        "path": file,
+        "experiment": result["config"]["name"],
+        "error": None if error is None else f"{error['type']}: {' '.join(error['message'].split())}",
+        "config": result["config"],
+        "steps_file": None if steps is None else file.parent / steps,
+        **{name: environment[name] for name in machine},
+    }
+
+
+def _quality(scores: dict[str, Any] | None) -> dict[str, Any]:
+    scores = scores or {}
+    tasks, average, text = scores.get("tasks", {}), scores.get("average") or {}, scores.get("perplexity") or {}
+    return {
+        "accuracy": _points(average.get("value")),
+        "accuracy_stderr": _points(average.get("stderr")),
+        "accuracy_metric": average.get("metric"),
+        "tasks": {name: _points(task["value"]) for name, task in tasks.items()},
+        "task_stderr": {name: _points(task["stderr"]) for name, task in tasks.items()},
+        "task_metric": {name: task["metric"] for name, task in tasks.items()},
+        "task_norm": {name: _points(task["acc_norm"]) for name, task in tasks.items() if "acc_norm" in task},
+        "perplexity": _number(text.get("value")),
+        "heldout_loss": _number(text.get("loss")),
+        "heldout_stderr": _number(text.get("loss_stderr")),
+        "perplexity_text": text.get("text"),
+        "perplexity_window": _number(text.get("window")),
+    }
+
+
+def _zeros(zeros: dict[str, Any] | None) -> dict[str, Any]:
+    zeros = zeros or {}
+    return {
+        "zeros_before": _number(zeros.get("after_prune")),
+        "zeros_after": _number(zeros.get("after_merge")),
+        "zeros_lost": _number(zeros.get("lost")),
+        "zeros_gained": _number(zeros.get("gained")),
+        "zeros_kept": _kept(zeros),
+        "pattern_valid": zeros.get("pattern_valid"),
+    }
+
+
+def _kept(zeros: dict[str, Any]) -> float:
+    """Fraction of the old zeros that are still zero; NaN where it is not known.
+
+    The file has the fractions z and z' of zeros before and after, and the numbers of lost and of gained ones. From
+    gained - lost = (z' - z) N follows N, the number of weights.
+    """
+    lost, before, after = zeros.get("lost"), zeros.get("after_prune"), zeros.get("after_merge")
+    if lost is None or not before:
+        return NAN
+    if lost == 0:
+        return 1.0
+    if after == before:
+        return NAN
+    weights = (zeros["gained"] - lost) / (after - before)
+    return 1 - lost / (before * weights)
+
+
+def _sizes(parameters: dict[str, Any] | None) -> dict[str, Any]:
+    return {name: _number((parameters or {}).get(name)) for name in ("trainable", "total", "adapter_bytes")}
+
+
+def _memory(memory: dict[str, Any]) -> dict[str, Any]:
+    peaks = ("train_peak", "init_peak", "eval_peak", "reserved_peak")
+    return {
+        "memory_kind": memory.get("kind"),
+        **{name: _number(memory.get(name)) for name in peaks},
+        "memory_breakdown": memory.get("breakdown") or {},
+    }
+
+
+def _time(result: dict[str, Any]) -> dict[str, Any]:
+    time, loss = result.get("time") or {}, result.get("loss") or {}
+    step = time.get("step_ms") or {}
+    spans = ("forward_ms", "backward_ms", "optimizer_ms", "tokens_per_second")
+    return {
+        "step_ms": _number(step.get("p50")),
+        "step_ms_p10": _number(step.get("p10")),
+        "step_ms_p90": _number(step.get("p90")),
+        **{name: _number(time.get(name)) for name in spans},
+        "flops": _number((result.get("flops") or {}).get("per_step")),
+        "loss_first": _number(loss.get("first")),
+        "loss_last": _number(loss.get("last")),
+    }
+
+
+def _number(value: float | None) -> float:
+    return NAN if value is None else float(value)
+
+
+def _points(fraction: float | None) -> float:
+    """Points, the unit of every accuracy in tables and plots: 100 for all items right."""
+    return 100 * _number(fraction)

@@ -1,0 +1,154 @@
+"""The columns of the tables: where each number comes from, how it is shown, and what makes one the best."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import pandas as pd
+
+__all__ = ["Column", "cost_columns", "memory_unit", "quality_columns"]
+
+MEBIBYTE, GIBIBYTE, GIGA = 2**20, 2**30, 1e9
+# Less than this is shown in MiB.
+LEAST_IN_GIBIBYTES = 4 * GIBIBYTE
+# Less than this is shown with one decimal.
+LEAST_IN_WHOLE_MILLISECONDS = 100
+Number = Callable[[pd.Series], float]
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column.
+
+    Attributes:
+        name: In CSV files, with the unit.
+        title: In the header.
+        show: A number as text.
+        value: The number of one run, from a row of `results.load`.
+        item_error: Its standard error over the test items, if it is a mean over items.
+        tested: Value and item error that the test compares, where they are not the shown ones.
+        bounds: The range (low, high) of one run's number: of a cost, which has no test but `statistics.best_range`.
+        better: Whether more or less is better; None: neither, nothing is ever bold.
+        relative: For a column without a number of its own: how it compares `base` with that of LoRA.
+        base: The column that is compared.
+        spread: Whether the standard deviation is worth showing.
+    """
+
+    name: str
+    title: str
+    show: Callable[[float], str]
+    value: Number | None = None
+    item_error: Number | None = None
+    tested: tuple[Number, Number] | None = None
+    bounds: tuple[Number, Number] | None = None
+    better: Literal["more", "less"] | None = None
+    relative: Literal["difference", "ratio"] | None = None
+    base: "Column | None" = None
+    spread: bool = True
+
+
+def quality_columns(rows: pd.DataFrame) -> list[Column]:
+    """A column for each task that was scored in `rows`, average, perplexity and zeros; none if nothing was scored."""
+    metrics = {task: metric for of_row in rows.task_metric for task, metric in of_row.items()}
+    columns = [_task(task, metric) for task, metric in metrics.items()]
+    average = next((metric for metric in rows.accuracy_metric if metric is not None), None)
+    if average is not None:
+        value, error = _of("accuracy"), _of("accuracy_stderr")
+        base = Column("average", f"average ({average})", _tenths, value, error, better="more")
+        columns += [base, Column("average_minus_lora", "Δ LoRA", _signed_tenths, relative="difference", base=base)]
+    if rows.perplexity.notna().any():
+        value, tested = _of("perplexity"), (_of("heldout_loss"), _of("heldout_stderr"))
+        columns.append(Column("perplexity", "perplexity", _hundredths, value, tested=tested, better="less"))
+    if columns:
+        value = _scaled("zeros_kept", 100)
+        columns.append(Column("zeros_kept_percent", "zeros kept (%)", _floored, value, spread=False))
+    return columns
+
+
+def cost_columns(rows: pd.DataFrame) -> list[Column]:
+    """Size, memory and time of a training, absolute and relative to LoRA; what nobody has measured is left out."""
+    unit, size = memory_unit(rows.train_peak.max())
+    whole = rows.step_ms.max() >= LEAST_IN_WHOLE_MILLISECONDS
+    measured = {
+        "trainable": Column("trainable", "trainable", _count, _of("trainable"), spread=False),
+        "train_peak": Column("train_peak_bytes", f"memory ({unit})", _in_units(size), _of("train_peak"), better="less",
+                             bounds=(_of("train_peak"), _of("train_peak"))),
+        "step_ms": Column("step_ms", "step (ms)", _count if whole else _tenths, _of("step_ms"), better="less",
+                          bounds=(_of("step_ms_p10"), _of("step_ms_p90"))),
+        "tokens_per_second": Column("tokens_per_second", "tokens/s", _count, _of("tokens_per_second"), better="more",
+                                    bounds=(_tokens_when("step_ms_p90"), _tokens_when("step_ms_p10"))),
+        "flops": Column("flops", "GFLOP/step", _tenths_of_giga, _of("flops"), spread=False),
+    }  # fmt: skip
+    columns = []
+    for source, column in measured.items():
+        if rows[source].notna().any():
+            columns.append(column)
+            if source not in ("trainable", "flops"):
+                title, name = "× LoRA", f"{column.name}_over_lora"
+                columns.append(Column(name, title, _ratio, relative="ratio", base=column, spread=False))
+    return columns
+
+
+def memory_unit(largest: float) -> tuple[str, int]:
+    """Name and bytes of the unit in which memory is shown, given the largest amount."""
+    return ("GiB", GIBIBYTE) if largest >= LEAST_IN_GIBIBYTES else ("MiB", MEBIBYTE)
+
+
+def _task(task: str, metric: str) -> Column:
+    def value(row: pd.Series) -> float:
+        return row.tasks.get(task, math.nan)
+
+    def error(row: pd.Series) -> float:
+        return row.task_stderr.get(task, math.nan)
+
+    title = f"{task.removeprefix('microworld_')} ({metric})"
+    return Column(task, title, _tenths, value, error, better="more")
+
+
+def _of(name: str) -> Number:
+    return lambda row: row[name]
+
+
+def _scaled(name: str, factor: float) -> Number:
+    return lambda row: factor * row[name]
+
+
+def _tokens_when(step: str) -> Number:
+    """Tokens per second if every step took as long as one at this percentile."""
+    return lambda row: row.tokens_per_second * row.step_ms / row[step]
+
+
+def _tenths(value: float) -> str:
+    return f"{value:.1f}"
+
+
+def _signed_tenths(value: float) -> str:
+    return f"{round(value, 1) + 0.0:+.1f}"  # no -0.0
+
+
+def _hundredths(value: float) -> str:
+    """Two decimals, or none where the number is so large that they mean nothing."""
+    return f"{value:.2f}" if value < 1000 else f"{value:,.0f}"
+
+
+def _floored(percent: float) -> str:
+    """100 only where it is exactly that: one lost zero must be seen."""
+    return "100" if percent == 100 else f"{math.floor(percent * 100) / 100:.2f}"
+
+
+def _count(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+def _in_units(size: int) -> Callable[[float], str]:
+    decimals = 2 if size == GIBIBYTE else 1
+    return lambda value: f"{value / size:,.{decimals}f}"
+
+
+def _tenths_of_giga(value: float) -> str:
+    return f"{value / GIGA:,.1f}"
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.2f}"

@@ -1,0 +1,221 @@
+"""Pairs of results that bear on a claim, and whether it holds in each.
+
+Two rows of results are a pair if they lie in one *cell*: same mode, model, pruner and sparsity, same data, recipe and
+scoring, same machine. If a side was run with several choices (rank, learning rate, options), its rows with most seeds
+count, and if these are several, those whose shared choices agree with the other side's. With tolerance t a pair
+
+- *holds* if the claim is true beyond noise. For scores: left + t > right at the two-sided level of
+  `analysis.statistics`, which knows seeds and items. For costs, of which every run shows its own range (p10 to p90 of
+  the step times, exact sizes): the whole range of the left side is below (1 + t) times that of the right ("at most");
+- *fails* if the opposite is true beyond noise. A number on the right side is a bound that every single run must keep;
+- is *open* otherwise, or if a single seed shows no spread to judge by.
+"""
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from analysis.claim_file import COSTS, SCORES, Claim, Side
+from analysis.groups import CHOICES, IGNORED, IGNORED_WITHOUT_DATA, OF_CONTROLS, flat
+from analysis.results import CONTROLS, MACHINE
+from analysis.statistics import ALPHA, Sample, difference
+
+__all__ = ["FAILS", "HOLDS", "OPEN", "Evidence", "evidence", "prepared", "rows_of"]
+
+HOLDS, FAILS, OPEN = "holds", "fails", "open"
+AXES = ("mode", "model", "pruner", "label")
+# Parts of the config that a pair of trained runs shares; rank, learning rate and the method's own options may differ.
+SHARED = ("model", "prune", "data", "train", "eval")
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One pair.
+
+    Attributes:
+        cell: Value by axis, of the left side.
+        measured: Both sides with spread and n, and the difference or ratio.
+        state: HOLDS, FAILS or OPEN.
+        keys: The runs.
+    """
+
+    cell: Mapping[str, Any]
+    measured: str
+    state: str
+    keys: tuple[str, ...]
+
+
+def prepared(table: pd.DataFrame) -> pd.DataFrame:
+    """The finished rows of `results.load`, with what pairs are found by, worked out once for all claims.
+
+    Columns added: `values` (the flat config), `protocol` (text by part of the config: what two sides must share),
+    `choices` and `shared` (texts: all that was chosen, and what of it every method has: rank, scale, learning rate).
+    """
+    rows = table[table.status == "ok"]
+    values = [flat(config) for config in rows.config]
+    chosen = [{key: value for key, value in of_row.items() if _below(key, CHOICES)} for of_row in values]
+    shared = [{key: value for key, value in of_row.items() if not _below(key, ("method",))} for of_row in chosen]
+    protocol = [_protocol(of_row, mode) for of_row, mode in zip(values, rows["mode"], strict=True)]
+    return rows.assign(
+        values=values, protocol=protocol, choices=list(map(_text, chosen)), shared=list(map(_text, shared))
+    )
+
+
+def _protocol(values: Mapping[str, Any], mode: str) -> dict[str, str]:
+    ignored = IGNORED + CHOICES + (IGNORED_WITHOUT_DATA if mode != "run" else ())
+    kept = {key: value for key, value in values.items() if not _below(key, ignored)}
+    return {part: _text({key: value for key, value in kept.items() if _below(key, (part,))}) for part in SHARED}
+
+
+def rows_of(claim: Claim, rows: pd.DataFrame) -> list[pd.DataFrame]:
+    """The rows of each side that have the claim's metric and lie in its scope."""
+    rows = rows[rows[claim.metric].notna()]
+    for axis, allowed in claim.scope.items():
+        # The dense model has no sparsity: the scope is that of the side beside it.
+        rows = rows[rows[axis].isin(allowed) | (rows.method == "dense")]
+    return [_filtered(rows, side) for side in claim.sides]
+
+
+def _filtered(rows: pd.DataFrame, side: Side) -> pd.DataFrame:
+    for key, wanted in side.items():
+        column = rows[key] if key in rows else rows["values"].map(lambda values, key=key: values.get(key))
+        rows = rows[column == wanted]
+    return rows if "end_state" in side else rows[rows.headline.astype(bool)]
+
+
+def evidence(claim: Claim, sides: list[pd.DataFrame]) -> Iterator[Evidence]:
+    """Every pair of rows that bears on a claim.
+
+    Args:
+        claim: A claim with a comparison.
+        sides: What `rows_of` returns, none of them empty.
+    """
+    apart = {axis for side in claim.sides for axis in side} & set(AXES)
+    methods = {name for rows in sides for name in rows.method}
+    if "dense" in methods:
+        apart |= {"pruner", "label"}
+    parts = set(SHARED).intersection(*(OF_CONTROLS[name] for name in methods & set(CONTROLS)))
+    parts -= {"prune"} if "pruner" in apart else set()
+    axes = [axis for axis in AXES if axis not in apart]
+    cells = [_cells(rows, axes, sorted(parts)) for rows in sides]
+    for cell, left in cells[0].items():
+        if len(cells) == 1:
+            pairs = [(rows, None) for rows in _variants(left)]
+        else:
+            pairs = _pairs(left, cells[1][cell]) if cell in cells[1] else []
+        for pair in pairs:
+            yield _judged(claim, *pair)
+
+
+def _cells(rows: pd.DataFrame, axes: list[str], parts: list[str]) -> dict[tuple[str, ...], pd.DataFrame]:
+    """Rows by what the two sides must share."""
+    cells = defaultdict(list)
+    for index, protocol, *rest in rows[["protocol", *axes, *MACHINE]].itertuples(name=None):
+        cells[(*map(str, rest), *(protocol[part] for part in parts))].append(index)
+    return {cell: rows.loc[indices] for cell, indices in cells.items()}
+
+
+def _variants(rows: pd.DataFrame) -> list[pd.DataFrame]:
+    """Rows that differ in nothing but the seed; only those with most seeds."""
+    if rows.method.iloc[0] in CONTROLS:
+        return [rows.loc[[index]] for index in rows.index]
+    variants = [of_one for _, of_one in rows.groupby("choices", sort=False)]
+    most = max(map(len, variants))
+    return [of_one for of_one in variants if len(of_one) == most]
+
+
+def _pairs(left: pd.DataFrame, right: pd.DataFrame) -> list[tuple[pd.DataFrame, pd.DataFrame]]:
+    lefts, rights = _variants(left), _variants(right)
+    single = len(lefts) == len(rights) == 1
+    control = {left.method.iloc[0], right.method.iloc[0]} & set(CONTROLS)
+    return [(a, b) for a in lefts for b in rights if single or control or a.shared.iloc[0] == b.shared.iloc[0]]
+
+
+def _judged(claim: Claim, left: pd.DataFrame, right: pd.DataFrame | None) -> Evidence:
+    state, measured = (_scores if claim.metric in SCORES else _costs)(claim, left, right)
+    keys = [key for rows in (left, right) if rows is not None for key in rows.key]
+    return Evidence({axis: left.iloc[0][axis] for axis in AXES}, measured, state, tuple(dict.fromkeys(keys)))
+
+
+def _scores(claim: Claim, left: pd.DataFrame, right: pd.DataFrame | None) -> tuple[str, str]:
+    a = _sample(claim.metric, left)
+    b = Sample({None: float(claim.right)}) if right is None else _sample(claim.metric, right, claim.factor)
+    slack = claim.tolerance
+    if claim.relation == "at least":
+        state = _above(a, b, slack)
+    elif claim.relation == "at most":
+        state = _above(b, a, slack)
+    else:
+        state = _all_of(_above(a, b, slack), _above(b, a, slack))
+    found = difference(a, b)
+    unit = SCORES[claim.metric][1]
+    lead = "one seed, no spread to judge by" if found is None else f"{found.mean:+.2g} ± {found.error:.2g} {unit}"
+    return state, f"{_shown(a)} against {_shown(b)}: {lead}"
+
+
+def _sample(metric: str, rows: pd.DataFrame, factor: float = 1.0) -> Sample:
+    seeds = [None if math.isnan(seed) else int(seed) for seed in rows.seed]
+    values = {seed: factor * value for seed, value in zip(seeds, rows[metric], strict=True)}
+    return Sample(values, factor * float(rows[SCORES[metric][0]].mean()))
+
+
+def _above(a: Sample, b: Sample, slack: float) -> str:
+    """Whether a + slack > b beyond noise, or below it."""
+    found = difference(Sample({seed: value + slack for seed, value in a.values.items()}, a.item_error), b)
+    if found is None or found.p >= ALPHA:
+        return OPEN
+    return HOLDS if found.mean > 0 else FAILS
+
+
+def _costs(claim: Claim, left: pd.DataFrame, right: pd.DataFrame | None) -> tuple[str, str]:
+    low, high = _range(claim.metric, left)
+    least, most = (float(claim.right),) * 2 if right is None else _range(claim.metric, right, claim.factor)
+    slack = claim.tolerance
+    enough = _ordered(((1 - slack) * least, (1 - slack) * most), (low, high))
+    cheap = _ordered((low, high), ((1 + slack) * least, (1 + slack) * most))
+    state = {"at least": enough, "at most": cheap, "equal": _all_of(enough, cheap)}[claim.relation]
+    state = FAILS if right is None and state == OPEN else state
+    a, b = left[claim.metric].median(), claim.right if right is None else right[claim.metric].median()
+    ratio = f": {a / b:.3g} times" if right is not None and b else ""
+    n = f"n {len(left)}" if right is None else f"n {len(left)} and {len(right)}"
+    return state, f"{_amount(claim.metric, a)} against {_amount(claim.metric, b)}{ratio} ({n})"
+
+
+def _range(metric: str, rows: pd.DataFrame, factor: float = 1.0) -> tuple[float, float]:
+    low, high = COSTS[metric]
+    return factor * float(rows[low].min()), factor * float(rows[high].max())
+
+
+def _ordered(a: tuple[float, float], b: tuple[float, float]) -> str:
+    """Whether all of range a is at most all of range b, or all of it above."""
+    return HOLDS if a[1] <= b[0] else FAILS if a[0] > b[1] else OPEN
+
+
+def _all_of(*states: str) -> str:
+    return FAILS if FAILS in states else OPEN if OPEN in states else HOLDS
+
+
+def _amount(metric: str, value: float) -> str:
+    if metric == "train_peak":
+        return f"{value / 2**20:,.1f} MiB"
+    return {"step_ms": f"{value:,.1f} ms", "trainable": f"{value:,.0f}"}.get(metric, f"{100 * value:.2f} %")
+
+
+def _shown(sample: Sample) -> str:
+    if sample.fixed:
+        return f"{sample.mean:.4g} (no seed)"
+    return f"{sample.mean:.4g}" + (f" ± {sample.std:.2g}" if sample.n > 1 else "") + f" (n {sample.n})"
+
+
+def _below(key: str, names: Iterable[str]) -> bool:
+    """Whether a dotted key is one of `names` or lies below it."""
+    return any(key == name or key.startswith(f"{name}.") for name in names)
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=str)

@@ -1,0 +1,216 @@
+"""Which runs stand in one table: what they share, in what else than method and seed they differ, and their controls.
+
+The config of every run is in its result file, so nobody has to say what was swept. A config value is either
+
+- *protocol*: what is trained on, for how long, how the model was pruned, how it is scored. Runs of another protocol go
+  to another table;
+- a *choice* of the one who uses a method: rank, scale, learning rate, the method's own options. Runs of another choice
+  are another row of the same table, and a column shows the value.
+
+Runs that differ in nothing but the seed are one row. Nothing else is ever averaged. Measured and simulated results have
+different modes and never meet; results of several machines meet only on demand, as rows of their own.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from analysis.results import CONTROLS, MACHINE
+
+__all__ = ["Group", "check_one_machine", "flat", "groups_of", "sortable", "varying"]
+
+AXES = ("mode", "model", "pruner", "pattern", "sparsity", "label")
+# Config values that say where and how a job runs, that are an axis, or that another value says already.
+IGNORED = (
+    *("seed", "mode", "sparsity", "pattern", "force", "only", "name", "runs_root", "cache_root", "save_merged"),
+    *("launch", "model.name", "prune.name", "eval.baselines"),
+    *("train.checkpoint_every", "train.steps_by_mode", "train.tuned"),
+    *("method.name", "method._target_", "method.merges", "method.keeps_zeros"),
+)
+# On random weights and tokens, without scores, these say nothing.
+IGNORED_WITHOUT_DATA = ("data", "eval", "prune", "model.path", "model.revision")
+CHOICES = (
+    *("adapter", "method", "train.learning_rate", "train.minimum_learning_rate", "train.warmup_steps"),
+    *("train.weight_decay", "train.betas", "train.max_grad_norm", *MACHINE),
+)
+# Folders of conf/ in which every file has keys of its own: values are compared between runs of the same file.
+OWNERS = {name: f"{name}.name" for name in ("model", "prune", "method", "data", "eval")}
+# What the scores of a model without fine-tuning depend on.
+OF_CONTROLS = {"dense": ("model", "eval"), "pruned": ("model", "eval", "prune")}
+
+Values = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Group:
+    """The rows of one table. The frames have the columns of `results.load`, and `values`: the flat config.
+
+    Attributes:
+        axes: Value by axis: mode, model, pruner, pattern, sparsity, label.
+        protocol: Value by config key, of the protocol keys in which tables differ.
+        choices: Config keys (and columns of MACHINE, if mixed) in which rows of this table differ.
+        runs: The trained runs, and those that failed.
+        tuned_dense: The dense model with the same fine-tuning.
+        controls: The dense and the pruned model, scored or failed.
+    """
+
+    axes: Mapping[str, Any]
+    protocol: Values
+    choices: tuple[str, ...]
+    runs: pd.DataFrame
+    tuned_dense: pd.DataFrame
+    controls: pd.DataFrame
+
+
+def groups_of(table: pd.DataFrame, *, mix: bool = False) -> list[Group]:
+    """Sort runs into tables, one for each mode, model, pruner, pattern with sparsity, and protocol.
+
+    A pruned model that nobody has trained is a table too, of controls alone.
+
+    Args:
+        table: What `results.load` returns.
+        mix: Allow runs of several devices or library versions in one table.
+
+    Raises:
+        ValueError: A table would mix devices or versions, and `mix` is false.
+    """
+    table = table.assign(values=[_values(row) for _, row in table.iterrows()])
+    is_control = table.method.isin(CONTROLS)
+    trained, controls = table[~is_control], table[is_control & (table["mode"] == "run")]
+    groups = []
+    for _, runs in trained.groupby("mode", sort=False):
+        keys = [key for key in varying(runs["values"]) if not _is(key, CHOICES)]
+        sorted_in = [_text(_picked(values, keys)) for values in runs["values"]]
+        for _, same in runs.groupby([*AXES, pd.Series(sorted_in, runs.index)], sort=False):
+            groups.append(_group(same.iloc[0], same, runs, controls, keys, mix))
+    # The dense model with the same fine-tuning is a control of the others, and a table only where there are none.
+    absorbed = {index for group in groups for index in group.tuned_dense.index}
+    groups = [group for group in groups if not absorbed.issuperset(group.runs.index)]
+    used = {index for group in groups for index in group.controls.index}
+    pruned = controls[controls.method == "pruned"]
+    keys = varying(controls["values"])
+    heads = pruned[~pruned.index.isin(used)] if groups or len(pruned) else controls
+    groups += [_group(head, trained.iloc[:0], trained, controls, keys, mix) for _, head in heads.iterrows()]
+    return sorted(groups, key=lambda group: [sortable(v) for v in (*group.axes.values(), *group.protocol.values())])
+
+
+def varying(configs: Iterable[Values]) -> list[str]:
+    """Keys in which flat configs differ, in the order of the config.
+
+    What belongs to one method, pruner or the like is compared within it. A key of a method that repeats the shared
+    adapter setting is left out.
+    """
+    configs = list(configs)
+    seen: dict[str, dict[Any, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for key in dict.fromkeys(key for config in configs for key in config):
+        owner = OWNERS.get(key.split(".")[0])
+        for config in configs:
+            if key in config or owner is None:
+                seen[key][config.get(owner)].add(_text(config.get(key)))
+    different = [key for key, by_owner in seen.items() if any(len(values) > 1 for values in by_owner.values())]
+    return [key for key in different if not _is(key, IGNORED) and not _repeats_adapter(key, configs)]
+
+
+def sortable(value: Any) -> tuple[bool, float, str]:
+    """A key that sorts numbers by size, and what is no number by its text."""
+    is_number = isinstance(value, int | float)
+    return (not is_number, value if is_number else 0, "" if is_number else str(value))
+
+
+def _group(
+    head: pd.Series, runs: pd.DataFrame, trained: pd.DataFrame, controls: pd.DataFrame, keys: list[str], mix: bool
+) -> Group:
+    """The table that `head` stands in: its controls are those of the same protocol (and, unless mixed, machine)."""
+    same_protocol = [key for key in keys if not key.startswith("prune.")]
+    wanted = _text(_picked(head["values"], same_protocol))
+    dense = trained[(trained.pruner == "none") & (trained.model == head.model)]
+    dense = _where(dense, lambda row: _text(_picked(row["values"], same_protocol)) == wanted)
+    if head.pruner == "none" or head["mode"] != "run":
+        dense = dense.iloc[:0]
+    controls = _where(controls, lambda row: _is_control_of(row, head))
+    if not mix:
+        check_one_machine(runs)
+        dense, controls = (_where(rows, lambda row: _machine(row) == _machine(head)) for rows in (dense, controls))
+    chosen = varying([*runs["values"], *dense["values"]])
+    machines = pd.concat([runs, dense, controls])
+    mixed = [name for name in MACHINE if name not in chosen and machines[name].map(str).nunique() > 1]
+    return Group(
+        axes={axis: head[axis] for axis in AXES},
+        protocol=_picked(head["values"], keys),
+        choices=(*chosen, *mixed),
+        runs=runs,
+        tuned_dense=dense,
+        controls=controls,
+    )
+
+
+def _values(row: pd.Series) -> Values:
+    """The flat config as far as it can matter for this row, and the machine."""
+    config = flat(row.config)
+    if row.method in CONTROLS:
+        config = {key: value for key, value in config.items() if _is(key, OF_CONTROLS[row.method])}
+    elif row["mode"] != "run":
+        config = {key: value for key, value in config.items() if not _is(key, IGNORED_WITHOUT_DATA)}
+    return config | {name: row[name] for name in MACHINE}
+
+
+def flat(config: Values, prefix: str = "") -> dict[str, Any]:
+    """A nested config with dotted keys; lists stay values."""
+    values: dict[str, Any] = {}
+    for key, value in config.items():
+        values |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return values
+
+
+def _is_control_of(control: pd.Series, head: pd.Series) -> bool:
+    """Whether this is the model that `head` started from, scored in the same way."""
+    if head["mode"] != "run" or control.model != head.model:
+        return False
+    if control.method == "pruned" and (control.pruner, control.label) != (head.pruner, head.label):
+        return False
+    own = [key for key in control["values"] if _is(key, OF_CONTROLS[control.method]) and not _is(key, IGNORED)]
+    return _text(_picked(control["values"], own)) == _text(_picked(head["values"], own))
+
+
+def check_one_machine(runs: pd.DataFrame) -> None:
+    """Raise ValueError if runs come from several devices or were made with several library versions."""
+    different = {name: sorted(set(runs[name].map(str))) for name in MACHINE if runs[name].map(str).nunique() > 1}
+    if different:
+        found = "; ".join(f"{name}: {', '.join(values)}" for name, values in different.items())
+        first = runs.iloc[0]
+        raise ValueError(
+            f"{first.model}, {first.pruner} {first.label}, mode={first['mode']}: runs of several machines ({found}); "
+            "name folders of one machine, or use --mix to show them as rows of their own"
+        )
+
+
+def _where(rows: pd.DataFrame, condition: Callable[[pd.Series], bool]) -> pd.DataFrame:
+    return rows.loc[[index for index, row in rows.iterrows() if condition(row)]]
+
+
+def _machine(row: pd.Series) -> tuple[str, ...]:
+    return tuple(str(row[name]) for name in MACHINE)
+
+
+def _picked(values: Values, keys: Iterable[str]) -> dict[str, Any]:
+    return {key: values.get(key) for key in keys}
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=str)
+
+
+def _is(key: str, names: Iterable[str]) -> bool:
+    """Whether a dotted key is one of `names` or lies below it."""
+    return any(key == name or key.startswith(f"{name}.") for name in names)
+
+
+def _repeats_adapter(key: str, configs: list[Values]) -> bool:
+    """Whether a method's own key always has the value of one shared key, of which it is an interpolation."""
+    own = [config for config in configs if key in config]
+    shared = {name for config in own for name in config if name.startswith("adapter.")}
+    return key.startswith("method.") and any(all(c[key] == c.get(name) for c in own) for name in shared)

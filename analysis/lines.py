@@ -1,0 +1,206 @@
+"""The runs of a group sorted into lines: one for each method, choice and end state, controls first."""
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pandas as pd
+
+from analysis.groups import Group, sortable
+from analysis.statistics import Sample
+from analysis.style import END_STATES, name_of, order_of
+
+__all__ = ["Line", "choice_headers", "contenders", "lines_of", "reference_of", "told_apart"]
+
+REFERENCE = "lora"
+ABSENT = "-"
+
+
+@dataclass(frozen=True)
+class Line:
+    """Runs that differ in nothing but the seed, in one end state.
+
+    Attributes:
+        method: As on the command line.
+        end_state: Of the model that was scored.
+        role: control or method.
+        label: The name for readers.
+        choices: Value by config key; a key that does not concern the method is absent.
+        rows: The finished runs, rows of `results.load`; empty if there is none.
+        headline: Whether this is the first end state.
+        out_of_memory: Whether there is none because the runs did not fit.
+    """
+
+    method: str
+    end_state: str | None
+    role: str
+    label: str
+    choices: Mapping[str, Any]
+    rows: pd.DataFrame
+    headline: bool = True
+    out_of_memory: bool = False
+
+    @property
+    def n(self) -> int:
+        """Number of seeds; 0 for a model without one."""
+        return self.rows.seed.nunique()
+
+    @property
+    def keeps_zeros(self) -> bool:
+        """Whether every run ended as one model in which every zero of the pruned one is still there."""
+        return bool((self.rows.zeros_kept == 1).all())
+
+    def sample(self, value: Callable[[pd.Series], float], item_error: Callable[[pd.Series], float] | None) -> Sample:
+        """A number by seed, without the runs that do not have it."""
+        values, errors = {}, []
+        for _, row in self.rows.iterrows():
+            number = value(row)
+            if not math.isnan(number):
+                values[None if math.isnan(row.seed) else int(row.seed)] = number
+                errors.append(0.0 if item_error is None else item_error(row))
+        known = [error for error in errors if not math.isnan(error)]
+        return Sample(values, sum(known) / len(known) if known else 0.0)
+
+    def text(self, key: str) -> str:
+        """The value of a choice for readers."""
+        return _text(self.choices[key]) if key in self.choices else ABSENT
+
+
+def lines_of(group: Group, *, controls: bool) -> list[Line]:
+    """The lines of a table in the order in which they are shown.
+
+    Args:
+        group: The runs.
+        controls: Also a line for each control, measured or not.
+    """
+    lines = []
+    if controls:
+        lines += _control("dense", group)
+        if group.axes["pruner"] != "none":
+            lines += _tuned_dense(group) + _control("pruned", group)
+    return lines + sorted(_trained(group.runs, group), key=_order)
+
+
+def reference_of(line: Line, lines: list[Line]) -> Line | None:
+    """The LoRA line that a line is compared with: the adapter as trained, the shared settings the same.
+
+    A setting counts if some method was run with several values of it (a sweep of ranks, say); one that was tuned for
+    each method does not. None if there is no such LoRA line, or more than one.
+    """
+    if line.role == "control":
+        return None
+    swept = [key for key in line.choices if not key.startswith("method.") and _is_swept(key, lines)]
+    same = [
+        other
+        for other in lines
+        if (other.method, other.role, other.headline) == (REFERENCE, "method", True)
+        and all(other.choices.get(key) == line.choices[key] for key in swept)
+    ]
+    return same[0] if len(same) == 1 else None
+
+
+def _is_swept(key: str, lines: list[Line]) -> bool:
+    values = defaultdict(set)
+    for line in lines:
+        if line.role == "method":
+            values[line.method].add(json.dumps(line.choices.get(key), default=str))
+    return any(len(of_method) > 1 for of_method in values.values())
+
+
+def contenders(lines: list[Line], *, trainings: bool = False) -> list[Line]:
+    """One line of a plot for each training. Where a method has several, the labels say by which choices they differ.
+
+    Args:
+        lines: Of one table.
+        trainings: For what does not depend on the end state, cost and loss. Otherwise it is the one that keeps the
+            zeros, else the first.
+    """
+    trained = [line for line in lines if line.role == "method" and not line.rows.empty]
+    chosen: dict[tuple[str, str], Line] = {}
+    for line in sorted(trained, key=lambda line: (not trainings and line.keeps_zeros, line.headline), reverse=True):
+        chosen.setdefault((line.method, _identity(line)), line)
+    kept = [line for line in trained if chosen[line.method, _identity(line)] is line]
+    if trainings:
+        kept = [replace(line, label=name_of(line.method), end_state=None) for line in kept]
+    return [replace(line, label=f"{line.label}{told_apart(line, kept)}") for line in kept]
+
+
+def told_apart(line: Line, lines: list[Line]) -> str:
+    """The choices by which a line differs from others of the same method, in brackets, or nothing."""
+    same = [other for other in lines if other.method == line.method]
+    keys = [key for key in line.choices if len({other.text(key) for other in same}) > 1]
+    return f" ({', '.join(f'{_short(key)} {line.text(key)}' for key in keys)})" if keys else ""
+
+
+def choice_headers(group: Group) -> dict[str, str]:
+    """Header by config key: the last part of the key where that is unambiguous."""
+    names = [_short(key) for key in group.choices]
+    return {key: name if names.count(name) == 1 else key for key, name in zip(group.choices, names, strict=True)}
+
+
+def _control(method: str, group: Group) -> list[Line]:
+    found = group.controls[group.controls.method == method]
+    scored = found[found.status == "ok"]
+    if scored.empty:
+        out_of_memory = bool((found.status == "oom").any())
+        return [Line(method, None, "control", name_of(method), {}, scored, out_of_memory=out_of_memory)]
+    return [
+        Line(method, None, "control", name_of(method), _choices(row, group), scored.loc[[index]])
+        for index, row in scored.iterrows()
+    ]
+
+
+def _tuned_dense(group: Group) -> list[Line]:
+    """The dense model with the same fine-tuning, in the end state that each method names first."""
+    label = "dense, fine-tuned"
+    found = [
+        Line(line.method, line.end_state, "control", f"{label} ({name_of(line.method)})", line.choices, line.rows)
+        for line in sorted(_trained(group.tuned_dense, group), key=_order)
+        if line.headline and not line.rows.empty
+    ]
+    return found or [Line("dense", None, "control", label, {}, group.tuned_dense.iloc[:0])]
+
+
+def _trained(runs: pd.DataFrame, group: Group) -> Iterator[Line]:
+    chosen = [json.dumps(_choices(row, group), default=str) for _, row in runs.iterrows()]
+    for (method, _), same in runs.groupby(["method", pd.Series(chosen, runs.index, dtype=object)], sort=False):
+        choices = _choices(same.iloc[0], group)
+        finished = same[same.status == "ok"]
+        for state, rows in finished.groupby("end_state", sort=False):
+            headline = bool(rows.headline.iloc[0])
+            alone = finished.end_state.nunique() == 1 and state == "merged"
+            label = name_of(method, None if alone else state)
+            yield Line(method, state, "method", label, choices, rows, headline)
+        if finished.empty:
+            out_of_memory = bool((same.status == "oom").any())
+            yield Line(method, None, "method", name_of(method), choices, finished, out_of_memory=out_of_memory)
+
+
+def _choices(row: pd.Series, group: Group) -> dict[str, Any]:
+    """What was chosen for this run, among that in which runs of the group differ."""
+    return {key: row["values"][key] for key in group.choices if key in row["values"]}
+
+
+def _order(line: Line) -> tuple[Any, ...]:
+    states = list(END_STATES)
+    state = states.index(line.end_state) if line.end_state in states else -1
+    return (order_of(line.method), [sortable(value) for value in line.choices.values()], state)
+
+
+def _identity(line: Line) -> str:
+    return json.dumps(line.choices, sort_keys=True, default=str)
+
+
+def _short(key: str) -> str:
+    return key.split(".")[-1].replace("_", " ")
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(map(_text, value))
+    return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)

@@ -1,0 +1,114 @@
+"""The words around a table: its title, what a reader must know of its numbers, and the runs that have none."""
+
+import re
+
+import pandas as pd
+
+from analysis.groups import Group, sortable
+from analysis.results import MACHINE
+from analysis.statistics import ALPHA
+from analysis.style import name_of, order_of
+
+__all__ = ["LEGEND", "failures_of", "notes_of", "slug", "slug_of", "title_of"]
+
+LEGEND = (
+    "Scores are in per cent; ± is the standard deviation over n seeds, beside `Δ LoRA` the standard error of the "
+    "difference. `Δ LoRA` and `× LoRA` compare with LoRA as trained (the adapter beside the sparse weight) with the "
+    "same settings.",
+    f"A score is **bold** if it differs from that of every other row at the two-sided level {ALPHA:g}: a paired t-test "
+    "over the seeds, its variance the sum of that of the seeds and of that of the test items, which all seeds share "
+    "(Welch-Satterthwaite degrees of freedom; the errors of two methods on the items are taken as independent, which "
+    "is cautious). One seed shows no spread, so nothing is bold then. Controls, and models that lost zeros or are not "
+    "one merged model, do not compete.",
+    "A cost is **bold** if its range ends before every other one begins: step times from p10 to p90, bytes over the "
+    "seeds.",
+    "`-` was not measured; OOM ran out of memory.",
+)
+KINDS = {
+    "cuda": "peak of the CUDA allocator during the training",
+    "live_tensors": "exact peak of live tensor bytes in one training step",
+    "simulated": "simulated on fake tensors, nothing was allocated",
+}
+MODES = {"run": "", "profile": "random weights, time and memory only", "simulate": "simulated"}
+
+
+def title_of(group: Group) -> str:
+    """Model, how it was pruned, and the protocol where there are several."""
+    axes = group.axes
+    pruned = "not pruned" if axes["sparsity"] == 0 else f"{axes['pruner']} {axes['label']}"
+    if axes["mode"] != "run":
+        pruned = f"sparsity {axes['label']}"
+    protocol = [f"{key.split('.')[-1].replace('_', ' ')} {value}" for key, value in group.protocol.items()]
+    return ", ".join(part for part in (axes["model"], pruned, MODES[axes["mode"]], *protocol) if part)
+
+
+def slug_of(group: Group) -> str:
+    """The title as a part of a file name."""
+    return slug(title_of(group))
+
+
+def slug(value: object) -> str:
+    """Any value as a part of a file name."""
+    return re.sub(r"[^A-Za-z0-9.]+", "_", str(value).replace(":", "of")).strip("_")
+
+
+def notes_of(group: Group) -> list[str]:
+    """Errors over the items, what perplexity and memory are, and the machine; only what there is."""
+    finished = pd.concat([group.controls, group.tuned_dense, group.runs])
+    finished = finished[finished.status == "ok"]
+    notes = (_contradiction(group.controls), _items(finished), _perplexity(finished), _memory(group.runs),
+             _machine(finished), _code(finished))  # fmt: skip
+    return [note for note in notes if note]
+
+
+def failures_of(group: Group) -> list[str]:
+    """Method, seed, what was chosen, and the error of every run without a result."""
+    rows = pd.concat([group.controls, group.tuned_dense, group.runs])
+    lines = []
+    for _, row in rows[rows.status != "ok"].iterrows():
+        chosen = [(key, row["values"][key]) for key in group.choices if key in row["values"]]
+        seed = [] if pd.isna(row.seed) else [f"seed {row.seed:g}"]
+        what = ", ".join([name_of(row.method), *(f"{key}={value}" for key, value in chosen), *seed])
+        place = (order_of(row.method), [sortable(value) for _, value in chosen], row.seed)
+        lines.append((place, f"{what}: {'out of memory' if row.status == 'oom' else row.status} ({row.error})"))
+    return [line for _, line in sorted(lines)]
+
+
+def _contradiction(controls: pd.DataFrame) -> str | None:
+    """The same untrained model with several scores on one machine."""
+    scored = controls[controls.status == "ok"]
+    twice = scored[scored.duplicated(["method", *MACHINE], keep=False)]
+    names = " and ".join(dict.fromkeys(twice.method))
+    return f"The {names} model was scored differently: code or data changed between these runs." if names else None
+
+
+def _items(rows: pd.DataFrame) -> str | None:
+    average = rows.accuracy_stderr.max()
+    tasks = max((error for errors in rows.task_stderr for error in errors.values()), default=None)
+    if tasks is None:
+        return None
+    of_average = "" if pd.isna(average) else f"{average:.1f} of the average, "
+    return f"Standard errors over the test items: {of_average}up to {tasks:.1f} of a task."
+
+
+def _perplexity(rows: pd.DataFrame) -> str | None:
+    scored = rows[rows.perplexity.notna()]
+    texts = {f"{row.perplexity_text}, windows of {row.perplexity_window:g} tokens" for _, row in scored.iterrows()}
+    return f"Perplexity on {'; '.join(sorted(texts))}." if texts else None
+
+
+def _memory(rows: pd.DataFrame) -> str | None:
+    kinds = [KINDS[kind] for kind in sorted(set(rows.memory_kind.dropna()))]
+    return f"Memory: {'; '.join(kinds)}." if kinds else None
+
+
+def _machine(rows: pd.DataFrame) -> str | None:
+    values = {name: " and ".join(sorted({str(value) for value in rows[name].dropna()})) or "none" for name in MACHINE}
+    versions = ", ".join(f"{name} {values[name]}" for name in MACHINE if name not in ("device", "threads"))
+    return None if rows.empty else f"Device: {values['device']}, threads: {values['threads']}; {versions}."
+
+
+def _code(rows: pd.DataFrame) -> str | None:
+    commits = sorted({commit[:10] for commit in rows.git_commit.dropna()})
+    changed = " with local changes" if (rows.git_dirty == True).any() else ""  # noqa: E712 - None is no True
+    return f"Code: {', '.join(commits)}{changed}." if commits else None

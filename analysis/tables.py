@@ -1,0 +1,244 @@
+"""Tables of quality and of cost: a row for each method and end state, as CSV, Markdown and LaTeX.
+
+One table for each model, pruner, pattern and protocol (`groups`). Cells are mean ± standard deviation over the seeds.
+The best is bold only where it is no accident (`statistics`): scores by a paired test over seeds and items, step times
+and byte counts by ranges that do not overlap. Controls are in every table and out of the contest; so are, for scores,
+models that lost zeros: they have solved an easier task.
+"""
+
+import argparse
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pandas as pd
+
+from analysis import render
+from analysis.columns import Column, cost_columns, quality_columns
+from analysis.groups import Group, groups_of
+from analysis.lines import Line, choice_headers, lines_of, reference_of
+from analysis.notes import failures_of, notes_of, title_of
+from analysis.results import add_run_arguments, load
+from analysis.statistics import Sample, best, best_range, difference
+from analysis.style import name_of
+
+__all__ = ["Cell", "Row", "Table", "build"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number with its spread.
+
+    Attributes:
+        mean: Over the seeds; NaN where nothing was measured.
+        std: Over the seeds; NaN for fewer than two. Of a difference: its standard error.
+        n: Number of seeds.
+        item_error: Standard error over the test items; NaN for what is no mean over items.
+        best: Better than every other row by more than noise.
+        out_of_memory: Nothing was measured because the run did not fit.
+    """
+
+    mean: float = math.nan
+    std: float = math.nan
+    n: int = 0
+    item_error: float = math.nan
+    best: bool = False
+    out_of_memory: bool = False
+
+    def text(self, column: Column) -> str:
+        """What stands in the table: `76.1 ± 0.3`, a dash or OOM."""
+        if math.isnan(self.mean):
+            return "OOM" if self.out_of_memory else "-"
+        spread = "" if math.isnan(self.std) or not column.spread else f" ± {column.show(self.std).lstrip('+')}"
+        return column.show(self.mean) + spread
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table.
+
+    Attributes:
+        method: As on the command line; "dense" and "pruned" are models without fine-tuning.
+        end_state: adapter, merged, remasked, dense, or None.
+        role: control or method.
+        label: The name for readers.
+        choices: Text by config key, for the keys of `Table.choices`.
+        headline: Whether this is the first end state of its training; the others repeat its cost.
+        n: Number of seeds; 0 for a model without one.
+        cells: By name of column.
+        keys: Keys of the runs, `paths` their result files.
+    """
+
+    method: str
+    end_state: str | None
+    role: str
+    label: str
+    choices: Mapping[str, str]
+    headline: bool
+    n: int
+    cells: Mapping[str, Cell]
+    keys: tuple[str, ...]
+    paths: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """All rows of one group.
+
+    Attributes:
+        title: Model, pruner, pattern and protocol for readers.
+        axes: Value by axis, and by protocol key.
+        choices: Header by config key, of the columns that tell rows of one method apart.
+        quality: Columns of scores; empty if nothing was scored.
+        cost: Columns of size, memory and time; empty if nothing was trained.
+        rows: In the order in which they are shown.
+        notes: What a reader must know of these numbers.
+        failures: One line for each run that has none.
+    """
+
+    title: str
+    axes: Mapping[str, Any]
+    choices: Mapping[str, str]
+    quality: Sequence[Column]
+    cost: Sequence[Column]
+    rows: Sequence[Row]
+    notes: Sequence[str]
+    failures: Sequence[str]
+
+    @property
+    def trainings(self) -> list[Row]:
+        """The rows that have a cost: every training once, whatever became of its adapter."""
+        rows = [row for row in self.rows if row.role == "method" and row.headline]
+        return [replace(row, label=name_of(row.method)) for row in rows]
+
+
+def build(results: pd.DataFrame, *, mix: bool = False) -> list[Table]:
+    """Tables of everything that `results.load` has read.
+
+    Raises:
+        ValueError: A table would mix devices or library versions, and `mix` is false.
+    """
+    return [_table(group) for group in groups_of(results, mix=mix)]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Folders, and whether machines may be mixed."""
+    add_run_arguments(parser)
+    parser.add_argument("--mix", action="store_true", help="allow several devices or library versions in one table")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Write `tables.md`, `tables.csv` and `tables.tex`, and print the first."""
+    tables = build(load(options.runs), mix=options.mix)
+    output = options.output or options.runs[0]
+    output.mkdir(parents=True, exist_ok=True)
+    text = render.markdown(tables)
+    for suffix, content in (("md", text), ("csv", render.comma_separated(tables)), ("tex", render.latex(tables))):
+        (output / f"tables.{suffix}").write_text(content, encoding="utf-8")
+    print(text)
+    return 0
+
+
+def _table(group: Group) -> Table:
+    quality = quality_columns(pd.concat([group.controls, group.tuned_dense, group.runs]))
+    cost = cost_columns(group.runs)
+    lines = lines_of(group, controls=bool(quality))
+    cells: list[dict[str, Cell]] = [{} for _ in lines]
+    for column in [*quality, *cost]:
+        compute = _relative_cells if column.relative else _cells
+        for of_line, cell in zip(cells, compute(column, lines, group), strict=True):
+            of_line[column.name] = cell
+    return Table(
+        title=title_of(group),
+        axes={**group.axes, **group.protocol},
+        choices=choice_headers(group),
+        quality=quality,
+        cost=cost,
+        rows=[_row(line, of_line, group) for line, of_line in zip(lines, cells, strict=True)],
+        notes=notes_of(group),
+        failures=failures_of(group),
+    )
+
+
+def _row(line: Line, cells: Mapping[str, Cell], group: Group) -> Row:
+    return Row(
+        method=line.method,
+        end_state=line.end_state,
+        role=line.role,
+        label=line.label,
+        choices={key: line.text(key) for key in group.choices},
+        headline=line.headline,
+        n=line.n,
+        cells=cells,
+        keys=tuple(line.rows.key),
+        paths=tuple(map(str, line.rows.path)),
+    )
+
+
+def _cells(column: Column, lines: list[Line], group: Group) -> list[Cell]:
+    samples = [line.sample(column.value, column.item_error) for line in lines]
+    winner = _winner_by_range(column, lines) if column.bounds else _winner_by_test(column, lines, group)
+    return [
+        Cell(
+            mean=sample.mean,
+            std=sample.std,
+            n=sample.n,
+            item_error=sample.item_error if column.item_error and sample.n else math.nan,
+            best=winner is not None and _same_training(line, winner, any_end=column.bounds is not None),
+            out_of_memory=line.out_of_memory,
+        )
+        for line, sample in zip(lines, samples, strict=True)
+    ]
+
+
+def _relative_cells(column: Column, lines: list[Line], group: Group) -> list[Cell]:
+    """Ratio of the means, or mean paired difference with its standard error."""
+    cells = []
+    for line in lines:
+        reference = reference_of(line, lines)
+        own, other = (
+            Sample({}) if one is None else one.sample(column.base.value, column.base.item_error)
+            for one in (line, reference)
+        )
+        if not own.n or not other.n or (reference is line and column.relative == "difference"):
+            cells.append(Cell())
+        elif column.relative == "ratio":
+            cells.append(Cell(own.mean / other.mean, n=own.n))
+        else:
+            paired = difference(own, other)
+            cells.append(Cell(own.mean - other.mean) if paired is None else Cell(paired.mean, paired.error, paired.n))
+    return cells
+
+
+def _winner_by_test(column: Column, lines: list[Line], group: Group) -> Line | None:
+    """The line whose score is better than every other one's, among those that did the whole task."""
+    if column.better is None:
+        return None
+    value, item_error = column.tested or (column.value, column.item_error)
+    samples = {
+        index: line.sample(value, item_error)
+        for index, line in enumerate(lines)
+        if line.role == "method" and (group.axes["sparsity"] == 0 or line.keeps_zeros)
+    }
+    index = best(samples, higher=column.better == "more")
+    return None if index is None else lines[index]
+
+
+def _winner_by_range(column: Column, lines: list[Line]) -> Line | None:
+    """The training whose cost ends before that of every other one begins."""
+    sign = 1 if column.better == "less" else -1
+    ranges = {}
+    for index, line in enumerate(lines):
+        if line.role == "method" and line.headline:
+            ends = [sign * end for bound in column.bounds for end in line.sample(bound, None).values.values()]
+            if ends:
+                ranges[index] = (min(ends), max(ends))
+    index = best_range(ranges)
+    return None if index is None else lines[index]
+
+
+def _same_training(line: Line, winner: Line, *, any_end: bool) -> bool:
+    """Whether a line is the winner; for a cost, or another end state of the same training."""
+    same = (line.role, line.method, line.choices) == (winner.role, winner.method, winner.choices)
+    return same and (any_end or line.end_state == winner.end_state)

@@ -1,0 +1,260 @@
+"""Tables: which runs share a row and a table, what is bold, what is refused, and the three formats."""
+
+import csv
+import io
+import re
+
+import pytest
+from synthetic_runs import MEBIBYTE, result, scores, write
+
+from analysis.__main__ import main
+from analysis.groups import flat, groups_of, varying
+from analysis.results import load
+from analysis.tables import build
+
+PRECISE = 0.001  # standard error over the items
+
+
+def scored(method, accuracy, *, stderr=PRECISE, **options):
+    """A result whose scores have a standard error of their own."""
+    content = result(method, accuracy=accuracy, **options)
+    content["eval"] = scores(accuracy, options.get("loss", 1.0), stderr=stderr)
+    return content
+
+
+def lora(seed, accuracy, **options):
+    """A LoRA run: beside the weights, merged and masked again (3 points less), merged with all zeros lost."""
+    content = scored("lora", accuracy, seed=seed, states=("adapter", "remasked", "dense"), **options)
+    content["zeros"] |= {"after_merge": None, "lost": None, "gained": None, "mergeable": False}
+    content["variants"]["remasked"]["eval"] = scores(accuracy - 0.03, 1.0, stderr=PRECISE)
+    content["variants"]["dense"]["zeros"] |= {"after_merge": 0.0, "lost": 500, "gained": 0, "mergeable": False}
+    return content
+
+
+def tables_of(folder, *contents, mix=False):
+    write(folder, *contents)
+    return build(load([folder]), mix=mix)
+
+
+def row_of(table, label, **choices):
+    rows = [row for row in table.rows if row.label == label and choices.items() <= dict(row.choices).items()]
+    assert len(rows) == 1, [(row.label, row.choices) for row in table.rows]
+    return rows[0]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Wanda at 0.5: LoRA, LoRS clearly ahead, SPP, the dense control with LoRS; three seeds each."""
+    runs = [lora(seed, 0.72 + 0.001 * seed) for seed in range(3)]
+    runs += [scored("lors", 0.76 + 0.001 * seed, seed=seed, train_peak=90 * MEBIBYTE) for seed in range(3)]
+    runs += [scored("spp", 0.70 + 0.002 * seed, seed=seed, step_ms=(190.0, 200.0, 210.0)) for seed in range(3)]
+    runs += [scored("lors", 0.81, seed=seed, pruner="none", sparsity=0.0) for seed in range(3)]
+    folder = tmp_path_factory.mktemp("runs")
+    write(folder, *runs)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def table(runs):
+    (only,) = build(load([runs]))
+    return only
+
+
+def test_a_row_for_each_method_and_end_state_between_its_controls(table):
+    assert [(row.role, row.label, row.n) for row in table.rows] == [
+        ("control", "dense", 0),
+        ("control", "dense, fine-tuned (LoRS)", 3),
+        ("control", "pruned", 0),
+        ("method", "LoRA, with adapter", 3),
+        ("method", "LoRA, re-masked", 3),
+        ("method", "LoRA, zeros lost", 3),
+        ("method", "LoRS", 3),
+        ("method", "SPP", 3),
+    ]
+    assert [row.label for row in table.trainings] == ["LoRA", "LoRS", "SPP"]
+
+
+def test_cells_are_mean_and_standard_deviation_over_the_seeds(table):
+    cell = row_of(table, "SPP").cells["average"]
+    assert (cell.mean, cell.std, cell.n) == (pytest.approx(70.2), pytest.approx(0.2), 3)
+    columns = {column.name: column for column in (*table.quality, *table.cost)}
+    assert cell.text(columns["average"]) == "70.2 ± 0.2"
+    assert row_of(table, "dense").cells["average"].text(columns["average"]) == "80.0"
+    assert row_of(table, "LoRA, with adapter").cells["zeros_kept_percent"].text(columns["zeros_kept_percent"]) == "-"
+    assert row_of(table, "LoRA, zeros lost").cells["zeros_kept_percent"].mean == pytest.approx(0)
+    assert columns["boolq"].title == "boolq (acc)" and columns["average"].title == "average (acc)"
+
+
+def test_costs_and_scores_are_compared_with_lora_as_trained(table):
+    cells = row_of(table, "SPP").cells
+    assert cells["step_ms_over_lora"].mean == pytest.approx(2) and cells["train_peak_bytes_over_lora"].mean == 1
+    assert row_of(table, "LoRS").cells["train_peak_bytes_over_lora"].mean == pytest.approx(0.9)
+    assert cells["average_minus_lora"].mean == pytest.approx(-1.9)
+    assert row_of(table, "LoRA, re-masked").cells["average_minus_lora"].mean == pytest.approx(-3)
+    assert row_of(table, "LoRA, with adapter").cells["step_ms_over_lora"].mean == 1
+
+
+def test_bold_is_what_beats_every_competitor_beyond_noise(table):
+    best = {(row.label, name) for row in table.rows for name, cell in row.cells.items() if cell.best}
+    scored_columns = {column.name for column in table.quality if column.better and column.name != "perplexity"}
+    assert best == {("LoRS", name) for name in (*scored_columns, "train_peak_bytes")}
+
+
+def test_controls_and_models_that_lost_zeros_do_not_compete(tmp_path):
+    runs = [lora(seed, 0.79 + 0.001 * seed) for seed in range(3)]
+    runs += [scored("lors", 0.77 + 0.001 * seed, seed=seed) for seed in range(3)]
+    (table,) = tables_of(tmp_path, *runs)
+    assert row_of(table, "LoRS").cells["average"].best  # 79.0 of LoRA with zeros lost is more
+    assert not row_of(table, "LoRA, zeros lost").cells["average"].best
+
+
+@pytest.mark.parametrize(("stderr", "seeds"), [(0.02, 3), (PRECISE, 1)], ids=["imprecise items", "one seed"])
+def test_nothing_is_bold_within_the_noise(tmp_path, stderr, seeds):
+    runs = [scored(m, a + 0.001 * s, seed=s, stderr=stderr)
+            for m, a in (("lors", 0.76), ("spp", 0.74)) for s in range(seeds)]  # fmt: skip
+    (table,) = tables_of(tmp_path, *runs)
+    assert not any(row.cells["average"].best for row in table.rows)
+
+
+def test_runs_that_differ_in_a_choice_are_rows_with_a_column_for_it(tmp_path):
+    runs = [result("lors", seed=seed, accuracy=0.7 + 0.001 * r, config={"adapter.r": r, "method.peft.r": r})
+            for seed in range(2) for r in (16, 32)]  # fmt: skip
+    runs += [result("lora", config={"adapter.r": 32, "method.peft.r": 32}, accuracy=0.6)]
+    runs += [result("lors", config={"method.peft.init": "kaiming"})]
+    (table,) = tables_of(tmp_path, *runs)
+    assert table.choices == {"adapter.r": "r", "method.peft.init": "init"}
+    rows = [(row.label, *row.choices.values(), row.n) for row in table.rows if row.role == "method"]
+    assert rows == [
+        ("LoRA", "32", "-", 1),
+        ("LoRS", "16", "gradient", 2),
+        ("LoRS", "16", "kaiming", 1),
+        ("LoRS", "32", "gradient", 2),
+    ]
+    # LoRA was run with rank 32 alone, so rank 16 has nothing to be compared with.
+    of_lora = {
+        row.choices["adapter.r"]: row.cells["step_ms_over_lora"].mean for row in table.rows if row.label == "LoRS"
+    }
+    assert of_lora["32"] == 1 and of_lora["16"] != of_lora["16"]
+
+
+def test_a_learning_rate_tuned_for_each_method_is_shown_and_does_not_part_it_from_lora(tmp_path):
+    runs = [result("lora"), result("lors", config={"train.learning_rate": 3e-3})]
+    (table,) = tables_of(tmp_path, *runs)
+    row = row_of(table, "LoRS", **{"train.learning_rate": "0.003"})
+    assert row.cells["step_ms_over_lora"].mean == 1
+
+
+def test_another_protocol_is_another_table(tmp_path):
+    runs = [result("lors", mode="profile", config={"train.sequence_length": length}) for length in (2048, 512, 1024)]
+    runs += [result("lors"), result("lors", config={"eval.limit": 20}, dense=(0.5, 1.0))]
+    tables = tables_of(tmp_path, *runs)
+    assert [table.title for table in tables if table.axes["mode"] == "profile"] == [
+        f"microworld, sparsity 0.5, random weights, time and memory only, sequence length {length}"
+        for length in (512, 1024, 2048)
+    ]
+    limited = {table.axes.get("eval.limit"): table for table in tables if table.axes["mode"] == "run"}
+    assert limited[20].rows[0].cells["average"].mean == pytest.approx(50)
+    assert limited[None].rows[0].cells["average"].mean == pytest.approx(80)
+
+
+def test_simulated_results_never_meet_measured_ones(tmp_path):
+    simulated = result("lors", mode="simulate")
+    simulated["memory"]["kind"] = "simulated"
+    tables = tables_of(tmp_path, simulated, result("lors", mode="profile"), result("lors"))
+    assert [table.axes["mode"] for table in tables] == ["profile", "run", "simulate"]
+    assert all(len(table.trainings) == 1 for table in tables)
+    assert "simulated" in tables[-1].title and any("simulated on fake tensors" in note for note in tables[-1].notes)
+
+
+@pytest.mark.parametrize("change", [{"device": "another GPU"}, {"torch": "2.11.0"}, {"transformers": "5.17.0"}])
+def test_machines_are_mixed_on_demand_and_never_averaged(tmp_path, change, capsys):
+    write(tmp_path, result("lors"), result("lors", seed=1, environment=change))
+    assert main(["tables", str(tmp_path)]) == 2
+    ((name, value),) = change.items()
+    assert re.search(rf"{name}: .*{re.escape(value)}.*--mix", capsys.readouterr().err)
+    assert main(["tables", "--mix", str(tmp_path)]) == 0
+    (table,) = build(load([tmp_path]), mix=True)
+    assert [row.n for row in table.trainings] == [1, 1] and list(table.choices) == [name]
+
+
+def test_other_machines_in_other_tables_are_no_mix(tmp_path):
+    other = {"device": "another GPU"}
+    tables = tables_of(tmp_path, result("lors"), result("lors", pruner="sparsegpt", environment=other))
+    assert len(tables) == 2
+    assert all(len([row for row in table.rows if row.method == "dense"]) == 2 for table in tables)  # and no fine-tuned
+
+
+def test_missing_cells_out_of_memory_and_failures(tmp_path):
+    runs = [result("lors"), result("lors", seed=1, status="failed"), result("spp", status="oom")]
+    runs += [result("sqft", seed=seed, status="failed") for seed in range(2)]
+    (table,) = tables_of(tmp_path, *runs)
+    texts = {row.label: [row.cells[column.name].text(column) for column in (table.quality[-4], table.cost[1])]
+             for row in table.rows}  # fmt: skip
+    assert texts["SPP"] == ["OOM", "OOM"] and texts["SQFT"] == ["-", "-"] and texts["LoRS"] == ["70.0", "100.0"]
+    assert texts["dense, fine-tuned"] == ["-", "-"]
+    assert row_of(table, "LoRS").n == 1
+    assert [line.split(" (")[0] for line in table.failures] == [
+        "LoRS, seed 1: failed",
+        "SQFT, seed 0: failed",
+        "SQFT, seed 1: failed",
+        "SPP, seed 0: out of memory",
+    ]
+
+
+def test_models_that_nobody_trained_are_tables_of_controls(tmp_path):
+    runs = [result("lors"), result("none", pruner="magnitude", accuracy=0.5, pruned=(0.5, 2.0))]
+    first, second = tables_of(tmp_path, *runs)
+    assert second.title == "microworld, wanda 0.5" and first.title == "microworld, magnitude 0.5"
+    assert [row.label for row in first.rows] == ["dense", "dense, fine-tuned", "pruned"]
+    assert first.rows[2].cells["average"].mean == pytest.approx(50) and not first.trainings
+
+
+def test_a_control_that_scores_differently_shows_that_the_runs_do_not_belong_together(tmp_path):
+    runs = [result("lors"), result("lors", seed=1, dense=(0.79, 0.9))]
+    (table,) = tables_of(tmp_path, *runs)
+    assert [row.label for row in table.rows].count("dense") == 2
+    assert table.notes[0] == "The dense model was scored differently: code or data changed between these runs."
+
+
+def test_the_dense_model_alone_is_a_table(tmp_path):
+    (table,) = tables_of(tmp_path, *(result("lors", pruner="none", sparsity=0.0, seed=seed) for seed in range(2)))
+    assert [(row.label, row.n) for row in table.rows] == [("dense", 0), ("LoRS", 2)]
+
+
+def test_one_dead_weight_too_many_does_not_read_as_hundred_percent(tmp_path):
+    content = result("lors")
+    content["zeros"] |= {"lost": 1, "gained": 0, "after_merge": 0.5 - 1e-6}
+    (table,) = tables_of(tmp_path, content)
+    column = next(column for column in table.quality if column.name == "zeros_kept_percent")
+    assert row_of(table, "LoRS").cells[column.name].text(column) == "99.99"
+
+
+def test_three_formats_say_the_same(runs, table, tmp_path, capsys):
+    assert main(["tables", str(runs), "--output", str(tmp_path / "out")]) == 0
+    markdown, latex, comma = ((tmp_path / "out" / f"tables.{end}").read_text() for end in ("md", "tex", "csv"))
+    assert capsys.readouterr().out.strip() == markdown.strip()
+    header = next(line for line in markdown.splitlines() if line.startswith("| method | n | boolq"))
+    lors = next(line for line in markdown.splitlines() if line.startswith("| LoRS | 3 |"))
+    assert header.count("|") == lors.count("|") and "**76.1 ± 0.1**" in lors
+    assert r"\textbf{76.1 $\pm$ 0.1}" in latex and r"zeros kept (\%)" in latex and r"$\Delta$ LoRA" in latex
+    assert latex.count(r"\toprule") == latex.count(r"\bottomrule") == latex.count(r"\begin{tabular}") == 2
+    columns = [line.count("&") for line in latex.splitlines() if line.endswith(r"\\")]
+    assert set(columns) == {header.count("|") - 2, len(table.cost) + 1}
+    rows = {row["name"]: row for row in csv.DictReader(io.StringIO(comma))}
+    assert rows["LoRS"]["average_best"] == "1" and rows["SPP"]["average_best"] == "0"
+    assert float(rows["LoRS"]["average"]) == pytest.approx(76.1) and rows["LoRS"]["n"] == "3"
+    assert rows["pruned"]["step_ms"] == "-" and len(rows["LoRS"]["runs"].split()) == 3
+
+
+def test_varying_compares_within_a_method_and_ignores_what_repeats_the_adapter():
+    lors = {"method": {"name": "lors", "peft": {"r": 16, "init": "gradient"}}, "adapter": {"r": 16}, "seed": 0}
+    spp = {"method": {"name": "spp", "peft": {"r": 16, "init": "zero"}}, "adapter": {"r": 16}, "seed": 1}
+    wide = {"method": {"name": "spp", "peft": {"r": 32, "init": "zero"}}, "adapter": {"r": 32}, "seed": 1}
+    assert varying([flat(lors), flat(spp)]) == []
+    assert varying([flat(lors), flat(spp), flat(wide)]) == ["adapter.r"]
+    assert varying([flat(lors), flat(lors) | {"train.new": 1}]) == ["train.new"]
+
+
+def test_the_reference_results_make_tables():
+    groups = groups_of(load(["runs/reference/margins"]))
+    assert any(len(group.runs) and len(group.tuned_dense) and len(group.controls) == 2 for group in groups)

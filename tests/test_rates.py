@@ -1,0 +1,76 @@
+"""``python -m analysis lr``: the same search for every method, and the winners in the recipe of the tables."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from synthetic_runs import result, write
+
+from analysis.__main__ import main
+from analysis.rates import RECIPE
+from lors.harness.validate import resolve
+
+RATES = (1e-4, 1e-3, 1e-2)
+
+
+def at(rate: float) -> dict[str, Any]:
+    return {"train": {"steps": 300, "learning_rate": rate}}
+
+
+@pytest.fixture
+def search(tmp_path) -> Callable[..., Path]:
+    """Function from method -> accuracy at each rate (None: diverged) to the folder of such a search."""
+
+    def make(**methods: tuple[float | None, ...]) -> Path:
+        for method, accuracies in methods.items():
+            for rate, accuracy in zip(RATES, accuracies, strict=False):
+                status = "ok" if accuracy else "failed"
+                write(tmp_path / "runs", result(method, accuracy=accuracy or 0.0, status=status, config=at(rate)))
+        return tmp_path / "runs"
+
+    return make
+
+
+@pytest.fixture
+def recipe(tmp_path) -> Path:
+    return Path(shutil.copy(RECIPE, tmp_path / "tuned.yaml"))
+
+
+def test_the_winners_reach_the_recipe_and_the_rest_of_it_stays(search, recipe, capsys) -> None:
+    runs = search(lors=(0.7, 0.8, None), spp=(0.6, 0.7, 0.75))
+    for _ in range(2):  # a second time over the rates of the first
+        assert main(["lr", str(runs), "--recipe", str(recipe)]) == 0
+        assert "tuned:\n  lors: 0.001\n  spp: 0.01\n# A method" in recipe.read_text()
+    rest = [line for line in recipe.read_text().splitlines() if line and not line.startswith(("tuned", "  "))]
+    assert rest == [
+        line for line in RECIPE.read_text().splitlines() if line and not line.startswith(("tuned", "  "))
+    ]  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "| lors | 70.0 | **80.0** | diverged |" in printed
+    assert "At an end of the grid, so that a rate beyond it may be better: spp." in printed
+    assert (runs / "lr.md").read_text() in printed
+
+
+@pytest.mark.parametrize(
+    ("methods", "message"),
+    [
+        ({"lors": (0.7, 0.8, 0.7), "spp": (0.6, 0.7)}, "not the same search for lors (3 runs) and spp (2)"),
+        ({"lors": (None, None, None)}, "lors ended well at no rate"),
+        ({"none": (0.6,)}, "no fine-tuned run below"),
+    ],
+)
+def test_an_unfair_or_empty_search_is_refused(search, recipe, capsys, methods, message) -> None:
+    before = recipe.read_text()
+    assert main(["lr", str(search(**methods)), "--recipe", str(recipe)]) == 2
+    assert message in capsys.readouterr().err
+    assert recipe.read_text() == before
+
+
+def test_a_tuned_run_has_the_rate_of_its_method_and_any_other_the_default(composed) -> None:
+    default = composed("train=default").train.learning_rate
+    assert resolve(composed("train=tuned", "+train.tuned.spp=0.5", "method=spp")).train.learning_rate == 0.5
+    assert resolve(composed("train=tuned", "~train.tuned", "method=lora")).train.learning_rate == default
