@@ -2,7 +2,8 @@
 --help``.
 
 This file only composes the config and decides which process runs it. The suite itself is imported once Hydra
-has parsed the command line, so that ``--help`` and a misspelt name answer at once.
+has parsed the command line, so that ``--help`` and a misspelt name answer at once. Under ``-m`` every job gets
+a process of its own, see `lors.harness.sweep`.
 
 Exit codes: 0 the run finished; 1 it failed (the result file says why), or a job of a sweep did; 2 a bad
 value.
@@ -15,7 +16,10 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
+from threading import Thread
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -24,29 +28,32 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from hydra_plugins.block_sweeper import SINCE
+
 CONF = Path(__file__).resolve().parent / "conf"
 # Set in the processes that run.py itself starts, so that they do not start another.
 CHILD = "LORS_JOB"
 # What the user set, before main() sets it for Hydra.
 TRACEBACKS = os.environ.get("HYDRA_FULL_ERROR") == "1"
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
-
-
-class JobFailed(Exception):  # noqa: N818 - named for what happened
-    """A job of a sweep ended with an exit code other than 0."""
+# Of the output of a job that ended without a result, so many lines are shown.
+LAST_LINES = 20
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
-def job(cfg: DictConfig) -> None:
+def job(cfg: DictConfig) -> int | None:
     """Run one composed config here; in a sweep or with a launcher, in a process of its own."""
     hydra_config = HydraConfig.get()
-    sweep = hydra_config.mode == RunMode.MULTIRUN
-    if CHILD not in os.environ and (sweep or as_list(cfg.launch.arguments)):
-        code = start_afresh(cfg, hydra_config)
+    if hydra_config.mode == RunMode.MULTIRUN:
+        return run_in_sweep(cfg, hydra_config)
+    if CHILD in os.environ:
+        code = run_here(cfg)
+    elif cfg.only is not None:
+        code = complain(f"only={cfg.only}: must be null without -m; it chooses among the jobs of a sweep")
+    elif as_list(cfg.launch.arguments):
+        code = start_afresh(cfg, hydra_config).returncode
     else:
         code = run_here(cfg)
-    if sweep and code:
-        raise JobFailed(f"job {hydra_config.job.num} ended with exit code {code}")
     if code:
         sys.exit(code)
 
@@ -57,20 +64,48 @@ def run_here(cfg: DictConfig) -> int:
         # Read when the libraries are imported. Without it some of them knock at the Hub for files that lie
         # here.
         os.environ["HF_HUB_OFFLINE"] = "1"
+    if SINCE in os.environ and CHILD in os.environ:
+        Thread(target=end_with_the_sweep, daemon=True).start()
     from lors.harness.pipeline import execute
+    from lors.harness.store import Busy
+    from lors.harness.sweep import BUSY
     from lors.harness.validate import BadInput
 
     try:
-        result = execute(cfg)
+        result = execute(cfg, since=since())
     except BadInput as error:
         if TRACEBACKS:
             raise
         return complain(str(error))
+    except Busy:
+        return BUSY
     return 0 if result["status"] == "ok" else FAILED
 
 
-def start_afresh(cfg: DictConfig, hydra_config: DictConfig) -> int:
-    """Run the job in a new process through ``launch`` and return its exit code.
+def run_in_sweep(cfg: DictConfig, hydra_config: DictConfig) -> int:
+    """Run one job of a sweep, unless there is nothing to do, and return its exit code.
+
+    What it prints is shown only if it ends without a result; the line of the sweep says the rest.
+    """
+    from lors.harness.sweep import BUSY, look
+
+    code = look(cfg, since())
+    if code is not None:
+        return code
+    if cfg.mode == "simulate":  # it allocates nothing that could leak into the next job
+        with redirect_stdout(StringIO()):
+            return run_here(cfg)
+    run = start_afresh(cfg, hydra_config, in_sweep=True)
+    code = run.returncode
+    if code != BUSY and look(cfg, since()) is None:
+        ending = f"ended by signal {-code}" if code < 0 else f"exit code {code}"
+        lines = [f"job {hydra_config.job.num} has no result: {ending}", *run.stdout.splitlines()[-LAST_LINES:]]
+        print("\n  ".join(lines), file=sys.stderr, flush=True)
+    return code
+
+
+def start_afresh(cfg: DictConfig, hydra_config: DictConfig, in_sweep: bool = False) -> subprocess.CompletedProcess:
+    """Run the job in a new process through ``launch``.
 
     Memory peaks and caches of one job would otherwise leak into the next.
     """
@@ -78,7 +113,32 @@ def start_afresh(cfg: DictConfig, hydra_config: DictConfig) -> int:
     command = [sys.executable, *as_list(cfg.launch.arguments), str(CONF.parent / "run.py")]
     command += [f"--config-dir={folder}" for folder in folders] + list(hydra_config.overrides.task)
     environment = {**os.environ, CHILD: "1", "HYDRA_FULL_ERROR": "1" if TRACEBACKS else "0"}
-    return subprocess.run(command, env=environment, check=False).returncode
+    if not in_sweep:
+        return subprocess.run(command, env=environment, check=False)
+    # Nothing is ever written to the standard input: that it is closed tells the job that the sweep is gone.
+    read_end, write_end = os.pipe()
+    try:
+        return subprocess.run(
+            command, env=environment, check=False, text=True, errors="replace",
+            stdin=read_end, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    finally:
+        os.close(read_end)
+        os.close(write_end)
+
+
+def end_with_the_sweep() -> None:
+    """Wait until the process that started this one is gone, however it ended, and end this one.
+
+    The same command may be running again, and a job of the killed sweep would disturb its measurements.
+    """
+    os.read(sys.stdin.fileno(), 1)
+    os._exit(FAILED)
+
+
+def since() -> int | None:
+    """When the sweep began that this process belongs to."""
+    return int(os.environ[SINCE]) if SINCE in os.environ else None
 
 
 def is_local(cfg: DictConfig) -> bool:
@@ -88,7 +148,7 @@ def is_local(cfg: DictConfig) -> bool:
         source = OmegaConf.select(cfg, key)
         return source in (None, "microworld") or os.path.exists(os.path.expanduser(str(source)))
 
-    if cfg.mode == "profile":
+    if cfg.mode in ("profile", "simulate"):
         return cfg.model.shape is not None or here("model.path")
     folder = cfg.eval.data_root is not None
     tasks = folder or all(str(task).startswith("microworld_") for task in as_list(cfg.eval.tasks))
@@ -150,9 +210,6 @@ def main() -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         job()
-    except JobFailed as error:
-        print(f"error: the sweep is over, but {error}", file=sys.stderr)
-        return FAILED
     except (HydraException, OmegaConfBaseException) as error:
         if TRACEBACKS:
             raise

@@ -12,7 +12,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lors.harness.data import Collator, random_data
-from lors.harness.live_tensors import CATEGORIES, LiveTensors, live_tensor_forward, live_tensor_step
+from lors.harness.live_step import live_tensor_forward, live_tensor_step
+from lors.harness.live_tensors import CATEGORIES, LiveTensors
 from lors.harness.meter import Meter, count_flops, training_memory
 from lors.harness.method import Method, adapt
 from lors.harness.recipe import enable_activation_checkpointing
@@ -71,19 +72,21 @@ def test_peak_of_a_small_mlp():
         loss = (torch.relu(x @ W1.t()) @ W2.t()).sum()
         # Alive: parameters, x, the output of relu (saved, its input is not), the loss.
         assert live.now == FLOAT * (h * d + k * h + n * d + n * h + 1)
+        assert live.forward_ends() == FLOAT * (n * h + 1)
         live.phase = "backward"
         loss.backward()
     # Highest while relu goes backward: its saved output, the incoming and the outgoing gradient, and dW2; two
     # scalars are the loss and the 1 that the backward pass starts from.
     assert live.peak == FLOAT * (h * d + k * h + n * d + 3 * n * h + k * h + 2)
-    assert live.peak_phase == "backward"
+    assert live.at_peak().phase == "backward"
     live.count([W1.grad, W2.grad], "gradients")
-    assert live.breakdown() == {
+    assert live.at_peak().by_category() == {
         "weights": FLOAT * (h * d + k * h),
         "adapters": 0,
         "gradients": FLOAT * k * h,
         "optimizer": 0,
-        "activations": FLOAT * (3 * n * h + 2),
+        "activations": FLOAT * (n * h + 1),
+        "transients": FLOAT * (2 * n * h + 1),
         "other": FLOAT * n * d,
     }
 
@@ -137,6 +140,25 @@ def test_sparse_tensors_count_their_indices_and_values():
     assert kept.shape == (9, 9)
 
 
+def test_sizes_are_rounded_up_to_the_blocks_of_an_allocator():
+    live = LiveTensors(block=512)
+    with live:
+        a, b = torch.zeros(1), torch.zeros(129)
+        assert live.now == 512 + 1024
+        del a, b
+    assert live.now == 0 and live.peak == 512 + 1024
+
+
+def test_a_storage_belongs_to_the_module_that_made_it_or_was_named():
+    live = LiveTensors(running=lambda: "maker")
+    W = torch.zeros(3)
+    live.count([W], "weights", module="owner")
+    with live:
+        y = W + 1
+        live.count([y], "gradients")
+    assert live.at_peak().parts == {("weights", "owner"): 3 * FLOAT, ("gradients", "maker"): 3 * FLOAT}
+
+
 # ---- a training step
 
 
@@ -183,7 +205,8 @@ def test_activation_checkpointing_saves_less_and_its_recomputation_is_counted():
     plain = training_memory(adapted(), batch(), recipe(), lora())
     saving = training_memory(adapted(), batch(), recipe(activation_checkpointing=True), lora())
     assert saving["saved_for_backward"] < plain["saved_for_backward"] / 2
-    assert saving["saved_for_backward"] < saving["breakdown"]["activations"] < plain["breakdown"]["activations"]
+    assert saving["breakdown"]["activations"] <= saving["saved_for_backward"]
+    assert saving["breakdown"]["transients"] > plain["breakdown"]["transients"]
     assert saving["train_peak"] < plain["train_peak"]
 
 

@@ -114,6 +114,13 @@ def test_splits_are_disjoint_and_seeded():
     assert not set(seen["pretrain"]) & set(seen["heldout"])
 
 
+def test_validation_items_ask_what_no_test_item_asks():
+    rows = microworld.task_rows("arc_easy", "validation")
+    asked = {what_is_asked("arc_easy", row) for row in rows}
+    assert len(asked) == len(rows) == microworld.VALIDATION_ITEMS_PER_TASK
+    assert not asked & {what_is_asked("arc_easy", row) for row in microworld.task_rows("arc_easy")}
+
+
 def test_unknown_names_are_named():
     with pytest.raises(ValueError, match="split='train2'"):
         microworld.texts("train2")

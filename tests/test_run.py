@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,10 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from hydra_plugins.block_sweeper import SINCE
+from lors.harness import pipeline
+from lors.harness.store import Busy
 
 RUN_PY = Path(__file__).parents[1] / "run.py"
 
@@ -35,9 +40,9 @@ def started(run, monkeypatch) -> Callable[..., tuple[int, list[SimpleNamespace]]
     def main(*arguments: str, exit_codes: tuple[int, ...] = (0,) * 9) -> tuple[int, list[SimpleNamespace]]:
         calls: list[SimpleNamespace] = []
 
-        def start(command: list[str], env: dict[str, str], check: bool) -> SimpleNamespace:
+        def start(command: list[str], env: dict[str, str], **_: object) -> SimpleNamespace:
             calls.append(SimpleNamespace(command=command, env=env))
-            return SimpleNamespace(returncode=exit_codes[len(calls) - 1])
+            return SimpleNamespace(returncode=exit_codes[len(calls) - 1], stdout="what it\nsaid")
 
         monkeypatch.setattr(subprocess, "run", start)
         monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
@@ -59,12 +64,34 @@ def test_a_sweep_starts_one_process_per_job_and_hands_on_its_overrides(started) 
         handed_on = {override.key_or_group: override.value() for override in parser.parse_overrides(call.command[2:])}
         assert handed_on == {"method": method, "adapter.targets": ["q_proj", "v_proj"], "pattern": "2:4"}
         assert call.env["LORS_JOB"] == "1", "the job must not start another process"
+        assert int(call.env[SINCE]) > 0, "the job must not wait for another sweep"
+    assert SINCE not in os.environ
 
 
 def test_one_failed_job_leaves_the_others_running_and_the_sweep_exits_with_1(started, capsys) -> None:
-    code, calls = started("-m", "seed=0,1,2", exit_codes=(0, 2, 0))
+    code, calls = started("-m", "seed=0,1,2", exit_codes=(0, 2, -9))
     assert len(calls) == 3 and code == 1
-    assert "job 1 ended with exit code 2" in capsys.readouterr().err
+    errors = capsys.readouterr().err
+    assert "job 1 has no result: exit code 2\n  what it\n  said" in errors
+    assert "job 2 has no result: ended by signal 9" in errors
+    assert "the sweep is over, but 2 of 3 jobs did not end well" in errors
+
+
+def test_a_bad_value_in_one_job_stops_the_sweep_before_any_is_started(started, capsys) -> None:
+    assert started("-m", "method=lors", "train.learning_rate=1e-3,-1") == (2, [])
+    assert "train.learning_rate=-1: must be a number > 0 (in the job method=lors " in capsys.readouterr().err
+
+
+def test_a_folder_that_takes_no_file_stops_the_sweep_with_one_line(started, capsys, tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    assert started("-m", "seed=0,1", f"runs_root={tmp_path}/file") == (2, [])
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1 and errors[0].startswith(f"error: runs_root: cannot write to {tmp_path}/file/default (")
+
+
+def test_only_is_for_sweeps(started, capsys) -> None:
+    assert started("only=failed") == (2, [])
+    assert "only=failed: must be null without -m" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -77,27 +104,49 @@ def test_a_launcher_stands_between_the_interpreter_and_the_job(started, launch: 
     assert call.command[-3:] == [str(RUN_PY), f"launch={launch}", "seed=3"]
 
 
-def test_a_folder_of_own_groups_reaches_the_jobs(started, tmp_path) -> None:
+@pytest.mark.parametrize("method", ["mine", "glob(mi*)"])
+def test_a_folder_of_own_groups_reaches_the_jobs(started, tmp_path, method: str) -> None:
     (tmp_path / "method").mkdir()
-    (tmp_path / "method" / "mine.yaml").write_text("name: mine\n")
-    code, [call] = started("--config-dir", str(tmp_path), "-m", "method=mine")
-    assert code == 0 and f"--config-dir={tmp_path}" in call.command
+    mine = "_target_: lors.harness.method.Method\nname: mine\ntrains: false\n"
+    (tmp_path / "method" / "mine.yaml").write_text(mine)
+    code, [call] = started("--config-dir", str(tmp_path), "-m", f"method={method}")
+    assert code == 0 and {f"--config-dir={tmp_path}", "method=mine"} <= set(call.command)
 
 
 def test_a_job_runs_here_and_its_status_becomes_the_exit_code(started, monkeypatch) -> None:
-    from lors.harness import pipeline
-
     monkeypatch.setenv("LORS_JOB", "1")
     for status, expected in (("ok", 0), ("failed", 1), ("oom", 1)):
-        monkeypatch.setattr(pipeline, "execute", lambda cfg, status=status: {"status": status})
+        monkeypatch.setattr(pipeline, "execute", lambda cfg, since, status=status: {"status": status})
         code, calls = started("launch=torchrun")
         assert (code, calls) == (expected, [])
 
 
-def test_an_interrupt_is_no_failure(started, monkeypatch, capsys) -> None:
-    from lors.harness import pipeline
+def test_a_job_of_a_sweep_leaves_a_run_to_the_process_that_is_at_it(started, run, monkeypatch) -> None:
+    told = []
 
-    def interrupt(cfg: object) -> None:
+    def busy(cfg: object, since: int | None) -> None:
+        told.append(since)
+        raise Busy
+
+    monkeypatch.setattr(pipeline, "execute", busy)
+    monkeypatch.setattr(run, "end_with_the_sweep", lambda: None)
+    monkeypatch.setenv("LORS_JOB", "1")
+    monkeypatch.setenv(SINCE, "5")
+    assert started() == (75, []) and told == [5]
+
+
+def test_a_job_ends_when_its_sweep_is_gone() -> None:
+    """The sweep holds the writing end of a pipe; no code of it has to run for the job to notice its end."""
+    watch = "import run, threading, time; threading.Thread(target=run.end_with_the_sweep).start(); time.sleep(60)"
+    job = subprocess.Popen([sys.executable, "-c", watch], cwd=RUN_PY.parent, stdin=subprocess.PIPE)
+    with pytest.raises(subprocess.TimeoutExpired):
+        job.wait(timeout=1)
+    job.stdin.close()
+    assert job.wait(timeout=30) == 1
+
+
+def test_an_interrupt_is_no_failure(started, monkeypatch, capsys) -> None:
+    def interrupt(cfg: object, since: int | None) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(pipeline, "execute", interrupt)

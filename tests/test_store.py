@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import math
 import os
@@ -12,12 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
+from lors.harness.environment import environment
 from lors.harness.store import (
+    Busy,
     RunStore,
     cache_directory,
-    environment,
     fingerprint,
     local_path,
     read_json,
@@ -25,7 +28,7 @@ from lors.harness.store import (
     write_json,
     write_text,
 )
-from lors.harness.validate import resolve
+from lors.harness.validate import BadInput, resolve
 
 ROOT = Path(__file__).parents[1]
 
@@ -45,6 +48,8 @@ def key(composed) -> Callable[..., str]:
         "cache_root=/elsewhere",
         "save_merged=true",
         "launch=torchrun",
+        "only=failed",
+        "train=tuned",  # at the rate of the default recipe
         "train.checkpoint_every=7",
         "sparsity=0.5",  # what null stands for
         "prune.text=microworld",  # likewise
@@ -140,10 +145,10 @@ def test_results_are_strict_json_and_replaced_whole(tmp_path: Path, monkeypatch:
     assert store.result() == {"status": "ok", "value": None, "nested": [{"peak": None}], "pair": [1, 2.5]}
 
     def crash(*_: object) -> None:
-        raise OSError("killed here")
+        raise RuntimeError("killed here")
 
     monkeypatch.setattr(os, "fsync", crash)
-    with pytest.raises(OSError, match="killed here"):
+    with pytest.raises(RuntimeError, match="killed here"):
         store.write({"status": "half"})
     assert store.result()["status"] == "ok"
 
@@ -169,6 +174,71 @@ def test_a_finished_part_is_not_computed_again(tmp_path: Path) -> None:
     assert RunStore(tmp_path).once("memory", compute) == {"peak": 7}
     assert len(calls) == 2
     assert RunStore(tmp_path).once("nothing", lambda: None) is None
+
+
+def finished_run(composed, folder: Path, *overrides: str, **result: object) -> tuple[RunStore, DictConfig]:
+    cfg = resolve(composed(f"runs_root={folder}", *overrides))
+    store = RunStore.of(cfg)
+    store.write({"status": "ok", "artifacts": {"merged": None}, **result})
+    return store, cfg
+
+
+def test_what_makes_a_run_unnecessary(composed, tmp_path: Path) -> None:
+    store, cfg = finished_run(composed, tmp_path)
+    assert store.directory == tmp_path / "default" / run_key(cfg)
+    assert store.finished(cfg)["status"] == "ok"
+    assert store.finished(resolve(composed("force=true"))) is None
+    assert store.finished(resolve(composed("save_merged=true"))) is None
+    store, cfg = finished_run(composed, tmp_path, status="oom")
+    assert store.finished(cfg) is None
+    assert RunStore(tmp_path / "nothing").finished(cfg, since=0) is None
+
+
+def test_in_a_sweep_any_result_since_its_beginning_stands(composed, tmp_path: Path) -> None:
+    store, cfg = finished_run(composed, tmp_path, "force=true", status="failed")
+    written = store.result_file.stat().st_mtime_ns
+    assert store.finished(cfg, since=written - 1)["status"] == "failed"
+    assert store.finished(cfg, since=written) is None
+
+
+def test_busy_is_a_run_that_another_process_is_at(tmp_path: Path) -> None:
+    store = RunStore(tmp_path / "run")
+    assert not store.busy() and not store.directory.exists(), "looking leaves nothing behind"
+    with store.lock():
+        assert RunStore(tmp_path / "run").busy()
+        with pytest.raises(Busy), RunStore(tmp_path / "run").lock():
+            pass
+    assert not store.busy()
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_half_files(tmp_path: Path, monkeypatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    store = RunStore(tmp_path / "run")
+    store.check_writable()
+    monkeypatch.setattr(os, "fsync", full)
+    for write in (store.check_writable, lambda: store.write({"status": "ok"})):
+        with pytest.raises(
+            BadInput, match=r"^runs_root: cannot write to .*/run \(\[Errno 28\] No space left on device\)$"
+        ):
+            write()
+    assert list(store.directory.iterdir()) == []
+
+
+def test_a_file_at_rest_is_read_once_and_a_changed_one_again(tmp_path: Path, monkeypatch) -> None:
+    """A sweep asks for the fingerprint of a model once per job."""
+    file, reads = tmp_path / "weights", []
+    digest_of = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda *arguments: reads.append(1) or digest_of(*arguments))
+    file.write_bytes(b"one")
+    young = fingerprint(file), fingerprint(file)
+    assert len(reads) == 2, "a change within the same tick of the clock must be seen"
+    os.utime(file, ns=(1, 1))
+    assert {fingerprint(file), fingerprint(file), *young} == {young[0]} and len(reads) == 3
+    file.write_bytes(b"two")
+    os.utime(file, ns=(2, 2))
+    assert fingerprint(file) != young[0]
 
 
 def test_clear_keeps_the_lock_and_drop_progress_keeps_the_results(tmp_path: Path) -> None:

@@ -29,7 +29,16 @@ from lors.harness.corpora import MICROWORLD, read_rows, require_text, texts
 from lors.harness.template import alpaca_prompt
 from lors.harness.validate import BadInput
 
-__all__ = ["IGNORED", "Collator", "Row", "calibration_tokens", "random_data", "training_data"]
+__all__ = [
+    "IGNORED",
+    "Collator",
+    "Row",
+    "calibration_tokens",
+    "random_data",
+    "shuffled",
+    "tokenised_rows",
+    "training_data",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -57,12 +66,23 @@ def training_data(data_cfg: Any, train_cfg: Any, tokenizer: Tokenizer, seed: int
     Raises:
         BadInput: Missing file, malformed line (with its number), missing column, or no row left to train on.
     """
+    return shuffled(tokenised_rows(data_cfg, train_cfg, tokenizer), seed)
+
+
+def tokenised_rows(data_cfg: Any, train_cfg: Any, tokenizer: Tokenizer) -> list[Row]:
+    """The rows of `training_data` in the order of their source."""
     if data_cfg.kind == "text":
         rows = _text_rows(data_cfg, train_cfg, tokenizer)
     else:
         rows = _instruction_rows(data_cfg, train_cfg.sequence_length, tokenizer)
     if not rows:
         raise BadInput(f"data.path={data_cfg.path}: no row to train on; the data set is empty")
+    return rows
+
+
+def shuffled(rows: Sequence[Row], seed: int) -> list[Row]:
+    """The rows in the order that `seed` draws."""
+    rows = list(rows)
     random.Random(seed).shuffle(rows)
     return rows
 

@@ -105,7 +105,8 @@ def evaluate(model: PreTrainedModel, tokenizer: Tokenizer, eval_cfg: Any, progre
         model: The model, on its device; in its former mode afterwards.
         tokenizer: The model's; not changed.
         eval_cfg: ``tasks``, ``data_root``, ``limit`` (first items of each task), ``batch_size`` (fixed: rows
-            per forward pass), ``add_bos_token``, ``perplexity`` (``text``, ``window``; None for none).
+            per forward pass), ``add_bos_token``, ``perplexity`` (``text``, ``window``; None for none),
+            ``split`` (of the microworld's items: test or validation; test where nothing is said).
         progress: Show progress bars.
 
     Returns:
@@ -171,7 +172,7 @@ def _specifications(eval_cfg: Any, folder: Path) -> list[Any]:
     for name in eval_cfg.tasks:
         if name in MICROWORLD_TASKS:
             file = folder / f"{name}.jsonl"
-            rows = microworld.task_rows(MICROWORLD_TASKS[name])
+            rows = microworld.task_rows(MICROWORLD_TASKS[name], getattr(eval_cfg, "split", "test"))
             file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
             local.append({"task": name, "dataset_kwargs": _json_files("test", file, folder)})
         elif name in ZERO_SHOT and eval_cfg.data_root is not None:

@@ -15,9 +15,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from lors.harness.data import calibration_tokens, random_data, training_data
+from lors.harness.data import random_data
 from lors.harness.evaluate import check_tasks
 from lors.harness.method import Method
+from lors.harness.shared import shared_calibration, shared_rows
+from lors.harness.simulate import check_simulated
 from lors.harness.store import local_path
 from lors.harness.validate import BadInput, check_fit, needs_calibration, one_line
 
@@ -33,7 +35,7 @@ class Inputs:
 
     Attributes:
         shape: The config of the model.
-        tokenizer: None in mode=profile, which has no text.
+        tokenizer: None outside of mode=run, without text.
         rows: Training rows: ``input_ids`` and ``labels``.
         calibration: Token ids ``[samples, length]`` for the pruner; None if it looks at no data.
     """
@@ -52,16 +54,19 @@ def read_inputs(cfg: DictConfig, method: Method) -> Inputs:
     """
     shape = _read_shape(cfg)
     check_fit(cfg, method, shape)
+    if cfg.mode == "simulate":
+        check_simulated(cfg, method)
+        return Inputs(shape, None, [], None)
     if cfg.mode == "profile":
         rows = random_data(shape.get_text_config().vocab_size, cfg.train, cfg.seed)
         return Inputs(shape, None, rows, None)
     tokenizer = _read_tokenizer(cfg, shape)
     try:
         check_tasks(cfg.eval)
-        rows = training_data(cfg.data, cfg.train, tokenizer, cfg.seed)
+        rows = shared_rows(cfg, tokenizer)
         calibration = None
         if needs_calibration(cfg.prune.name):
-            calibration = calibration_tokens(cfg.prune, tokenizer, cfg.prune.seed)
+            calibration = shared_calibration(cfg, tokenizer)
     except (ValueError, OSError) as error:
         raise BadInput(one_line(error)) from error
     return Inputs(shape, tokenizer, rows, calibration)
@@ -82,8 +87,8 @@ def model_source(cfg: DictConfig) -> tuple[str, str | None]:
 
 
 def _read_shape(cfg: DictConfig) -> PretrainedConfig:
-    """``model.shape`` in mode=profile if the model has one, else ``config.json`` of ``model.path``."""
-    if cfg.mode == "profile" and cfg.model.shape is not None:
+    """``model.shape`` outside of mode=run if the model has one, else ``config.json`` of ``model.path``."""
+    if cfg.mode != "run" and cfg.model.shape is not None:
         try:
             shape = AutoConfig.for_model(**OmegaConf.to_container(cfg.model.shape))
         except (TypeError, ValueError) as error:

@@ -23,7 +23,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -34,12 +34,22 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lors.harness.live_tensors import live_tensor_step, state_kept
+from lors.harness.live_step import live_tensor_step, state_kept
 from lors.harness.loss import batch_loss
 from lors.harness.method import PRECISIONS, Method
-from lors.harness.recipe import enable_activation_checkpointing, make_optimizer
+from lors.harness.recipe import enable_activation_checkpointing, gradient_clipping, make_optimizer
 
-__all__ = ["CudaPeak", "Meter", "StepTime", "count_flops", "cuda_peak", "process_rss_peak", "training_memory"]
+__all__ = [
+    "CudaPeak",
+    "Meter",
+    "StepTime",
+    "count_flops",
+    "count_inference_flops",
+    "cuda_peak",
+    "flop_formulas",
+    "process_rss_peak",
+    "training_memory",
+]
 
 
 @dataclass(frozen=True)
@@ -185,7 +195,7 @@ def cuda_peak(device: torch.device) -> Iterator[CudaPeak]:
 
 
 def training_memory(model: nn.Module, batch: Mapping[str, Tensor], train_cfg: Any, method: Method) -> dict[str, Any]:
-    """Exact memory of one training step of `method`, by category; see `live_tensors.live_tensor_step`.
+    """Exact memory of one training step of `method`, by category; see `live_step.live_tensor_step`.
 
     Args:
         model: The adapted model; as it was afterwards, except that activation checkpointing is on if the
@@ -196,15 +206,16 @@ def training_memory(model: nn.Module, batch: Mapping[str, Tensor], train_cfg: An
     """
     if train_cfg.activation_checkpointing:
         enable_activation_checkpointing(model)
-    return live_tensor_step(
-        model,
-        batch,
-        lambda model: make_optimizer(model, train_cfg, method),
-        penalty=method.penalty,
-        accumulation=train_cfg.gradient_accumulation,
-        max_grad_norm=train_cfg.max_grad_norm,
-        autocast=PRECISIONS[train_cfg.precision].autocast,
-    )
+    with nullcontext() if method.costliest is None else method.costliest(model):
+        return live_tensor_step(
+            model,
+            batch,
+            lambda model: make_optimizer(model, train_cfg, method),
+            penalty=method.penalty,
+            accumulation=train_cfg.gradient_accumulation,
+            max_grad_norm=gradient_clipping(train_cfg, method),
+            autocast=PRECISIONS[train_cfg.precision].autocast,
+        )
 
 
 def count_flops(
@@ -225,8 +236,24 @@ def count_flops(
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
     with state_kept(model):
         model.train()
-        with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
+        with _flop_counter() as counter:
             batch_loss(model, batch, penalty=penalty, autocast=autocast).backward()
+    return counter.get_total_flops()
+
+
+def flop_formulas() -> Mapping[Any, Callable[..., int]]:
+    """FLOPs of an operation from its arguments and its result ``out_val``; operations not listed count nothing."""
+    return _flop_counter().flop_registry
+
+
+def count_inference_flops(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
+    """FLOPs of one forward pass without gradients, counted as in ``count_flops``."""
+    device = next(model.parameters()).device
+    inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask") if name in batch}
+    with state_kept(model), torch.no_grad():
+        model.eval()
+        with _flop_counter() as counter:
+            model(**inputs, use_cache=False)
     return counter.get_total_flops()
 
 
@@ -242,6 +269,10 @@ def process_rss_peak() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _flop_counter() -> FlopCounterMode:
+    return FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:

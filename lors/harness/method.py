@@ -11,9 +11,9 @@ End states:
 
 ==========  =================================================================================================
 merged      the method's own merge; W' keeps the zeros of W if ``keeps_zeros``
-dense       W' = W + delta W, the zeros are lost (LoRA)
-remasked    W' = M * (W + delta W), the zeros are kept but the function changes (LoRA)
-adapter     delta W stays beside W (LoRA as it was trained: no zero is lost, nothing is merged)
+dense       W' = W + delta W, the zeros are lost (LoRA, any method with ``method.peft.keep_zeros=false``)
+remasked    W' = M * (W + delta W), the zeros are kept but the function changes (likewise)
+adapter     delta W stays beside W (the same as it was trained: no zero is lost, nothing is merged)
 ==========  =================================================================================================
 
 Every merge runs in float32, one layer at a time, and is rounded once to the dtype of W.
@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,8 @@ from transformers import PreTrainedModel
 __all__ = ["PRECISIONS", "VARIANTS", "Method", "Precision", "adapt", "finish", "gradient_initialization"]
 
 VARIANTS = ("merged", "adapter", "remasked", "dense")
+# End states of a method unless it says otherwise, with the zeros kept and lost.
+KEPT, LOST = ("merged",), ("adapter", "remasked", "dense")
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,8 @@ class Method:
         name: The name in tables; equal to that of its file in ``conf/method``.
         peft: Config of the PEFT tuner that wraps the model; None for a method without adapter (``full``,
             ``none``).
-        keeps_zeros: Whether the zeros of the pruned weight survive the method's merge.
+        keeps_zeros: Whether the zeros of the pruned weight survive the method's merge. None: what
+            ``method.peft.keep_zeros`` says; a config without that field keeps them.
         trains: False for the pruned model as it is.
         prepare: ``prepare(model, batches, seed) -> model``, called once after the wrapping (LoRS reads a
             gradient, SHiRA needs the support); without ``peft`` it replaces the wrapping (``full`` un-freezes
@@ -77,21 +81,39 @@ class Method:
         callbacks: Further ``TrainerCallback`` objects.
         penalty: ``penalty(model) -> scalar tensor`` added to the loss of every micro-batch.
         merges: End states to score, see the module's text; the first is the row itself, the others are its
-            variants.
+            variants. None: ``merged`` if the zeros are kept, else those of LoRA (adapter, remasked, dense).
+        init_rows: Training rows that ``prepare`` reads; None: ``train.init_rows``.
+        max_grad_norm: In place of ``train.max_grad_norm``, for a method that prescribes its own clipping; 0:
+            the optimizer clips, the Trainer does not. None: as the recipe says.
+        counts: ``counts(model) -> dict``, called after the training: numbers of parameters that ``requires_grad``
+            does not tell (final ranks, everything that was trained over the run), for ``parameters`` of the result.
+        costliest: ``costliest(model) -> context`` in which a training step needs as much memory as any step of the
+            method does, for methods whose callbacks change what a step does.
     """
 
     name: str
     peft: PeftConfig | None = None
-    keeps_zeros: bool = True
+    keeps_zeros: bool | None = None
     trains: bool = True
     prepare: Callable[..., nn.Module] | None = None
     optimizer: Callable[..., torch.optim.Optimizer] | None = None
     callbacks: tuple = ()
     penalty: Callable[[nn.Module], Tensor] | None = None
-    merges: tuple[str, ...] = ("merged",)
+    merges: tuple[str, ...] | None = None
+    init_rows: int | None = None
+    max_grad_norm: float | None = None
+    counts: Callable[[nn.Module], dict[str, int]] | None = None
+    costliest: Callable[[nn.Module], AbstractContextManager] | None = None
 
     def __post_init__(self) -> None:
         # Hydra hands over lists.
+        keeps = getattr(self.peft, "keep_zeros", None)
+        if self.keeps_zeros is None:
+            object.__setattr__(self, "keeps_zeros", keeps is not False)
+        elif keeps is not None and keeps != self.keeps_zeros:
+            raise ValueError(f"method.keeps_zeros={self.keeps_zeros}: contradicts method.peft.keep_zeros={keeps}")
+        if self.merges is None:
+            object.__setattr__(self, "merges", KEPT if self.keeps_zeros else LOST)
         object.__setattr__(self, "merges", tuple(self.merges))
         object.__setattr__(self, "callbacks", tuple(self.callbacks))
         unknown = [variant for variant in self.merges if variant not in VARIANTS]

@@ -24,6 +24,7 @@ from lors.blocks import decoder_linears
 from lors.harness.evaluate import evaluate
 from lors.harness.inputs import Inputs, model_source
 from lors.harness.method import PRECISIONS
+from lors.harness.shared import made_once
 from lors.harness.store import cache_directory, digest, read_json, with_fingerprints, write_json
 from lors.prune import prune_model, pruned_checkpoint
 from lors.sparsity import random_support
@@ -85,15 +86,13 @@ class Models:
                 "versions": [version(name) for name in ("torch", "transformers", "lm_eval")],
             }
         )
-        file = self.cache / "scores" / f"{key}.json"
-        cached = read_json(file)
-        if cached is not None:
-            log.info("scores of the %s model: read from the cache", which)
-            return cached
-        if model is None:
-            model = self.dense() if which == "dense" else self.pruned()
-        write_json(file, evaluate(model, self.inputs.tokenizer, self.cfg.eval))
-        return read_json(file)
+
+        def compute() -> dict[str, Any]:
+            log.info("scores of the %s model: not in the cache, computed now", which)
+            loaded = model if model is not None else self.dense() if which == "dense" else self.pruned()
+            return evaluate(loaded, self.inputs.tokenizer, self.cfg.eval)
+
+        return made_once(self.cache / "scores" / f"{key}.json", compute, read_json, write_json)
 
     @cached_property
     def sources(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import random
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -31,17 +31,29 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lors.harness.data import Collator
+from lors.harness.device_lock import device_lock
+from lors.harness.environment import now
 from lors.harness.evaluate import evaluate
 from lors.harness.inputs import Inputs, read_inputs
-from lors.harness.live_tensors import LiveTensors, live_tensor_forward
-from lors.harness.meter import CudaPeak, Meter, count_flops, cuda_peak, process_rss_peak, training_memory
+from lors.harness.live_step import live_tensor_forward
+from lors.harness.live_tensors import LiveTensors
+from lors.harness.meter import (
+    CudaPeak,
+    Meter,
+    count_flops,
+    count_inference_flops,
+    cuda_peak,
+    process_rss_peak,
+    training_memory,
+)
 from lors.harness.method import PRECISIONS, Method, adapt, finish
 from lors.harness.models import Models, default_device, random_model
 from lors.harness.result import blank_result, check_zeros, count_parameters, held_out_loss
-from lors.harness.store import RunStore, now, run_key
+from lors.harness.simulate import simulate
+from lors.harness.store import RunStore, cache_directory
 from lors.harness.summary import summary
 from lors.harness.train import train
-from lors.harness.validate import BadInput, build_method, one_line, resolve
+from lors.harness.validate import build_method, one_line, resolve
 from lors.sparsity import supports
 
 __all__ = ["execute", "seed_everything"]
@@ -49,31 +61,35 @@ __all__ = ["execute", "seed_everything"]
 log = logging.getLogger("lors")
 
 
-def execute(cfg: DictConfig) -> dict[str, Any]:
+def execute(cfg: DictConfig, since: int | None = None) -> dict[str, Any]:
     """Run one config, unless that has been done before, and print its summary.
 
     Args:
         cfg: A config as Hydra composes it from ``conf``.
+        since: When the sweep began that this is a job of (`RunStore.written_since`); a sweep does not wait
+            for a run that another process is at.
 
     Returns:
         The content of ``result.json``; its ``status`` is ok, failed or oom.
 
     Raises:
         BadInput: A value that the user has to change. Nothing has been computed, nothing is written.
+        Busy: In a sweep, another process is at this run.
     """
     cfg = resolve(cfg)
     method = build_method(cfg)
-    store = RunStore(Path(cfg.runs_root).expanduser() / cfg.name / run_key(cfg))
-    result = None if cfg.force else _finished(store, cfg)
+    store = RunStore.of(cfg)
+    result = store.finished(cfg, since)
     if result is None:
         inputs = read_inputs(cfg, method)
-        _make_folder(store)
-        with store.lock(waiting=lambda: print(f"{store.directory}: another process is at this run; waiting for it")):
-            result = None if cfg.force else _finished(store, cfg)
+        store.check_writable()
+        with store.lock(waiting=_say_waiting if since is None else None):
+            result = store.finished(cfg, since)
             if result is None:
                 if cfg.force:
                     store.clear()
-                result = _attempt(cfg, method, inputs, store)
+                with _device(cfg):
+                    result = _attempt(cfg, method, inputs, store)
     else:
         print("This run has finished before and is not repeated; force=true repeats it.")
     print(summary(result, store.directory / "result.json"))
@@ -87,20 +103,20 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _finished(store: RunStore, cfg: DictConfig) -> dict[str, Any] | None:
-    """The result of an earlier run that ended well and left all that is asked for."""
-    result = store.result()
-    if result is None or result["status"] != "ok":
-        return None
-    return result if not cfg.save_merged or result["artifacts"]["merged"] else None
+def _say_waiting() -> None:
+    print("another process is at this run; waiting for it")
 
 
-def _make_folder(store: RunStore) -> None:
-    try:
-        store.directory.mkdir(parents=True, exist_ok=True)
-        store.check_writable()
-    except OSError as error:
-        raise BadInput(f"runs_root: cannot write to {store.directory} ({one_line(error)})") from error
+def _device(cfg: DictConfig) -> AbstractContextManager[None]:
+    """The device, alone in mode=profile."""
+    device, alone = default_device(), cfg.mode == "profile"
+    reason = "timings want the device alone" if alone else "a profile has the device for itself"
+    return device_lock(
+        cache_directory(cfg) / "devices",
+        device,
+        alone=alone,
+        waiting=lambda: print(f"{device}: used by another run; waiting, because {reason}"),
+    )
 
 
 def _attempt(cfg: DictConfig, method: Method, inputs: Inputs, store: RunStore) -> dict[str, Any]:
@@ -146,12 +162,21 @@ class Run:
     def run(self) -> None:
         """All phases, in order."""
         self.store.write_config(self.cfg)
+        if self.cfg.mode == "simulate":
+            self._simulate()
+            return
         model = self._start()
         M = supports(model)
         adapted = self._adapt(model)
         if self.method.trains:
             self._train(adapted)
         self._finish(adapted, M)
+
+    def _simulate(self) -> None:
+        """One training step without memory; all other phases would need values."""
+        with self._phase("simulate"):
+            for field, numbers in simulate(self.cfg, self.method, self.inputs.shape).items():
+                self.result[field] = (self.result[field] or {}) | numbers
 
     def _start(self) -> PreTrainedModel:
         """The pruned model, and the scores of what it was made from."""
@@ -192,7 +217,7 @@ class Run:
         collator = Collator(self.inputs.tokenizer, "fixed", cfg.train.sequence_length)
         batch = collator(self._rows(cfg.train.batch_size))
         result["memory"] |= self.store.once("memory", lambda: self._measure_memory(adapted, batch))
-        result["flops"] = self.store.once("flops", lambda: self._measure_flops(adapted, batch))
+        result["flops"] |= self.store.once("flops", lambda: self._measure_flops(adapted, batch))
         meter = Meter(cfg.train.timing_warmup)
         if cfg.mode == "run":
             collator = Collator(self.inputs.tokenizer, cfg.train.pad, cfg.train.sequence_length)
@@ -204,6 +229,8 @@ class Run:
             result["memory"] |= {"kind": "cuda", "train_peak": peak.allocated, "reserved_peak": peak.reserved}
         result["time"] |= meter.time_report()
         result["loss"] |= {"first": outcome.first_loss, "last": outcome.last_loss}
+        if method.counts is not None:
+            result["parameters"] |= method.counts(adapted)
         result["artifacts"]["steps"] = "steps.jsonl"
         if isinstance(adapted, PeftModel):
             adapted.save_pretrained(self.store.directory / "adapter")
@@ -225,10 +252,14 @@ class Run:
                 self.result["loss"]["eval_after"] = held_out_loss(row["eval"])
 
     def _score(self, variant: str, model: PreTrainedModel) -> dict[str, Any] | None:
-        memory = self.result["memory"]
+        memory, flops = self.result["memory"], self.result["flops"]
+        collator = Collator(self.inputs.tokenizer, "fixed", self.cfg.train.sequence_length)
+        batch = collator(self._rows(self.cfg.train.batch_size))
+        if flops["inference"] is None:
+            # Of the first end state, the row itself: a side network or an adapter beside the weights costs more here.
+            flops["inference"] = count_inference_flops(model, batch)
         if self.device.type == "cpu" and memory["eval_peak"] is None:
-            collator = Collator(self.inputs.tokenizer, "fixed", self.cfg.train.sequence_length)
-            memory["eval_peak"] = live_tensor_forward(model, collator(self._rows(self.cfg.train.batch_size)))
+            memory["eval_peak"] = live_tensor_forward(model, batch)
         if self.cfg.mode == "profile" or not (self.cfg.eval.tasks or self.cfg.eval.perplexity):
             return None
         if not self.method.trains and self.result["baselines"]["pruned"] is not None:
@@ -260,9 +291,10 @@ class Run:
     def _first_batches(self) -> list[dict[str, Tensor]]:
         """The first rows of the training data in the batches of the training."""
         size = self.cfg.train.batch_size
+        count = self.method.init_rows or self.cfg.train.init_rows
         collator = Collator(self.inputs.tokenizer, self.cfg.train.pad, self.cfg.train.sequence_length)
         # In a profile only the memory counts, and the second batch reaches the peak.
-        rows = self._rows(self.cfg.train.init_rows if self.cfg.mode == "run" else 2 * size)
+        rows = self._rows(count if self.cfg.mode == "run" else 2 * size)
         return [collator(rows[start : start + size]) for start in range(0, len(rows), size)]
 
     @contextmanager

@@ -9,7 +9,17 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-__all__ = ["random_state_kept"]
+__all__ = ["generator_of", "random_state_kept"]
+
+
+def generator_of(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator of its own, seeded by several numbers >= 0 together (seed, step, layer); the global one is not used.
+
+    The same key gives the same draws on the same kind of device, so nothing has to be saved to draw them again.
+    """
+    # With its length in front, as NumPy takes (1, 0) for (1).
+    words = np.random.SeedSequence((len(key), *key)).generate_state(2)
+    return torch.Generator(device).manual_seed(int(words[0]) << 32 | int(words[1]))
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lors.harness.method import Method
 
-__all__ = ["cosine_with_floor", "enable_activation_checkpointing", "make_optimizer"]
+__all__ = ["cosine_with_floor", "enable_activation_checkpointing", "gradient_clipping", "make_optimizer"]
 
 
 def make_optimizer(model: nn.Module, train_cfg: Any, method: Method) -> torch.optim.Optimizer:
@@ -40,6 +40,16 @@ def make_optimizer(model: nn.Module, train_cfg: Any, method: Method) -> torch.op
         betas=tuple(train_cfg.betas),
         weight_decay=train_cfg.weight_decay,
     )
+
+
+def gradient_clipping(train_cfg: Any, method: Method) -> float | None:
+    """Global norm that gradients are clipped to outside of the optimizer; None: not clipped.
+
+    Args:
+        train_cfg: ``max_grad_norm``.
+        method: Its own ``max_grad_norm`` comes first; 0 says that nothing is clipped here.
+    """
+    return train_cfg.max_grad_norm if method.max_grad_norm is None else method.max_grad_norm or None
 
 
 def cosine_with_floor(optimizer: torch.optim.Optimizer, train_cfg: Any, steps: int) -> LambdaLR:

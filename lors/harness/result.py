@@ -9,9 +9,10 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from lors.harness.environment import environment
 from lors.harness.method import Method
-from lors.harness.store import environment
 from lors.sparsity import zero_report
+from lors.storage import count_weights
 
 __all__ = ["blank_result", "check_zeros", "count_parameters", "held_out_loss"]
 
@@ -41,7 +42,7 @@ def blank_result(cfg: DictConfig, key: str, device: torch.device) -> dict[str, A
         "zeros": None,
         "memory": dict.fromkeys(memory),
         "time": {**dict.fromkeys(("warmup_steps", "steps", *spans, "tokens_per_second")), "phases": {}},
-        "flops": {"per_step": None},
+        "flops": dict.fromkeys(("per_step", "inference")),
         "loss": dict.fromkeys(("first", "last", "eval_before", "eval_after")),
         "eval": None,
         "baselines": {"dense": None, "pruned": None},
@@ -88,7 +89,7 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
     """Numbers in the model and trainable ones, and the bytes of the trainable ones as they are saved."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return {
-        "total": sum(parameter.numel() for parameter in model.parameters()),
+        "total": count_weights(model),
         "trainable": sum(parameter.numel() for parameter in trainable),
         "adapter_bytes": sum(parameter.numel() * parameter.element_size() for parameter in trainable),
     }

@@ -1,5 +1,5 @@
 """The run folder: ``<runs_root>/<name>/<key>/`` with ``result.json``, ``config.yaml``, ``log.txt`` and what
-the run saves.
+the run saves; and which runs need not be made again.
 
 The key is a hash of everything that can change the numbers: the resolved config without output paths,
 launcher and logging, and the *content* of every local file or folder that the config names (a path itself
@@ -13,31 +13,35 @@ import hashlib
 import json
 import math
 import os
-import platform
 import shutil
-import subprocess
-import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-import torch
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
+from lors.harness.validate import BadInput, one_line
 from lors.microworld import CHECKPOINT
 
-__all__ = ["RunStore", "cache_directory", "digest", "environment", "fingerprint", "local_path", "run_key"]
+__all__ = ["Busy", "RunStore", "cache_directory", "digest", "fingerprint", "local_path", "run_key"]
 
-# Top-level keys that say where results go and how a job is started, not what is computed.
-NOT_IN_KEY = ("force", "name", "runs_root", "cache_root", "save_merged", "launch", "train.checkpoint_every")
-# mode=profile draws its tokens and weights and scores nothing.
+# Keys that say where results go, which jobs are run and how, not what is computed.
+NOT_IN_KEY = ("force", "only", "name", "runs_root", "cache_root", "save_merged", "launch", "train.checkpoint_every")
+# The rates of all methods, of which train.learning_rate is the one that counts.
+NOT_IN_KEY += ("train.tuned",)
+# Outside of mode=run there are no tokens and no weights but random ones, and no scores.
 NOT_IN_PROFILE_KEY = ("data", "eval", "model.path", "model.revision")
 # The keys that may name a local file or folder.
 SOURCES = ("model.path", "data.path", "prune.text", "eval.data_root", "eval.perplexity.text")
+# A file that was written longer ago than this (in nanoseconds; clocks of file systems tick in milliseconds) and has
+# kept its size and time is not read again by the same process: a sweep asks for its fingerprint once per job.
+AT_REST = 2_000_000_000
+# Bytes that a folder has to take before a run starts in it.
+PROBE = 2**16
 
 
 def run_key(cfg: DictConfig) -> str:
@@ -48,7 +52,8 @@ def run_key(cfg: DictConfig) -> str:
         cfg: A config as ``validate.resolve`` returns it.
     """
     config = with_fingerprints(cfg)
-    for name in NOT_IN_KEY + (NOT_IN_PROFILE_KEY if cfg.mode == "profile" else ()):
+    ignored = NOT_IN_KEY if cfg.mode == "run" else NOT_IN_KEY + NOT_IN_PROFILE_KEY
+    for name in ignored if cfg.mode == "simulate" else (*ignored, "simulate"):
         *parents, last = name.split(".")
         _select(config, parents).pop(last, None)
     return digest(config)
@@ -59,7 +64,7 @@ def with_fingerprints(cfg: DictConfig) -> dict[str, Any]:
     config = OmegaConf.to_container(cfg, resolve=True)
     for name in SOURCES:
         path = local_path(OmegaConf.select(cfg, name))
-        if path is not None and not (cfg.mode == "profile" and name in NOT_IN_PROFILE_KEY):
+        if path is not None and not (cfg.mode != "run" and name in NOT_IN_PROFILE_KEY):
             *parents, last = name.split(".")
             _select(config, parents)[last] = fingerprint(path)
     return config
@@ -86,8 +91,10 @@ def fingerprint(path: Path) -> str:
         name = "" if path.is_file() else file.relative_to(path).as_posix()
         if file.suffix == ".md" or any(part.startswith(".") for part in Path(name).parts):
             continue
-        with file.open("rb") as stream:
-            total.update(f"{name}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\0".encode())
+        stat = file.stat()
+        at_rest = time.time_ns() - stat.st_mtime_ns > AT_REST
+        content = _remembered_sha256(file, stat.st_size, stat.st_mtime_ns) if at_rest else _sha256(file)
+        total.update(f"{name}\0{content}\0".encode())
     return f"sha256:{total.hexdigest()[:16]}"
 
 
@@ -97,6 +104,10 @@ def cache_directory(cfg: DictConfig) -> Path:
         return Path(cfg.cache_root).expanduser().absolute()
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home) / "lors"
+
+
+class Busy(Exception):  # noqa: N818 - named for what happened
+    """Another process is at this run."""
 
 
 class RunStore:
@@ -109,14 +120,46 @@ class RunStore:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.parts = directory / "parts"
+        self.result_file = directory / "result.json"
+
+    @classmethod
+    def of(cls, cfg: DictConfig) -> RunStore:
+        """The folder of the run of a resolved config."""
+        return cls(Path(cfg.runs_root).expanduser() / cfg.name / run_key(cfg))
 
     def result(self) -> dict[str, Any] | None:
         """The result file, or None if the run has written none."""
-        return read_json(self.directory / "result.json")
+        return read_json(self.result_file)
+
+    def finished(self, cfg: DictConfig, since: int | None = None) -> dict[str, Any] | None:
+        """The result that makes the run of `cfg` unnecessary, if there is one.
+
+        Args:
+            cfg: The resolved config: ``force``, ``save_merged``.
+            since: When the sweep began that the run belongs to (see `written_since`). A result that was
+                written since then stands, failed or not: another sweep on the same folder has made it.
+        """
+        result = self.result()
+        if result is None or (since is not None and self.written_since(since)):
+            return result
+        complete = result["status"] == "ok" and (not cfg.save_merged or result["artifacts"]["merged"])
+        return result if complete and not cfg.force else None
+
+    def written_since(self, moment: int) -> bool:
+        """Whether the result file was written after `moment`, in nanoseconds on the clock of its file system."""
+        try:
+            return self.result_file.stat().st_mtime_ns > moment
+        except FileNotFoundError:
+            return False
 
     def write(self, result: Mapping[str, Any]) -> None:
-        """Write the result file; a reader sees the old one or the new one, never half of it."""
-        write_json(self.directory / "result.json", result)
+        """Write the result file; a reader sees the old one or the new one, never half of it.
+
+        Raises:
+            BadInput: The folder does not take it; what the run has finished is still there.
+        """
+        with self._writing():
+            write_json(self.result_file, result)
 
     def write_config(self, cfg: DictConfig) -> None:
         """Write ``config.yaml``, resolved."""
@@ -135,10 +178,15 @@ class RunStore:
             shutil.rmtree(folder, ignore_errors=True)
 
     def check_writable(self) -> None:
-        """Raise OSError if the folder takes no file: no permission, or no space left."""
+        """Make the folder and see that it takes a file.
+
+        Raises:
+            BadInput: It does not: no permission, or no space left.
+        """
         probe = self.directory / f".probe.{os.getpid()}"
-        write_text(probe, "")
-        probe.unlink()
+        with self._writing():
+            write_text(probe, "\0" * PROBE)
+            probe.unlink()
 
     def clear(self) -> None:
         """Delete everything in the folder (``force=true``), its lock excepted."""
@@ -146,23 +194,46 @@ class RunStore:
             if entry.name != ".lock":
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
-    @contextmanager
-    def lock(self, waiting: Callable[[], None]) -> Iterator[None]:
-        """Keep other processes off this run; ``waiting`` is called once if one of them is at it already.
+    def busy(self) -> bool:
+        """Whether another process is at this run."""
+        if not self.directory.is_dir():
+            return False
+        try:
+            with self.lock():
+                return False
+        except Busy:
+            return True
 
-        The lock ends with the process, however that ends.
+    @contextmanager
+    def lock(self, waiting: Callable[[], None] | None = None) -> Iterator[None]:
+        """Keep other processes off this run. The lock ends with the process, however that ends.
+
+        Args:
+            waiting: Called once, before waiting, if one of them is at it already; None: do not wait.
+
+        Raises:
+            Busy: One of them is at it, and ``waiting`` is None.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.directory / ".lock")
         try:
             lock.acquire(timeout=0)
-        except Timeout:
+        except Timeout as error:
+            if waiting is None:
+                raise Busy from error
             waiting()
             lock.acquire()
         try:
             yield
         finally:
             lock.release()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise BadInput(f"runs_root: cannot write to {self.directory} ({one_line(error)})") from error
 
 
 def read_json(file: Path) -> Any:
@@ -179,75 +250,36 @@ def write_json(file: Path, value: Any) -> None:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a file under a temporary name in the same folder, flush it to the disk, rename it."""
+    """Write a text file atomically."""
+    with atomically(file, "w", encoding="utf-8") as stream:
+        stream.write(text)
+
+
+@contextmanager
+def atomically(file: Path, mode: str, **options: Any) -> Iterator[IO]:
+    """Open a file under a temporary name in the same folder; at the end flush it to the disk and rename it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(file)
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """What the numbers are measured on: code, versions, device, driver, threads. ``start`` is now."""
-    cuda = device.type == "cuda"
-    return {
-        **_git_state(),
-        "python": platform.python_version(),
-        **{name: _version(name) for name in ("lors", "torch", "transformers", "peft", "lm_eval", "datasets")},
-        "platform": platform.platform(),
-        "device": torch.cuda.get_device_name(device) if cuda else _cpu_name(),
-        "driver": _driver() if cuda else None,
-        "cuda": torch.version.cuda if cuda else None,
-        "threads": torch.get_num_threads(),
-        "command": sys.argv,
-        "start": now(),
-    }
-
-
-def now() -> str:
-    """The time, UTC, in ISO 8601."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _git_state() -> dict[str, Any]:
-    """Commit of this checkout, and whether the files differ from it; nulls where there is no git."""
-    repository = Path(__file__).parents[2]
-
-    def git(*arguments: str) -> str | None:
-        try:
-            run = subprocess.run(["git", "-C", repository, *arguments], capture_output=True, text=True, check=True)
-        except (OSError, subprocess.CalledProcessError):
-            return None
-        return run.stdout.strip()
-
-    changes = git("status", "--porcelain")
-    return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": None if changes is None else bool(changes)}
-
-
-def _version(package: str) -> str | None:
     try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        with temporary.open(mode, **options) as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(file)
     except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+        temporary.unlink(missing_ok=True)  # on a full disk it would be in the way of everything else
+        raise
 
 
-def _driver() -> str | None:
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError):
-        return None
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@cache
+def _remembered_sha256(file: Path, size: int, modified: int) -> str:
+    """SHA-256 of a file, read once per process for each size and time of its last change."""
+    return _sha256(file)
 
 
 def _finite(value: Any) -> Any:

@@ -11,7 +11,6 @@ __all__ = ["summary"]
 MEBIBYTE = 2**20
 # Headers of the end states; a single merged model needs no more than "fine-tuned".
 TUNED = {"adapter": "with adapter", "remasked": "re-masked", "dense": "zeros lost"}
-CATEGORIES = ("weights", "adapters", "gradients", "optimizer", "activations", "other")
 
 
 def summary(result: dict[str, Any], file: Path) -> str:
@@ -62,11 +61,15 @@ def _zeros(result: dict[str, Any]) -> list[str]:
 def _memory(memory: dict[str, Any]) -> list[str]:
     lines = []
     if memory["train_peak"] is not None:
-        kind = {"live_tensors": "live tensors, exact", "cuda": "CUDA allocator"}[memory["kind"]]
+        kinds = {"live_tensors": "live tensors, exact", "cuda": "CUDA allocator", "simulated": "simulated"}
+        kind = kinds[memory["kind"]]
         lines.append(f"memory     {_size(memory['train_peak'])} at the peak of a training step ({kind})")
     if memory["breakdown"] is not None:
-        parts = ", ".join(f"{name} {_size(memory['breakdown'][name])}" for name in CATEGORIES)
+        parts = ", ".join(f"{name} {_size(size)}" for name, size in memory["breakdown"].items())
         lines.append(f"           {parts}")
+    if memory["kind"] == "simulated":
+        devices = f"each of {memory['shards']} sharded devices" if memory["shards"] > 1 else "one device"
+        lines.append(f"           on {devices} ({memory['device']}), {memory['peak_phase']}: {memory['peak_module']}")
     others = [
         f"{name} {_size(memory[key])}"
         for name, key in (("init", "init_peak"), ("evaluation", "eval_peak"), ("process", "process_rss_peak"))
@@ -83,8 +86,9 @@ def _time(result: dict[str, Any]) -> list[str]:
         spans = ", ".join(f"{name} {time[f'{name}_ms']:.1f}" for name in ("forward", "backward", "optimizer"))
         lines.append(f"step time  {step['p50']:.1f} ms (p10 {step['p10']:.1f}, p90 {step['p90']:.1f}; {spans})")
         dropped = f"{time['steps']} steps timed, {time['warmup_steps']} warm-up steps dropped"
-        flops = f", {result['flops']['per_step'] / 1e9:.1f} GFLOP a step"
-        lines.append(f"           {time['tokens_per_second']:,.0f} tokens/s; {dropped}{flops}")
+        lines.append(f"           {time['tokens_per_second']:,.0f} tokens/s; {dropped}")
+    if result["flops"]["per_step"] is not None:
+        lines.append(f"FLOPs      {result['flops']['per_step'] / 1e9:,.1f} GFLOP a step")
     phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in time["phases"].items())
     return [*lines, f"phases     {phases} s"] if phases else lines
 

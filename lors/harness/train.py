@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import (
@@ -35,7 +36,12 @@ from lors.harness.data import Collator, Row
 from lors.harness.loss import causal_lm_loss, target_count
 from lors.harness.meter import Meter
 from lors.harness.method import PRECISIONS, Method
-from lors.harness.recipe import cosine_with_floor, enable_activation_checkpointing, make_optimizer
+from lors.harness.recipe import (
+    cosine_with_floor,
+    enable_activation_checkpointing,
+    gradient_clipping,
+    make_optimizer,
+)
 
 __all__ = ["MeasuredTrainer", "NonFiniteLoss", "TrainOutcome", "train"]
 
@@ -107,7 +113,7 @@ def train(
     with _nothing_left_behind(model):
         trainer = MeasuredTrainer(
             model=model,
-            args=_arguments(train_cfg, output_dir, seed, next(model.parameters()).device),
+            args=_arguments(train_cfg, method, output_dir, seed, next(model.parameters()).device),
             data_collator=collator,
             train_dataset=data,
             optimizers=(make_optimizer(model, train_cfg, method), None),
@@ -171,8 +177,8 @@ class MeasuredTrainer(Trainer):
         return loss
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write what training changes: all trainable parameters and buffers, of adapters and of bare models
-        alike.
+        """Write what training changes: all trainable parameters, whole adapters and all buffers, of bare models
+        likewise.
 
         PEFT's own format would not do: loading it turns bfloat16 adapters into float32, and it leaves out
         what is trained outside of an adapter.
@@ -189,7 +195,11 @@ class MeasuredTrainer(Trainer):
                 tensor.copy_(saved[name])
 
     def _changing(self) -> Iterator[tuple[str, Tensor]]:
-        yield from ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+        # Adapters as a whole: a method may freeze some of their parameters for a while (XGBLoRA).
+        prefix = getattr(self.model.base_model, "prefix", None) if isinstance(self.model, PeftModel) else None
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad or (prefix is not None and f".{prefix}" in name):
+                yield name, parameter
         yield from self.model.named_buffers()
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -274,7 +284,7 @@ class _Progress(TrainerCallback):
         self.bar.close()
 
 
-def _arguments(train_cfg: Any, output_dir: Path, seed: int, device: torch.device) -> TrainingArguments:
+def _arguments(train_cfg: Any, method: Method, output_dir: Path, seed: int, device: torch.device) -> TrainingArguments:
     every = train_cfg.checkpoint_every
     arguments = TrainingArguments(
         output_dir=str(output_dir),
@@ -282,7 +292,7 @@ def _arguments(train_cfg: Any, output_dir: Path, seed: int, device: torch.device
         num_train_epochs=1 if train_cfg.epochs is None else train_cfg.epochs,
         per_device_train_batch_size=train_cfg.batch_size,
         gradient_accumulation_steps=train_cfg.gradient_accumulation,
-        max_grad_norm=0.0 if train_cfg.max_grad_norm is None else train_cfg.max_grad_norm,
+        max_grad_norm=gradient_clipping(train_cfg, method) or 0.0,
         bf16=PRECISIONS[train_cfg.precision].autocast,
         use_cpu=device.type == "cpu",
         seed=seed,

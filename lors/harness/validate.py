@@ -84,9 +84,10 @@ NOT_NEGATIVE = number(">= 0", lambda value: value >= 0)
 # Sparsity and pattern are checked by lors.sparsity, the fields of method.peft by the method's own config. A
 # key that the chosen option of its group does not have is not checked.
 RULES: dict[str, Rule] = {
-    "mode": one_of("run", "profile"),
+    "mode": one_of("run", "profile", "simulate"),
     "seed": whole(0),
     "force": FLAG,
+    "only": or_null(one_of("failed", "missing")),
     "name": TEXT,
     "runs_root": TEXT,
     "cache_root": or_null(TEXT),
@@ -94,6 +95,8 @@ RULES: dict[str, Rule] = {
     "adapter.r": whole(1),
     "adapter.alpha": POSITIVE,
     "adapter.targets": list_of(TEXT, minimum=1),
+    "method.init_rows": or_null(whole(1)),
+    "method.max_grad_norm": or_null(NOT_NEGATIVE),
     "model.name": or_null(TEXT),
     "model.path": TEXT,
     "model.revision": or_null(TEXT),
@@ -133,10 +136,13 @@ RULES: dict[str, Rule] = {
     "eval.batch_size": whole(1),
     "eval.add_bos_token": FLAG,
     "eval.baselines": FLAG,
+    "eval.split": one_of("test", "validation"),
     "eval.perplexity": or_null(MAPPING),
     "eval.perplexity.text": TEXT,
     "eval.perplexity.window": whole(2),
     "launch.arguments": list_of(TEXT),
+    "simulate.device": one_of("cuda", "cpu"),
+    "simulate.shards": whole(1),
 }
 
 
@@ -144,13 +150,15 @@ def resolve(cfg: DictConfig) -> DictConfig:
     """Check every value and return the config of the run: no interpolation, no open default, nothing ignored.
 
     What is decided here: the sparsity that the pattern implies; ``train.epochs`` replaces ``train.steps``;
-    nothing is pruned at sparsity 0, and at random in mode=profile; calibration text is that of the microworld
+    nothing is pruned at sparsity 0, and at random outside of mode=run; calibration text is that of the microworld
     for its own model and C4 for any other; a model without a name is called after its path.
 
     Raises:
         BadInput: The first value that is not allowed.
     """
     _check("mode", cfg.mode)
+    if cfg.mode == "simulate":
+        cfg = OmegaConf.merge(cfg, {"train": {"steps": 1, "epochs": None}})  # all steps cost the same
     try:
         missing = sorted(OmegaConf.missing_keys(cfg))
         config = OmegaConf.to_container(cfg, resolve=True)
@@ -163,7 +171,7 @@ def resolve(cfg: DictConfig) -> DictConfig:
             _check(key, value)
     _check_together(config)
     config["sparsity"] = _requested_sparsity(config)
-    if config["mode"] == "profile":
+    if config["mode"] != "run":
         config["prune"] = {"name": "random"}
     elif config["sparsity"] == 0:
         config["prune"] = {"name": "none"}
@@ -171,7 +179,7 @@ def resolve(cfg: DictConfig) -> DictConfig:
         config["prune"]["text"] = "microworld" if config["model"]["path"] == "microworld" else "c4"
     if config["train"]["epochs"] is not None:
         config["train"]["steps"] = None
-    if config["mode"] == "profile":
+    if config["mode"] != "run":
         config["train"]["checkpoint_every"] = None
     if config["model"]["name"] is None:
         config["model"]["name"] = config["model"]["path"].rstrip("/").rpartition("/")[2]

@@ -11,7 +11,7 @@ from pathlib import Path
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 TASKS = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 ITEMS_PER_TASK = 600
-VALIDATION_ITEMS_PER_TASK = 300
+VALIDATION_ITEMS_PER_TASK = 200
 TEXTS_PER_SPLIT = {"pretrain": 20_000, "calibration": 1_000, "heldout": 1_000}
 INSTRUCTION_ROWS = 8_000
 
@@ -42,7 +42,7 @@ def instruction_rows(split: str = "train") -> list[dict[str, str]]:
 def task_rows(task: str, split: str = "test") -> list[dict]:
     """Distinct items of `task`, with the columns of the real data set of that name.
 
-    600 "test" items, or 300 others, drawn alike and as absent from all training data, to choose hyper-parameters by
+    600 "test" items, or 200 others, drawn alike and as absent from all training data, to choose hyper-parameters by
     ("validation").
     """
     from lors.microworld.questions import distinct_items

@@ -1,0 +1,123 @@
+"""Hydra's view of a sweep: which jobs it has (`conf/hydra/sweeper/blocks.yaml`), and who launches them.
+
+Hydra's own sweeper makes one full product. A table with its controls is several: all methods on pruned models, and a
+few on the dense one. Here a sweep is a list of blocks, each a product. Which of the jobs are run, and what happens
+when one is interrupted, is the business of `lors.harness.sweep`; every launcher of Hydra can carry them out.
+
+Hydra executes all modules of `hydra_plugins` at every start (also those that are imported already, so their classes
+are not to be caught by name elsewhere). The suite is therefore imported only when a sweep begins.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+__all__ = ["SINCE", "BlockSweeper", "expand"]
+
+# The jobs of a sweep find here when it began, see `lors.harness.store.RunStore.written_since`.
+SINCE = "LORS_SWEEP"
+
+
+class BlockSweeper(Sweeper):
+    """Runs the jobs of all blocks.
+
+    Args:
+        params: Key -> values, for every block.
+        blocks: Name -> key -> values; a block that is None is left out.
+    """
+
+    def __init__(self, params: Mapping[str, Any], blocks: Mapping[str, Mapping[str, Any] | None]) -> None:
+        self.params = params
+        self.blocks = blocks
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Called by Hydra."""
+        self.hydra_context = hydra_context
+        self.config = config
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> list[int]:
+        """Called by Hydra with the overrides of the command line; returns the exit codes of the jobs.
+
+        Raises:
+            HydraException: A value that is not allowed, before any job is started; or a folder that takes no file.
+            SystemExit: A job did not end well.
+        """
+        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        overrides = expand(parser, self.params, self.blocks, arguments)
+
+        from lors.harness.sweep import FAILED, begin, plan, run
+        from lors.harness.validate import BadInput
+
+        try:
+            jobs = plan([(job, self._compose(job)) for job in overrides])
+            since = begin(Path(self.config.hydra.sweep.dir), OmegaConf.to_yaml(self.config))
+            os.environ[SINCE] = str(since)
+            codes = run(jobs, self._launch, since)
+        except BadInput as error:
+            raise HydraException(str(error)) from error
+        finally:
+            os.environ.pop(SINCE, None)
+        failed = sum(code != 0 for code in codes)
+        if failed:
+            verdict = f"{failed} of {len(jobs)} jobs did not end well; the same command tries them again"
+            print(f"error: the sweep is over, but {verdict}", file=sys.stderr)
+            raise SystemExit(FAILED)
+        return codes
+
+    def _compose(self, overrides: Sequence[str]) -> DictConfig:
+        cfg = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
+        with open_dict(cfg):
+            del cfg["hydra"]
+        return cfg
+
+    def _launch(self, jobs: Sequence[Sequence[str]]) -> list[int]:
+        """Exit codes of the jobs, which Hydra's launcher runs one by one, in parallel, or on a cluster."""
+        return [job.return_value for job in self.launcher.launch(list(jobs), initial_job_idx=0)]
+
+
+def expand(
+    parser: OverridesParser,
+    params: Mapping[str, Any],
+    blocks: Mapping[str, Mapping[str, Any] | None],
+    arguments: Sequence[str],
+) -> list[list[str]]:
+    """The overrides of every job, block by block; the last key of a block varies fastest.
+
+    Args:
+        parser: Hydra's, which knows the options of the groups.
+        params: Key -> values, for every block.
+        blocks: Name -> key -> values; None leaves a block out.
+        arguments: Overrides of the command line, which replace all values but the single ones of a block.
+
+    Raises:
+        HydraException: Every block sets the key of an argument itself.
+    """
+    given = parser.parse_overrides(list(arguments))
+    unused = {argument.key_or_group: argument for argument in given}
+    jobs: list[list[str]] = []
+    for block in [block for block in blocks.values() if block is not None] or [{}]:
+        own = parser.parse_overrides([f"{key}={values}" for key, values in {**params, **block}.items()])
+        single = {axis.key_or_group for axis in own if axis.key_or_group in block and not axis.is_sweep_override()}
+        taken = [argument for argument in given if argument.key_or_group not in single]
+        for argument in taken:
+            unused.pop(argument.key_or_group, None)
+        jobs += BasicSweeper.split_arguments([*own, *taken], max_batch_size=None)[0]
+    if unused:
+        argument = next(iter(unused.values()))
+        raise HydraException(f"{argument.input_line}: every block of the sweep sets {argument.key_or_group} itself")
+    return jobs

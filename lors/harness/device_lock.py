@@ -1,0 +1,49 @@
+"""Who may use the device: timings want it alone.
+
+Every run of this suite holds a lock on its device while it works: ``mode=run`` a shared one, ``mode=profile``, whose
+result is time and memory, an exclusive one. So the jobs of a parallel sweep share a device, but a profile waits until
+it has the device for itself, and the others wait until the profile is over. The lock is a file of the cache
+(``<cache>/devices/<machine>-<device>.lock``), so it binds all runs that use one cache; it is the operating system's
+and ends with its process. What else runs on the machine, nobody here can know.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+__all__ = ["device_lock", "device_name"]
+
+
+@contextmanager
+def device_lock(folder: Path, device: torch.device, *, alone: bool, waiting: Callable[[], None]) -> Iterator[None]:
+    """Hold the device, alone or together with other runs that do not ask for it alone.
+
+    Args:
+        folder: Where the locks are; made if it is not there.
+        device: The device of the run.
+        alone: Whether no other run may use it meanwhile.
+        waiting: Called once if the lock is not free at once.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    kind = fcntl.LOCK_EX if alone else fcntl.LOCK_SH
+    with (folder / f"{device_name(device)}.lock").open("a") as file:
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting()
+            fcntl.flock(file, kind)
+        yield
+
+
+def device_name(device: torch.device) -> str:
+    """A name for a device that is the same for all processes and cannot mean another one."""
+    if device.type != "cuda":
+        return f"{socket.gethostname()}-{device.type}"
+    # Not its number: CUDA_VISIBLE_DEVICES makes every GPU number 0 to somebody.
+    return f"{socket.gethostname()}-{torch.cuda.get_device_properties(device).uuid}"
