@@ -5,6 +5,6 @@ Importing this package registers LoRS with PEFT. It needs torch, transformers an
 
 from lors.functional import masked_linear
 from lors.initialization import initialize
-from lors.tuner import LorsConfig, LorsLinear, LorsModel
+from lors.tuner import LorsConfig, LorsLinear, LorsModel, compress
 
-__all__ = ["LorsConfig", "LorsLinear", "LorsModel", "initialize", "masked_linear"]
+__all__ = ["LorsConfig", "LorsLinear", "LorsModel", "compress", "initialize", "masked_linear"]

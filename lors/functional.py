@@ -16,15 +16,24 @@ where G = dL/dY (n x out):
 
 The exact adapter gradients have ((G^t X) (.) M) in place of G^t X. The elementwise product forbids the thin
 order and costs one more full product and an out x in buffer, so LoRS takes the straight-through estimate: the
-gradient that an unmasked LoRA with the same factors would receive. ``exact_gradient=True`` keeps the mask.
+gradient that an unmasked LoRA with the same factors would receive. ``exact_gradient=True`` keeps the mask. The
+thin order is not the cheaper one for a rank of about in out / (2 (in + out)) or more; then G^t X is formed.
 
 Cost of one layer, with U = 2 n in out, V = 2 r in out, Z = 2 n r (in + out) FLOPs and b bytes per element:
 forward U + V, backward U + V + 2Z, saved between them b n in bytes.
 
 Precision. The compute type is the type of W or, under autocast, the autocast type (a float64 W is left
-alone). X is cast outside of the function; W, A and B are cast inside of it, in forward and again in backward,
-so that no copy of them is kept. Y has the compute type. Every gradient is returned in the type of its own
-input.
+alone). X is cast to it outside of the function and Y has it. T is summed in float32 from W, A and B as they
+are and rounded to it once, in forward and again in backward, so that no copy of them is kept. Every gradient is
+returned in the type of its own input.
+
+Activation checkpointing. T is made in the forward pass, in the recomputation and in the backward pass. Keeping
+the T of the recomputation would cost b in out bytes for every layer of a block, 405 MB for one of Llama-2-7B in
+bfloat16, which is what LoRS is there to avoid; one T at a time would be free only for the last layer of a block,
+where backward follows at once. There PyTorch's non re-entrant checkpoint stops the recomputation as soon as the
+last tensor is saved. So the function saves its inputs before it computes anything (``_Inputs`` comes before
+``_Product``), and the last layer of a block is not recomputed at all: one T and one product less, and no byte
+more.
 """
 
 from __future__ import annotations
@@ -37,12 +46,14 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.functional import linear
 
-__all__ = ["masked_linear", "merged_weight"]
+from lors.kernels import DENSE, PackedWeight, decode, merge
+
+__all__ = ["frozen_linear", "masked_linear", "merged_weight"]
 
 
 def masked_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | PackedWeight,
     A: Tensor,
     B: Tensor,
     scaling: float,
@@ -57,7 +68,7 @@ def masked_linear(
 
     Args:
         x: Input, ``[..., in]``, of any stride and any number of rows, zero included.
-        weight: W, ``[out, in]``, pruned and frozen.
+        weight: W, ``[out, in]``, pruned and frozen; dense, or packed (``lors.kernels.pack``).
         A: Input-side factor, ``[r, in]``.
         B: Output-side factor, ``[out, r]``.
         scaling: The scale s of the update.
@@ -73,82 +84,186 @@ def masked_linear(
 
     Source: arXiv 2501.08582, with the scale s kept in the gradients of A and B.
     """
-    _check(x, weight, A, B, bias)
-    dtype = _compute_dtype(x.device.type, weight.dtype)
-    return _MaskedLinear.apply(x.to(dtype), weight, A, B, bias, scaling, exact_gradient)
+    packed = _packed(weight)
+    _check(x, packed, A, B, bias)
+    dtype = _compute_dtype(x.device.type, packed.dtype)
+    x = x.to(dtype)
+    token = _Inputs.apply(x, A, B, bias, scaling, exact_gradient, packed.layout, *packed.parts)
+    return _Product.apply(token, x.detach(), A, B, bias, scaling, packed.layout, *packed.parts)
 
 
-def merged_weight(weight: Tensor, A: Tensor, B: Tensor, scaling: float, dtype: torch.dtype | None = None) -> Tensor:
+def frozen_linear(
+    x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None, like_weight: Tensor | None = None
+) -> Tensor:
+    """X W^t + bias with a frozen packed weight, which is dense only while it is multiplied.
+
+    Args:
+        x: Input, ``[..., in]``.
+        weight: W, ``[out, in]``.
+        bias: ``[out]`` or None; receives its gradient if it asks for one.
+        like_weight: ``[out, in]``, of any content; if it asks for a gradient it receives that of W.
+
+    Returns:
+        ``[..., out]`` in the compute type (see the module's text).
+    """
+    packed = _packed(weight)
+    dtype = _compute_dtype(x.device.type, packed.dtype)
+    return _FrozenLinear.apply(x.to(dtype), bias, like_weight, packed.layout, packed.shape, *packed.parts)
+
+
+@torch.no_grad()
+def merged_weight(
+    weight: Tensor | PackedWeight, A: Tensor, B: Tensor, scaling: float, dtype: torch.dtype | None = None
+) -> Tensor:
     """Compute T = W + s * M (.) (B A), with M = (W != 0) taken from ``weight`` before any cast.
 
     Args:
-        weight: W, ``[out, in]``.
+        weight: W, ``[out, in]``, dense or packed.
         A: ``[r, in]``.
         B: ``[out, r]``.
         scaling: The scale s.
         dtype: Compute type; by default the type of W.
 
     Returns:
-        T, ``[out, in]`` in ``dtype``. Zero wherever W is zero (-0.0 counts as zero); equal to W if B is zero.
+        T, ``[out, in]`` in ``dtype``, rounded once. Zero wherever W is zero (-0.0 counts as zero); equal to W
+        if B is zero. It has no derivative.
     """
-    dtype = dtype or weight.dtype
-    T = torch.addmm(weight.to(dtype), B.to(dtype), A.to(dtype), alpha=scaling)
-    return T.mul_(weight != 0)
+    packed = _packed(weight)
+    return merge(packed, A, B, scaling, dtype or packed.dtype)
 
 
-class _MaskedLinear(torch.autograd.Function):
-    """Forward and backward of ``masked_linear``; x has the compute type, the other inputs may have any."""
+class _Inputs(torch.autograd.Function):
+    """The backward pass of ``masked_linear``, and what it needs; x has the compute type.
+
+    The forward pass computes nothing. It returns a stand-in of the shape of Y, without memory, whose gradient
+    is G: ``_Product`` hands it on.
+    """
 
     @staticmethod
     def forward(
-        x: Tensor, weight: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, scaling: float, exact_gradient: bool
+        x: Tensor,
+        A: Tensor,
+        B: Tensor,
+        bias: Tensor | None,
+        scaling: float,
+        exact_gradient: bool,
+        layout: str,
+        *parts: Tensor,
     ) -> Tensor:
-        T = merged_weight(weight, A, B, scaling, x.dtype)
-        return linear(x, T, None if bias is None else bias.to(x.dtype))
+        return x.new_empty(()).expand(*x.shape[:-1], B.shape[0])
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, A, B, bias, ctx.scaling, ctx.exact_gradient = inputs
+        x, A, B, bias, ctx.scaling, ctx.exact_gradient, ctx.layout, *parts = inputs
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.x_shape = x.shape
-        needs_factor_gradient = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
-        ctx.save_for_backward(x if needs_factor_gradient else None, weight, A, B)
+        needs_factor_gradient = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        ctx.save_for_backward(x if needs_factor_gradient else None, A, B, *parts)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, A, B = ctx.saved_tensors
-        needs_x, _, needs_A, needs_B, needs_bias, _, _ = ctx.needs_input_grad
+        x, A, B, *parts = ctx.saved_tensors
+        weight = PackedWeight(ctx.layout, tuple(parts), (B.shape[0], A.shape[1]))
+        needs_x, needs_A, needs_B, needs_bias = ctx.needs_input_grad[:4]
         dx = dA = dB = dbias = None
         with _without_autocast(grad_output.device.type):
             G = grad_output.reshape(-1, grad_output.shape[-1])  # n x out
             if needs_x:
-                dx = (G @ merged_weight(weight, A, B, ctx.scaling, G.dtype)).reshape(ctx.x_shape)
+                dx = (G @ merge(weight, A, B, ctx.scaling, G.dtype)).reshape(ctx.x_shape)
             if needs_A or needs_B:
-                gradients = _masked_gradients if ctx.exact_gradient else _straight_through_gradients
                 X = x.reshape(-1, x.shape[-1])  # n x in
-                dA, dB = gradients(G, X, weight, A, B, ctx.scaling, needs_A, needs_B)
+                dA, dB = _factor_gradients(G, X, weight, A, B, ctx.scaling, ctx.exact_gradient, needs_A, needs_B)
             if needs_bias:
                 dbias = G.sum(dim=0, dtype=ctx.bias_dtype)
-        return dx, None, dA, dB, dbias, None, None
+        return dx, dA, dB, dbias, None, None, None, *[None] * len(parts)
 
 
-def _straight_through_gradients(
-    G: Tensor, X: Tensor, weight: Tensor, A: Tensor, B: Tensor, scaling: float, needs_A: bool, needs_B: bool
+class _Product(torch.autograd.Function):
+    """Y = X T^t + bias; saves nothing and passes the gradient of Y to ``_Inputs``."""
+
+    @staticmethod
+    def forward(
+        token: Tensor, x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, scaling: float, layout: str, *parts: Tensor
+    ) -> Tensor:
+        T = merge(PackedWeight(layout, parts, (B.shape[0], A.shape[1])), A, B, scaling, x.dtype)
+        return linear(x, T, None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.others = len(inputs) - 1
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        return grad_output, *[None] * ctx.others
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """Forward and backward of ``frozen_linear``; x has the compute type."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        bias: Tensor | None,
+        like_weight: Tensor | None,
+        layout: str,
+        shape: tuple[int, int],
+        *parts: Tensor,
+    ) -> Tensor:
+        W = decode(PackedWeight(layout, parts, shape)).to(x.dtype)
+        return linear(x, W, None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, bias, like_weight, ctx.layout, ctx.shape, *parts = inputs
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.weight_dtype = None if like_weight is None else like_weight.dtype
+        ctx.x_shape = x.shape
+        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, *parts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        x, *parts = ctx.saved_tensors
+        needs_x, needs_bias, needs_weight = ctx.needs_input_grad[:3]
+        dx = dbias = dW = None
+        with _without_autocast(grad_output.device.type):
+            G = grad_output.reshape(-1, grad_output.shape[-1])  # n x out
+            if needs_x:
+                W = decode(PackedWeight(ctx.layout, tuple(parts), ctx.shape))
+                dx = (G @ W.to(G.dtype)).reshape(ctx.x_shape)
+            if needs_weight:
+                dW = (G.t() @ x.reshape(-1, x.shape[-1])).to(ctx.weight_dtype)
+            if needs_bias:
+                dbias = G.sum(dim=0, dtype=ctx.bias_dtype)
+        return dx, dbias, dW, None, None, *[None] * len(parts)
+
+
+def _factor_gradients(
+    G: Tensor,
+    X: Tensor,
+    weight: PackedWeight,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    exact: bool,
+    needs_A: bool,
+    needs_B: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dA = s (G B)^t X and dB = s G^t (X A^t), 2 n r (in + out) FLOPs each; the mask is dropped."""
-    dA = (G @ B.to(G.dtype)).t() @ X if needs_A else None  # r x in
-    dB = G.t() @ (X @ A.to(G.dtype).t()) if needs_B else None  # out x r
-    return _scaled(dA, A.dtype, scaling), _scaled(dB, B.dtype, scaling)
-
-
-def _masked_gradients(
-    G: Tensor, X: Tensor, weight: Tensor, A: Tensor, B: Tensor, scaling: float, needs_A: bool, needs_B: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """dA = s B^t D and dB = s D A^t with D = (G^t X) (.) M, an out x in buffer."""
-    D = (G.t() @ X).mul_(weight != 0)
-    dA = B.to(G.dtype).t() @ D if needs_A else None  # r x in
-    dB = D @ A.to(G.dtype).t() if needs_B else None  # out x r
+    """dA (r x in) and dB (out x r), in the cheapest order of the products."""
+    (height, r), width, n = B.shape, A.shape[1], G.shape[0]
+    wanted = needs_A + needs_B
+    thin, full = wanted * n * r * (height + width), n * height * width + wanted * r * height * width
+    dA = dB = None
+    if exact or full < thin:
+        D = G.t() @ X  # out x in
+        if exact:
+            D.mul_(decode(weight) != 0)
+        dA = B.to(G.dtype).t() @ D if needs_A else None
+        dB = D @ A.to(G.dtype).t() if needs_B else None
+    else:
+        dA = (G @ B.to(G.dtype)).t() @ X if needs_A else None
+        dB = G.t() @ (X @ A.to(G.dtype).t()) if needs_B else None
     return _scaled(dA, A.dtype, scaling), _scaled(dB, B.dtype, scaling)
 
 
@@ -169,17 +284,23 @@ def _without_autocast(device_type: str) -> AbstractContextManager:
     return nullcontext()  # the meta device has no autocast
 
 
-def _check(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, bias: Tensor | None) -> None:
+def _packed(weight: Tensor | PackedWeight) -> PackedWeight:
+    return PackedWeight(DENSE, (weight,), tuple(weight.shape)) if isinstance(weight, Tensor) else weight
+
+
+def _check(x: Tensor, weight: PackedWeight, A: Tensor, B: Tensor, bias: Tensor | None) -> None:
     """Refuse wrong shapes in one line, and a weight that expects a gradient it would never get."""
-    rank, width = A.shape[:1], weight.shape[1:]  # (r,) and (in,)
-    fits = weight.ndim == 2 and x.shape[-1:] == width and A.shape == rank + width and B.shape == weight.shape[:1] + rank
-    if not fits or (bias is not None and bias.shape != weight.shape[:1]):
+    rank, shape = tuple(A.shape[:1]), tuple(weight.shape)
+    height, width = shape[:1], shape[1:]  # (out,) and (in,)
+    fits = len(shape) == 2 and tuple(x.shape[-1:]) == width
+    fits = fits and tuple(A.shape) == rank + width and tuple(B.shape) == height + rank
+    if not fits or (bias is not None and tuple(bias.shape) != height):
         raise ValueError(
-            f"shapes do not fit: x {tuple(x.shape)}, weight {tuple(weight.shape)}, A {tuple(A.shape)}, "
+            f"shapes do not fit: x {tuple(x.shape)}, weight {shape}, A {tuple(A.shape)}, "
             f"B {tuple(B.shape)}, bias {None if bias is None else tuple(bias.shape)}; "
             "expected x [..., in], weight [out, in], A [r, in], B [out, r], bias [out] or None"
         )
-    if weight.requires_grad and torch.is_grad_enabled():
+    if weight.parts[0].requires_grad and torch.is_grad_enabled():
         raise ValueError(
             "weight.requires_grad=True: masked_linear computes gradients of x, A, B and bias only; "
             "freeze the pruned weight with weight.requires_grad_(False)"

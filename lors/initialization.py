@@ -27,6 +27,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from lors.storage import gradient_weight
 from lors.tuner import LorsLinear
 
 __all__ = ["initialize"]
@@ -71,14 +72,16 @@ def initialize(
         if value < least:
             raise ValueError(f"{name}={value!r}: must be at least {least}")
     layers = _layers(model, adapter_name)
-    weights = [layer.get_base_layer().weight for layer in layers.values()]
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), _only_trainable(model, weights):
+    with ExitStack() as stack:
+        weights = {name: stack.enter_context(gradient_weight(layer.get_base_layer())) for name, layer in layers.items()}
+        stack.enter_context(torch.random.fork_rng(devices=range(torch.cuda.device_count())))
+        stack.enter_context(_only_trainable(model, list(weights.values())))
         torch.manual_seed(seed)
-        gradients = _gradient_sums(model, weights, batches)
+        gradients = _gradient_sums(model, list(weights.values()), batches)
     idle = []
     for name, layer in layers.items():
         A, B = layer.lors_A[adapter_name], layer.lors_B[adapter_name]
-        gradient = gradients.get(id(layer.get_base_layer().weight))
+        gradient = gradients.get(id(weights[name]))
         with torch.no_grad():
             B.zero_()
             if gradient is None or not gradient.any():

@@ -1,10 +1,11 @@
 """A PEFT tuner over pruned linear layers, without the method: what SPP, SQFT and their like have in common.
 
 A targeted layer has a frozen pruned weight W (out x in) and, per adapter, a few small trainable factors from
-which a method makes its change delta W, zero wherever W is zero. This module does what does not depend on the
-method: the config fields that PEFT users know and their checks, the life of adapters in a layer (add,
-activate, disable, merge, unmerge, delete), and the replacement of layers in a model. A method gives a config
-with its own fields, the factors, the forward pass and delta W; see ``SparseLinear``.
+which a method makes its change delta W, zero wherever W is zero (or anywhere, in a method that can be asked to
+let the zeros go: ``keep_zeros=False``). This module does what does not depend on the method: the config fields
+that PEFT users know and their checks, the life of adapters in a layer (add, activate, disable, merge, unmerge,
+delete), and the replacement of layers in a model. A method gives a config with its own fields, the factors, the
+forward pass and delta W; see ``SparseLinear``, and ``lors.low_rank`` for all methods with delta W = s B A.
 
 Several active adapters add up: W + delta W_1 + delta W_2. A merge is float32 arithmetic on the original W
 with one rounding, whatever the order and number of adapters, and the original is kept until the unmerge.
@@ -16,7 +17,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import PeftConfig
@@ -27,17 +28,27 @@ from torch import Tensor, nn
 
 from lors.sparsity import masked_merge
 
-__all__ = ["SparseLinear", "SparseTunerConfig", "SparseTunerModel", "check_choice", "check_dropout"]
+__all__ = [
+    "SparseLinear",
+    "SparseTunerConfig",
+    "SparseTunerModel",
+    "UnscaledTunerConfig",
+    "check_choice",
+    "check_dropout",
+    "check_flag",
+]
 
 
 @dataclass
-class SparseTunerConfig(PeftConfig):
-    """Fields shared by all methods; a bad value raises ``ValueError``. A subclass sets ``peft_type``."""
+class UnscaledTunerConfig(PeftConfig):
+    """Fields shared by all methods; a bad value raises ``ValueError``. A subclass sets ``peft_type``.
+
+    A method that can also fill the zeros declares ``keep_zeros`` as a field, with the default True.
+    """
+
+    keep_zeros: ClassVar[bool] = True
 
     r: int = field(default=16, metadata={"help": "Rank of the update, or the number of rows of its factor."})
-    lora_alpha: float = field(
-        default=16, metadata={"help": "Numerator of the scale of the update, s = lora_alpha / r."}
-    )
     target_modules: list[str] | str | None = field(
         default=INCLUDE_LINEAR_LAYERS_SHORTHAND,
         metadata={
@@ -59,10 +70,6 @@ class SparseTunerConfig(PeftConfig):
         default_factory=dict,
         metadata={"help": "Layer name or regular expression -> rank, for layers whose rank is not r."},
     )
-    alpha_pattern: dict = field(
-        default_factory=dict,
-        metadata={"help": "Layer name or regular expression -> alpha, for layers whose alpha is not lora_alpha."},
-    )
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Further modules to train in full and to save with the adapter."}
     )
@@ -70,16 +77,10 @@ class SparseTunerConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.rank_pattern = self.rank_pattern or {}
-        self.alpha_pattern = self.alpha_pattern or {}
+        check_flag("keep_zeros", self.keep_zeros)
         for name, r in {"r": self.r, **_labelled("rank_pattern", self.rank_pattern)}.items():
             if not isinstance(r, int) or isinstance(r, bool) or r < 1:
                 raise ValueError(f"{name}={r!r}: the rank must be a positive integer")
-        for name, alpha in {
-            "lora_alpha": self.lora_alpha,
-            **_labelled("alpha_pattern", self.alpha_pattern),
-        }.items():
-            if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha < math.inf:
-                raise ValueError(f"{name}={alpha!r}: alpha must be a positive number")
         if self.target_modules is None:
             self.target_modules = INCLUDE_LINEAR_LAYERS_SHORTHAND
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
@@ -96,8 +97,35 @@ class SparseTunerConfig(PeftConfig):
             self.exclude_modules = set(self.exclude_modules)
 
     def layer_settings(self, name: str) -> tuple[int, float]:
+        """Rank r of a layer, after ``rank_pattern``, and the scale of its update, 1."""
+        return self.rank_pattern.get(get_pattern_key(self.rank_pattern.keys(), name), self.r), 1.0
+
+
+@dataclass
+class SparseTunerConfig(UnscaledTunerConfig):
+    """The same for a method whose update has a scale, s = lora_alpha / r."""
+
+    lora_alpha: float = field(
+        default=16, metadata={"help": "Numerator of the scale of the update, s = lora_alpha / r."}
+    )
+    alpha_pattern: dict = field(
+        default_factory=dict,
+        metadata={"help": "Layer name or regular expression -> alpha, for layers whose alpha is not lora_alpha."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.alpha_pattern = self.alpha_pattern or {}
+        for name, alpha in {
+            "lora_alpha": self.lora_alpha,
+            **_labelled("alpha_pattern", self.alpha_pattern),
+        }.items():
+            if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha < math.inf:
+                raise ValueError(f"{name}={alpha!r}: alpha must be a positive number")
+
+    def layer_settings(self, name: str) -> tuple[int, float]:
         """Rank r and scale s = alpha / r of a layer, after ``rank_pattern`` and ``alpha_pattern``."""
-        r = self.rank_pattern.get(get_pattern_key(self.rank_pattern.keys(), name), self.r)
+        r, _ = super().layer_settings(name)
         alpha = self.alpha_pattern.get(get_pattern_key(self.alpha_pattern.keys(), name), self.lora_alpha)
         return r, alpha / r
 
@@ -113,7 +141,7 @@ class SparseLinear(nn.Module, BaseTunerLayer):
     other_param_names = ("r", "scaling", "options")
 
     def __init__(
-        self, base_layer: nn.Linear, adapter_name: str, config: SparseTunerConfig, r: int, scaling: float
+        self, base_layer: nn.Linear, adapter_name: str, config: UnscaledTunerConfig, r: int, scaling: float
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
@@ -123,14 +151,14 @@ class SparseLinear(nn.Module, BaseTunerLayer):
             setattr(self, name, nn.ParameterDict())
         self.r: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
-        self.options: dict[str, SparseTunerConfig] = {}
+        self.options: dict[str, UnscaledTunerConfig] = {}
         self.merged_adapters: list[str] = []
-        self._weight_before_merge: Tensor | None = None
+        self._stored_before_merge: Tensor | None = None
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, r, scaling)
 
-    def initial_factors(self, r: int) -> tuple[Tensor, ...]:
-        """Initial factors, in the order of ``adapter_layer_names``; they must make delta W zero."""
+    def initial_factors(self, name: str) -> tuple[Tensor, ...]:
+        """Initial factors of the adapter ``name``, in the order of ``adapter_layer_names``; delta W must be zero."""
         raise NotImplementedError
 
     def adapted(self, x: Tensor, names: Sequence[str]) -> Tensor:
@@ -141,12 +169,12 @@ class SparseLinear(nn.Module, BaseTunerLayer):
         """delta W of one adapter, scale included: out x in, in the type of ``weight``, the original W."""
         raise NotImplementedError
 
-    def update_layer(self, adapter_name: str, config: SparseTunerConfig, r: int, scaling: float) -> None:
+    def update_layer(self, adapter_name: str, config: UnscaledTunerConfig, r: int, scaling: float) -> None:
         """Add the adapter ``adapter_name``, with factors in the type and on the device of W."""
         self.r[adapter_name] = r
         self.scaling[adapter_name] = scaling
         self.options[adapter_name] = config
-        for name, factor in zip(self.adapter_layer_names, self.initial_factors(r), strict=True):
+        for name, factor in zip(self.adapter_layer_names, self.initial_factors(adapter_name), strict=True):
             getattr(self, name)[adapter_name] = nn.Parameter(factor)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -164,7 +192,8 @@ class SparseLinear(nn.Module, BaseTunerLayer):
         """Write W + delta W into the base layer: float32 arithmetic, one rounding to the type of W.
 
         The original W is kept beside the merged one until ``unmerge``. A later merge of another adapter
-        starts from it, so neither the zeros nor the arithmetic depend on the order.
+        starts from it, so neither the zeros nor the arithmetic depend on the order. An adapter with
+        ``keep_zeros=False`` fills the zeros.
 
         Args:
             safe_merge: Refuse a result that is not finite, and leave W as it was.
@@ -176,16 +205,19 @@ class SparseLinear(nn.Module, BaseTunerLayer):
         names = self._own(check_adapters_to_merge(self, adapter_names))
         if not names:
             return
-        weight = self.get_base_layer().weight
-        original = weight.data if self._weight_before_merge is None else self._weight_before_merge
-        precise = original.to(torch.promote_types(original.dtype, torch.float32))
-        with torch.no_grad(), torch.autocast(original.device.type, enabled=False):
-            delta = sum(self.delta_weight(precise, name) for name in [*self.merged_adapters, *names])
-            merged = masked_merge(original, delta)
+        stored = self._stored()
+        original = stored.data if self._stored_before_merge is None else self._stored_before_merge
+        W = self._dense(original)
+        precise = W.to(torch.promote_types(W.dtype, torch.float32))
+        with torch.no_grad(), torch.autocast(W.device.type, enabled=False):
+            together = [*self.merged_adapters, *names]
+            delta = sum(self.delta_weight(precise, name) for name in together)
+            keep = all(self.options[name].keep_zeros for name in together)
+            merged = masked_merge(W, delta) if keep else (precise + delta).to(W.dtype)
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(f"adapter_names={names}: the merged weight has an infinity or a NaN; nothing was merged")
-        self._weight_before_merge = original
-        weight.data = merged
+        self._stored_before_merge = original
+        stored.data = self._as_stored(merged)
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
@@ -193,10 +225,22 @@ class SparseLinear(nn.Module, BaseTunerLayer):
         if not self.merged:
             warnings.warn("No adapter is merged, nothing to unmerge.", stacklevel=2)
             return
-        weight = self.get_base_layer().weight
-        weight.data = self._weight_before_merge.to(weight.device, weight.dtype)
-        self._weight_before_merge = None
+        stored = self._stored()
+        stored.data = self._stored_before_merge.to(stored.device, stored.dtype)
+        self._stored_before_merge = None
         self.merged_adapters.clear()
+
+    def _stored(self) -> nn.Parameter:
+        """The parameter that holds W; a subclass may keep less than W itself in it."""
+        return self.get_base_layer().weight
+
+    def _dense(self, stored: Tensor) -> Tensor:
+        """W, out x in, from what ``_stored`` holds."""
+        return stored
+
+    def _as_stored(self, weight: Tensor) -> Tensor:
+        """The inverse of ``_dense``, for a weight whose zeros contain those of W."""
+        return weight
 
     def _own(self, names: Sequence[str]) -> list[str]:
         """Those of ``names`` that this layer has; an adapter need not target every layer."""
@@ -206,12 +250,15 @@ class SparseLinear(nn.Module, BaseTunerLayer):
 class SparseTunerModel(BaseTuner):
     """A model whose targeted linear layers are of the class ``tuner_layer_cls``, a ``SparseLinear``.
 
-    A subclass sets ``prefix`` and ``tuner_layer_cls``.
+    A subclass sets ``prefix`` and ``tuner_layer_cls``, and in ``other_base_layers`` the kinds of ``nn.Linear`` with
+    a forward pass of their own that its layers can have beneath them.
 
     Raises:
         ValueError: A target is not a plain floating-point ``nn.Linear`` in memory, or its rank does not fit
         it.
     """
+
+    other_base_layers: tuple[type[nn.Linear], ...] = ()
 
     @staticmethod
     def check_rank(name: str, layer: nn.Linear, r: int) -> None:
@@ -223,7 +270,7 @@ class SparseTunerModel(BaseTuner):
                 f"at most {widest}, or a smaller rank for it in rank_pattern"
             )
 
-    def _prepare_model(self, peft_config: SparseTunerConfig, model: nn.Module) -> None:
+    def _prepare_model(self, peft_config: UnscaledTunerConfig, model: nn.Module) -> None:
         """Check all named targets before the first is replaced, so a refused config changes nothing."""
         inside_adapters = tuple(f"{name}." for name, part in model.named_modules() if isinstance(part, BaseTunerLayer))
         for name, module in model.named_modules():
@@ -232,7 +279,7 @@ class SparseTunerModel(BaseTuner):
 
     def _create_and_replace(
         self,
-        peft_config: SparseTunerConfig,
+        peft_config: UnscaledTunerConfig,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -250,10 +297,11 @@ class SparseTunerModel(BaseTuner):
             layer.requires_grad_(False)  # a further adapter is not trainable until it is made active
         self._replace_module(parent, target_name, layer, target)
 
-    def _check_target(self, config: SparseTunerConfig, name: str, module: nn.Module) -> None:
+    def _check_target(self, config: UnscaledTunerConfig, name: str, module: nn.Module) -> None:
         layer = module.get_base_layer() if isinstance(module, self.tuner_layer_cls) else module
         method = config.peft_type.value
-        if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
+        plain = isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
+        if not plain and not isinstance(layer, self.other_base_layers):
             raise ValueError(
                 f"target_modules: {name!r} is a {type(layer).__name__}; {method} adapts plain nn.Linear layers only"
             )
@@ -277,6 +325,12 @@ def check_dropout(value: Any) -> None:
     """Raise ``ValueError`` unless ``value`` is a probability below 1."""
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1:
         raise ValueError(f"dropout={value!r}: must be a probability with 0 <= dropout < 1")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise ``ValueError`` unless ``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r}: must be True or False")
 
 
 def _labelled(field_name: str, pattern: dict) -> dict[str, Any]:

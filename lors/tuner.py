@@ -8,6 +8,9 @@ stays as it was until a merge. Several active adapters add up under the one mask
 
 which is again one masked linear layer, of rank r1 + r2.
 
+The frozen W may be kept compressed (``storage``, or ``lors.compress`` later): see ``lors.storage``. A merge writes
+the merged values where the values of W were, so a compressed layer stays compressed until it is unloaded.
+
 There is no dropout: W + s * M (.) (B A) is one matrix, and the input of its two parts cannot differ.
 
 Reference: arXiv 2501.08582. Scale alpha / sqrt(r) as there (arXiv 2312.03732), or alpha / r as in LoRA.
@@ -25,8 +28,10 @@ from torch import Tensor, nn
 from lors.functional import masked_linear
 from lors.plugin import register
 from lors.sparse_tuner import SparseLinear, SparseTunerConfig, SparseTunerModel, check_choice
+from lors.sparsity import UNSTRUCTURED
+from lors.storage import STORAGES, CompressedLinear, best_layout, compress_linear, decompress_linear
 
-__all__ = ["LorsConfig", "LorsLinear", "LorsModel"]
+__all__ = ["LorsConfig", "LorsLinear", "LorsModel", "compress"]
 
 SCALINGS = ("rank_stabilized", "alpha_over_r")
 INITS = ("gradient", "kaiming")
@@ -65,9 +70,19 @@ class LorsConfig(SparseTunerConfig):
         metadata={"help": "Biases to train: 'none', 'all', or 'lors_only' (those of the adapted layers)."},
     )
 
+    storage: str = field(
+        default="dense",
+        metadata={
+            "help": "How the frozen weights are kept: 'dense'; 'bitmap': non-zero values and a bitmap; 'n:m': values "
+            "and indices of an n:m pattern; 'auto': the smallest of these, layer by layer. A layer on the meta device "
+            "stays dense, see lors.compress; so does what another adapter has compressed."
+        },
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = LORS
+        check_choice("storage", self.storage, STORAGES)
         check_choice("scaling", self.scaling, SCALINGS)
         check_choice("init", self.init, INITS)
         check_choice("bias", self.bias, BIASES)
@@ -85,8 +100,9 @@ class LorsLinear(SparseLinear):
 
     adapter_layer_names = ("lors_A", "lors_B")
 
-    def initial_factors(self, r: int) -> tuple[Tensor, Tensor]:
+    def initial_factors(self, name: str) -> tuple[Tensor, Tensor]:
         """A Kaiming uniform, in +- 1 / sqrt(in), as in LoRA; B zero. ``lors.initialize`` replaces A."""
+        r = self.r[name]
         A = torch.empty(r, self.in_features)
         nn.init.kaiming_uniform_(A, a=math.sqrt(5))
         return A, torch.zeros(self.out_features, r)
@@ -96,12 +112,34 @@ class LorsLinear(SparseLinear):
         base = self.get_base_layer()
         A, B, scaling = self._factors(names)
         exact = any(self.options[name].exact_gradient for name in names)
-        return masked_linear(x, base.weight, A, B, scaling, base.bias, exact_gradient=exact)
+        W = base.packed if isinstance(base, CompressedLinear) else base.weight
+        return masked_linear(x, W, A, B, scaling, base.bias, exact_gradient=exact)
 
     def delta_weight(self, weight: Tensor, name: str) -> Tensor:
         """s M (.) (B A)."""
         A, B = (factors[name].to(weight.dtype) for factors in (self.lors_A, self.lors_B))
         return (B @ A).mul_(self.scaling[name]).mul_(weight != 0)
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Linear:
+        """The layer without adapters, a plain dense ``nn.Linear``; called by PEFT."""
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        decompress_linear(self.base_layer)
+        return self.base_layer
+
+    def _stored(self) -> nn.Parameter:
+        base = self.get_base_layer()
+        return base.values if isinstance(base, CompressedLinear) else base.weight
+
+    def _dense(self, stored: Tensor) -> Tensor:
+        base = self.get_base_layer()
+        return base.dense(stored) if isinstance(base, CompressedLinear) else stored
+
+    def _as_stored(self, weight: Tensor) -> Tensor:
+        base = self.get_base_layer()
+        return base.values_of(weight) if isinstance(base, CompressedLinear) else weight
 
     def _factors(self, names: Sequence[str]) -> tuple[Tensor, Tensor, float]:
         """A, B and s of the sum of the adapters ``names``; several are stacked, their scales moved into B."""
@@ -117,6 +155,70 @@ class LorsModel(SparseTunerModel):
 
     prefix = "lors_"
     tuner_layer_cls = LorsLinear
+    other_base_layers = (CompressedLinear,)
+
+    def _check_target(self, config: LorsConfig, name: str, module: nn.Module) -> None:
+        super()._check_target(config, name, module)
+        if config.storage == "n:m" and not isinstance(module, LorsLinear) and not module.weight.is_meta:
+            try:
+                best_layout(module.weight, config.storage)
+            except ValueError as error:
+                raise ValueError(f"target_modules: {name!r}: {error}") from None
+
+    def _create_and_replace(
+        self,
+        peft_config: LorsConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        super()._create_and_replace(
+            peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=parameter_name
+        )
+        base = getattr(parent, target_name).get_base_layer()
+        if peft_config.storage != "dense" and not next(base.parameters()).is_meta:
+            compress_linear(base, peft_config.storage)  # only now: PEFT looks at the weight of what it replaces
+
+
+def compress(
+    model: nn.Module, storage: str = "auto", *, sparsity: float | None = None, pattern: str = UNSTRUCTURED
+) -> nn.Module:
+    """Keep the frozen weights beneath all LoRS adapters compressed from now on, one layer after the other.
+
+    Layers that are compressed already stay as they are. ``LorsConfig(storage=...)`` does the same as the adapters
+    are made; ``merge_and_unload`` gives back a plain dense model.
+
+    Args:
+        model: A model with LoRS adapters, none of them merged.
+        storage: One of ``lors.storage.STORAGES``.
+        sparsity: Of weights on the meta device, which have no zeros to count; it is needed for them and not
+            looked at otherwise.
+        pattern: Likewise, ``unstructured`` or the n:m pattern.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        ValueError: Unknown storage, no LoRS layer, a merged adapter, a weight that follows no n:m pattern, or a
+            weight on the meta device without ``sparsity``.
+    """
+    check_choice("storage", storage, STORAGES)
+    layers = {name: part for name, part in model.named_modules() if isinstance(part, LorsLinear)}
+    if not layers:
+        raise ValueError(
+            "model: has no LoRS layer; wrap it with peft.get_peft_model(model, lors.LorsConfig(...)) first"
+        )
+    for name, layer in layers.items():
+        try:
+            if layer.merged:
+                raise ValueError("has a merged adapter: unmerge it first (model.unmerge_adapter())")
+            compress_linear(layer.get_base_layer(), storage, sparsity=sparsity, pattern=pattern)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    return model
 
 
 LORS = register("LORS", LorsConfig, LorsModel, prefix=LorsModel.prefix)

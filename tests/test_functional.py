@@ -190,7 +190,7 @@ def test_autocast_saves_the_input_in_the_compute_type_and_no_copy_of_the_weight(
 @pytest.mark.parametrize("backward_inside", [True, False])
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
 def test_bf16_autocast(weight_dtype: torch.dtype, backward_inside: bool, exact: bool) -> None:
-    """Output in bf16, gradients in the types of their inputs, and the values those of bf16 operands."""
+    """Output in bf16, T rounded once from the operands as they are, gradients in the types of their inputs."""
     layer = random_layer(dtype=torch.float32)
     layer["weight"] = layer["weight"].to(weight_dtype)
     inputs = [layer[name] for name in ("x", "A", "B", "bias")]
@@ -203,14 +203,7 @@ def test_bf16_autocast(weight_dtype: torch.dtype, backward_inside: bool, exact: 
             result = gradients(output, inputs)
     if not backward_inside:
         result = gradients(output, inputs)
-    assert [gradient.dtype for gradient in result] == [torch.float32] * 4
-
-    low = {name: tensor.detach().to(torch.bfloat16).requires_grad_() for name, tensor in layer.items()}
-    low["weight"].requires_grad_(False)
-    again = masked_linear(low["x"], low["weight"], low["A"], low["B"], SCALING, low["bias"], exact_gradient=exact)
-    assert torch.equal(output, again)
-    for got, wanted in zip(result, gradients(again, [low[n] for n in ("x", "A", "B", "bias")]), strict=True):
-        torch.testing.assert_close(got, wanted.float(), rtol=1e-2, atol=0)
+    assert_closed_forms(layer, exact, output, result)
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -219,16 +212,24 @@ def test_float32_operands_of_a_bf16_layer(exact: bool) -> None:
     layer = random_layer(dtype=torch.float32)
     weight = layer["weight"].to(torch.bfloat16)
     inputs = [layer[name] for name in ("x", "A", "B", "bias")]
-    X, A, B, _ = (tensor.detach().to(torch.bfloat16) for tensor in inputs)
     output = masked_linear(layer["x"], weight, layer["A"], layer["B"], SCALING, layer["bias"], exact_gradient=exact)
     assert output.dtype is torch.bfloat16
+    assert_closed_forms(layer | {"weight": weight}, exact, output, gradients(output, inputs))
+
+
+def assert_closed_forms(layer: dict[str, Tensor], exact: bool, output: Tensor, result: list[Tensor]) -> None:
+    """Output and gradients of a bf16 product with float32 operands, bit for bit."""
+    weight = layer["weight"]
+    X, A, B, bias = (layer[name].detach().to(torch.bfloat16) for name in ("x", "A", "B", "bias"))
+    update = SCALING * layer["B"].detach().double() @ layer["A"].detach().double()
+    T = (weight.double() + update * (weight != 0)).to(torch.bfloat16)
+    assert torch.equal(output, linear(X, T, bias))
 
     G = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).bfloat16()
     D = (G.t() @ X) * (weight != 0)
     dA, dB = (B.t() @ D, D @ A.t()) if exact else ((G @ B).t() @ X, G.t() @ (X @ A.t()))
-    dX = G @ merged_weight(weight, A, B, SCALING)
-    wanted = [dX.float(), SCALING * dA.float(), SCALING * dB.float(), G.float().sum(0)]
-    for gradient, expected in zip(gradients(output, inputs), wanted, strict=True):
+    wanted = [(G @ T).float(), SCALING * dA.float(), SCALING * dB.float(), G.float().sum(0)]
+    for gradient, expected in zip(result, wanted, strict=True):
         assert gradient.dtype is torch.float32
         assert torch.equal(gradient, expected)
 
@@ -272,6 +273,31 @@ def test_activation_checkpointing_gives_the_same_bits(reentrant: bool) -> None:
         loss.backward()
         results.append([loss, *(tensor.grad for tensor in inputs)])
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+def test_a_checkpoint_does_not_make_the_last_layer_again() -> None:
+    """U + V less than making it again: its inputs are saved before anything is computed, and there it stops."""
+    n = 6
+    U, V, Z = 2 * n * IN * OUT, 2 * RANK * IN * OUT, 2 * n * RANK * (IN + OUT)
+    layer = random_layer(n=n)
+    arguments = [layer[name] for name in ("weight", "A", "B")]
+    output = checkpoint(lambda x: masked_linear(x.relu(), *arguments, SCALING), layer["x"], use_reentrant=False)
+    with FlopCounterMode(display=False) as counter:
+        output.sum().backward()
+    assert counter.get_total_flops() == U + V + 2 * Z
+
+
+def test_products_are_taken_in_the_cheaper_order() -> None:
+    """A rank as wide as the layer: G^t X is formed once, and the result is the same."""
+    n, layer = 50, random_layer(n=50)
+    factors = {"A": torch.ones(OUT, IN, dtype=torch.float64), "B": torch.eye(OUT, dtype=torch.float64)}
+    layer |= {name: tensor.requires_grad_() for name, tensor in factors.items()}
+    U, V = 2 * n * IN * OUT, 2 * OUT * IN * OUT
+    assert flops_of("x A B", layer) == (U + V, 2 * U + 3 * V)
+    inputs = [layer["x"], layer["A"], layer["B"]]
+    output = masked_linear(*[layer[name] for name in ("x", "weight", "A", "B")], SCALING)
+    expected = reference(*[layer[name] for name in ("x", "weight", "A", "B")], None, masked=False)
+    torch.testing.assert_close(gradients(output, inputs)[1:], gradients(expected, inputs)[1:])
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit, raised by torch.compile's own imports

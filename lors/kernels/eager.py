@@ -1,0 +1,62 @@
+"""The merge in eager PyTorch, on any device: block of rows after block of rows, each worked on in the cache.
+
+The reference of the other implementations, and what a machine without a compiler runs. W is read once and T
+written once; what lies between, a few blocks of ``layout.BLOCK`` elements, stays in the cache of a CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lors.kernels.layout import PackedWeight, masked_, row_blocks, rows
+
+__all__ = ["decode", "merge"]
+
+
+def merge_block(W: Tensor, scaled_B: Tensor, A: Tensor, scratch: Tensor, T: Tensor) -> None:
+    """Write T = W + M (.) (scaled_B A) for a few rows; ``scratch`` has the type that is summed in."""
+    scratch.copy_(W).addmm_(scaled_B, A)
+    T.copy_(masked_(scratch, W.bool()))
+
+
+def merge(
+    weight: PackedWeight,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    dtype: torch.dtype,
+    block: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None] = merge_block,
+) -> Tensor:
+    """T = W + M (.) (scaling B A), M = (W != 0): summed in float32 (float64 if W or T is), rounded once.
+
+    Args:
+        weight: W, out x in.
+        A: r x in.
+        B: out x r.
+        scaling: The scale s.
+        dtype: Type of T.
+        block: What ``merge_block`` does, done in another way.
+
+    Returns:
+        T, out x in, in ``dtype``.
+    """
+    exact = torch.promote_types(torch.promote_types(weight.dtype, dtype), torch.float32)
+    scaled_B, A = B.to(exact) * scaling, A.to(exact)
+    T = torch.empty(weight.shape, dtype=dtype, device=A.device)
+    scratch = T.new_empty(0, dtype=exact)
+    for start, stop in row_blocks(weight.shape, A.device):
+        scratch.resize_(stop - start, weight.shape[1])  # allocates for the first block only
+        block(rows(weight, start, stop), scaled_B[start:stop], A, scratch, T[start:stop])
+    return T
+
+
+def decode(weight: PackedWeight) -> Tensor:
+    """W, out x in, dense, in its own type."""
+    device = weight.parts[0].device
+    W = torch.empty(weight.shape, dtype=weight.dtype, device=device)
+    for start, stop in row_blocks(weight.shape, device):
+        W[start:stop].copy_(rows(weight, start, stop))
+    return W

@@ -1,0 +1,159 @@
+"""The operators ``lors::merge`` and ``lors::decode``, and the choice of their implementation.
+
+They are custom operators of torch, so that ``torch.compile`` of a whole model, FSDP, fake tensors and counters of
+FLOPs or bytes see one operation each, whatever runs inside. They have no derivative: ``lors.functional`` has.
+
+==========  ==============================================================  ====================================
+name        implementation                                                  chosen by itself
+==========  ==============================================================  ====================================
+eager       ``eager.py``: plain PyTorch, block by block in the cache        where nothing below is
+compiled    ``compiled.py``: the same with the last pass compiled           CPU, from ``COMPILE_FROM`` elements on
+triton      ``gpu.py``: one kernel that reads W and writes T                CUDA with Triton, not in float64
+==========  ==============================================================  ====================================
+
+A compilation takes seconds and saves a quarter of a merge, hence the bound: a small model never compiles. The
+environment variable ``LORS_KERNELS`` or ``forced`` chooses otherwise.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from lors.kernels import compiled, eager
+from lors.kernels.layout import PackedWeight
+
+__all__ = ["COMPILE_FROM", "IMPLEMENTATIONS", "decode", "forced", "implementation", "merge"]
+
+IMPLEMENTATIONS = ("auto", "eager", "compiled", "triton")
+VARIABLE = "LORS_KERNELS"
+COMPILE_FROM = 2**20
+_forced: list[str] = []
+
+
+def merge(weight: PackedWeight, A: Tensor, B: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+    """T = W + M (.) (scaling B A) in one pass over W, with M = (W != 0).
+
+    Args:
+        weight: W, out x in.
+        A: r x in.
+        B: out x r.
+        scaling: The scale s.
+        dtype: Type of T; sums are float32 (float64 if W or T is), rounded once.
+
+    Returns:
+        T, out x in in ``dtype``; +0.0 wherever W is zero.
+    """
+    return torch.ops.lors.merge(list(weight.parts), weight.layout, A, B, scaling, dtype)
+
+
+def decode(weight: PackedWeight) -> Tensor:
+    """W, out x in, dense and in its own type: a copy, unless it was dense."""
+    if len(weight.parts) == 1:
+        return weight.parts[0]
+    return torch.ops.lors.decode(list(weight.parts), weight.layout, *weight.shape)
+
+
+@contextmanager
+def forced(name: str) -> Iterator[None]:
+    """Take the implementation ``name`` (``auto`` too) inside the context, on every thread.
+
+    Raises:
+        ValueError: No such implementation.
+    """
+    _forced.append(_known(name, "name"))
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def implementation(device: torch.device, elements: int, *dtypes: torch.dtype) -> str:
+    """Which implementation runs for a weight of so many elements on a device.
+
+    Raises:
+        ValueError: ``LORS_KERNELS`` is none of ``IMPLEMENTATIONS``, or asks for Triton where it cannot run.
+    """
+    name = _forced[-1] if _forced else _known(os.environ.get(VARIABLE, "auto"), VARIABLE)
+    triton = _triton_runs(device) and torch.float64 not in dtypes
+    if name == "triton" and not triton:
+        raise ValueError(
+            f"{VARIABLE}=triton: needs Triton, a CUDA device (or TRITON_INTERPRET=1) and no float64; this is {device}, "
+            f"{', '.join(str(dtype) for dtype in dtypes)}"
+        )
+    if name != "auto":
+        return name
+    if device.type == "cuda" and triton:
+        return "triton"
+    return "compiled" if device.type == "cpu" and elements >= COMPILE_FROM else "eager"
+
+
+def _known(name: str, label: str) -> str:
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"{label}={name!r}: must be one of {', '.join(IMPLEMENTATIONS)}")
+    return name
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _triton_runs(device: torch.device) -> bool:
+    return _has_triton() and (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
+
+
+_library = torch.library.Library("lors", "DEF")
+_library.define("merge(Tensor[] weight, str layout, Tensor A, Tensor B, float scaling, ScalarType dtype) -> Tensor")
+_library.define("decode(Tensor[] weight, str layout, SymInt rows, SymInt columns) -> Tensor")
+
+
+@torch.library.impl(_library, "merge", "CompositeExplicitAutograd")
+def _merge(weight: list[Tensor], layout: str, A: Tensor, B: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+    packed = PackedWeight(layout, tuple(weight), (B.shape[0], A.shape[1]))
+    chosen = implementation(A.device, A.shape[1] * B.shape[0], packed.dtype, A.dtype, B.dtype, dtype)
+    # What the sums are made in is decided here, not by autocast.
+    with torch.no_grad(), torch.autocast(A.device.type, enabled=False):
+        if chosen == "triton":
+            from lors.kernels import gpu
+
+            return gpu.merge(packed, A, B, scaling, dtype)
+        return (compiled if chosen == "compiled" else eager).merge(packed, A, B, scaling, dtype)
+
+
+@torch.library.impl(_library, "decode", "CompositeExplicitAutograd")
+def _decode(weight: list[Tensor], layout: str, rows: int, columns: int) -> Tensor:
+    packed = PackedWeight(layout, tuple(weight), (rows, columns))
+    if implementation(weight[0].device, rows * columns, packed.dtype) == "triton":
+        from lors.kernels import gpu
+
+        return gpu.decode(packed)
+    return eager.decode(packed)
+
+
+@torch.library.register_fake("lors::merge")
+def _(weight: list[Tensor], layout: str, A: Tensor, B: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+    return A.new_empty(B.shape[0], A.shape[1], dtype=dtype)
+
+
+@torch.library.register_fake("lors::decode")
+def _(weight: list[Tensor], layout: str, rows: int, columns: int) -> Tensor:
+    return weight[0].new_empty(rows, columns)
+
+
+@register_flop_formula(torch.ops.lors.merge)
+def _merge_flops(weight: object, layout: str, A: list[int], B: list[int], *_: object, **__: object) -> int:
+    """V = 2 r in out: the product B A; shapes stand for the tensors."""
+    return 2 * A[0] * A[1] * B[0]
+
+
+@register_flop_formula(torch.ops.lors.decode)
+def _decode_flops(*_: object, **__: object) -> int:
+    return 0

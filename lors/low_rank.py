@@ -1,0 +1,122 @@
+"""Linear layers with a low-rank update that keeps the zeros, or does not: what all methods with delta W = s B A share.
+
+W (out x in) is pruned and frozen, A is r x in, B is out x r, and either may be an expression of other parameters (a
+gate, a product): autograd continues through it. With M = (W != 0):
+
+    keep_zeros=True     Y = X (W + s M (.) (B A))^t + bias         one product, the mask recomputed (``masked_linear``)
+    keep_zeros=False    Y = X W^t + bias + s (drop(X) A^t) B^t     the method as published; its merge fills the zeros
+
+The masked form has one input, so the input of the update alone cannot be dropped: it has no dropout. Its
+gradients are by default those of the formula, dA = s B^t (M (.) G^t X) and dB = s (M (.) G^t X) A^t with
+G = dL/dY, at the price of one full product and one out x in buffer in the backward pass;
+``exact_gradient=False`` is the estimate of LoRS, which leaves M out.
+
+A method subclasses ``LowRankConfig`` and ``LowRankLinear`` and says what its parameters are and how A and B follow from
+them; see ``baselines.masked_lora`` for the shortest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import dropout, linear
+
+from lors.functional import masked_linear
+from lors.sparse_tuner import SparseLinear, SparseTunerConfig, check_dropout, check_flag
+
+__all__ = ["LowRankConfig", "LowRankLinear", "kaiming_uniform"]
+
+
+@dataclass
+class LowRankConfig(SparseTunerConfig):
+    """Fields of every low-rank method; a bad value raises ``ValueError``."""
+
+    keep_zeros: bool = field(
+        default=True,
+        metadata={"help": "Put the mask of W on the update; False is the method as published, which fills the zeros."},
+    )
+    exact_gradient: bool = field(
+        default=True,
+        metadata={
+            "help": "With keep_zeros: gradients of the masked formula; False leaves the mask out of them, as LoRS "
+            "does, and saves a full product and a buffer of the weight's size."
+        },
+    )
+    dropout: float = field(
+        default=0.0,
+        metadata={"help": "Dropout of the input of the update, not of the base path; 0 with keep_zeros."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_flag("exact_gradient", self.exact_gradient)
+        check_dropout(self.dropout)
+        if self.keep_zeros and self.dropout > 0:
+            raise ValueError(
+                f"dropout={self.dropout}: must be 0 with keep_zeros=true, whose one product has one input; "
+                "use keep_zeros=false"
+            )
+
+
+class LowRankLinear(SparseLinear):
+    """A linear layer with low-rank adapters.
+
+    ``adapter_layer_names`` names A and B; a subclass with other parameters makes A and B from them in
+    ``factors``.
+    """
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """A (r x in) and B (out x r) of an adapter, without the scale."""
+        A, B = (getattr(self, part)[name] for part in self.adapter_layer_names)
+        return A, B
+
+    def initial_factors(self, name: str) -> tuple[Tensor, ...]:
+        """A Kaiming uniform, in +- 1 / sqrt(in), as in LoRA; B zero."""
+        r = self.r[name]
+        return kaiming_uniform(r, self.in_features), torch.zeros(self.out_features, r)
+
+    def adapted(self, x: Tensor, names: Sequence[str]) -> Tensor:
+        """One masked linear layer for all adapters that keep the zeros, one branch beside it for each other."""
+        base = self.get_base_layer()
+        masked = [name for name in names if self.options[name].keep_zeros]
+        if masked:
+            exact = any(self.options[name].exact_gradient for name in masked)
+            y = masked_linear(x, base.weight, *self._stacked(masked), base.bias, exact_gradient=exact)
+        else:
+            y = base(x)
+        for name in names:
+            if name not in masked:
+                y = torch.add(y, self._branch(x, name).to(y.dtype), alpha=self.scaling[name])
+        return y
+
+    def delta_weight(self, weight: Tensor, name: str) -> Tensor:
+        """s M (.) (B A), or s B A for an adapter that does not keep the zeros."""
+        A, B = (factor.to(weight.dtype) for factor in self.factors(name))
+        delta = (B @ A).mul_(self.scaling[name])
+        return delta.mul_(weight != 0) if self.options[name].keep_zeros else delta
+
+    def _branch(self, x: Tensor, name: str) -> Tensor:
+        """(drop(X) A^t) B^t."""
+        A, B = self.factors(name)
+        p = self.options[name].dropout if self.training else 0.0
+        return linear(linear(dropout(x.to(A.dtype), p), A), B)
+
+    def _stacked(self, names: Sequence[str]) -> tuple[Tensor, Tensor, float]:
+        """A, B and s of the sum of the adapters ``names``; several are stacked, their scales moved into B."""
+        if len(names) == 1:
+            return *self.factors(names[0]), self.scaling[names[0]]
+        factors = [self.factors(name) for name in names]
+        A = torch.cat([A for A, _ in factors], dim=0)  # (r1 + r2) x in
+        B = torch.cat([self.scaling[name] * B for name, (_, B) in zip(names, factors, strict=True)], dim=1)
+        return A, B, 1.0
+
+
+def kaiming_uniform(rows: int, columns: int) -> Tensor:
+    """A rows x columns matrix, uniform in +- 1 / sqrt(columns): the start of LoRA's A."""
+    A = torch.empty(rows, columns)
+    nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+    return A

@@ -1,0 +1,372 @@
+"""Compressed weights: exact round trips, their bytes, and a model whose frozen weights are kept so."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from peft import PeftModel, get_peft_model
+from pruned_models import IDS, adapted_model, logits, lors_layers, pruned_model, weights
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+import lors
+from lors.blocks import decoder_linears
+from lors.harness.live_tensors import LiveTensors
+from lors.kernels import decode, layout, pack
+from lors.sparsity import random_support, sparsity_of
+from lors.storage import CompressedLinear, best_layout, compress_linear, count_weights, decompress_linear
+
+KINDS = {"bitmap": "unstructured", "n:m": "2:4"}  # storage -> the pattern of the model that it is tried on
+
+
+def bits_of(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+
+
+def random_weight(seed: int, height: int, width: int, dtype: torch.dtype, pattern: str, sparsity: float) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    M = random_support((height, width), None if ":" in pattern else sparsity, pattern, generator)
+    return (torch.randn(height, width, generator=generator) * M).to(dtype)
+
+
+# Packing
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**16),
+    height=st.integers(1, 9),
+    groups=st.integers(1, 5),
+    pattern=st.sampled_from(["unstructured", "1:2", "2:4", "1:4", "3:4", "4:8", "5:8", "7:16"]),
+    extra=st.integers(0, 7),
+    sparsity=st.sampled_from([0.0, 0.5, 0.9, 0.999]),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+    block=st.sampled_from([1, 40, 2**19]),
+)
+@example(0, 3, 1, "unstructured", 0, 0.999, torch.bfloat16, 1)
+def test_round_trip_is_exact(
+    seed: int, height: int, groups: int, pattern: str, extra: int, sparsity: float, dtype: torch.dtype, block: int
+) -> None:
+    """Every bit, but for the sign of zeros; infinities, NaN and the least numbers included; any size of block."""
+    m = int(pattern.split(":")[1]) if ":" in pattern else 0
+    width = groups * m if m else 8 * groups + extra
+    W = random_weight(seed, height, width, dtype, pattern, sparsity)
+    special = torch.tensor([float("inf"), -float("inf"), float("nan"), torch.finfo(dtype).smallest_normal]).to(dtype)
+    for place, value in zip(W.nonzero().tolist(), special, strict=False):
+        W[tuple(place)] = value
+    before = layout.BLOCK["cpu"]
+    layout.BLOCK["cpu"] = block
+    try:
+        packed = pack(W, pattern if m else "bitmap")
+        again = decode(packed)
+        other = torch.where(W != 0, torch.randn(height, width).to(dtype), 0.0)
+        moved = packed._replace(parts=(layout.values_at(packed, other), *packed.parts[1:]))
+        assert torch.equal(decode(moved), other)
+    finally:
+        layout.BLOCK["cpu"] = before
+    assert torch.equal(bits_of(again), bits_of(torch.where(W == 0, 0.0, W)))
+    like = layout.empty(packed.layout, packed.shape, dtype, int((W != 0).sum()), "meta")
+    assert [(part.shape, part.dtype) for part in like.parts] == [(part.shape, part.dtype) for part in packed.parts]
+
+
+def test_a_negative_zero_is_a_zero() -> None:
+    """Pruning by a product leaves them; they cost nothing and come back as +0.0."""
+    W = torch.tensor([[-0.0, 1.0, -0.0, 0.0, -2.0, 0.0, -0.0, 0.0]])
+    for kind in ("bitmap", "1:4"):
+        packed = pack(W, kind)
+        assert packed.parts[0].numel() == 2
+        assert torch.equal(bits_of(decode(packed)), bits_of(torch.where(W == 0, 0.0, W)))
+
+
+@pytest.mark.parametrize(("kind", "pattern", "table"), [("bitmap", "unstructured", 8 * 65), ("2:4", "2:4", 0)])
+def test_half_of_bfloat16_takes_nine_sixteenths(kind: str, pattern: str, table: int) -> None:
+    W = random_weight(0, 64, 128, torch.bfloat16, pattern, 0.5)
+    assert pack(W, kind).nbytes == 2 * 64 * 128 * 9 / 16 + table
+
+
+def test_a_weight_that_does_not_follow_the_pattern_is_refused() -> None:
+    with pytest.raises(ValueError, match="does not follow 2:4: a group of 4 has more than 2"):
+        pack(torch.ones(2, 8), "2:4")
+    with pytest.raises(ValueError, match="groups of 4 do not divide the input width 6"):
+        pack(torch.zeros(2, 6), "2:4")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "sparsity", "width", "chosen"),
+    [
+        ("unstructured", 0.9, 64, {"n:m": "5:16", "auto": "bitmap"}),
+        ("unstructured", 0.0, 64, {"n:m": "refused", "auto": "dense"}),
+        ("unstructured", 0.5, 63, {"n:m": "refused", "auto": "bitmap"}),
+        ("2:4", None, 64, {"n:m": "2:4", "auto": "2:4"}),
+        ("1:4", None, 64, {"n:m": "1:4", "auto": "1:4"}),
+        ("2:16", None, 64, {"n:m": "2:16", "auto": "2:16"}),
+        ("4:8", None, 256, {"n:m": "4:8", "auto": "bitmap"}),  # indices of 4:8 cost twice as much as its bits
+    ],
+)
+def test_the_smallest_layout_is_chosen(pattern: str, sparsity: float | None, width: int, chosen: dict) -> None:
+    W = random_weight(0, 256, width, torch.bfloat16, pattern, sparsity)
+    assert best_layout(W, "dense") == "dense"
+    assert best_layout(W, "bitmap") == "bitmap"
+    assert best_layout(W, "auto") == chosen["auto"]
+    if chosen["n:m"] == "refused":
+        with pytest.raises(ValueError, match=f"storage='n:m': the weight .256 x {width}. follows no n:m pattern"):
+            best_layout(W, "n:m")
+    else:
+        assert best_layout(W, "n:m") == chosen["n:m"]
+
+
+# A layer
+
+
+@pytest.mark.parametrize("storage", KINDS)
+def test_a_compressed_layer_is_the_layer(storage: str) -> None:
+    """Output and gradients of a plain linear layer; the same object, and a plain one again afterwards."""
+    plain = nn.Linear(16, 9)
+    plain.weight = nn.Parameter(random_weight(0, 9, 16, torch.float32, KINDS[storage], 0.5), requires_grad=False)
+    layer, x = copy.deepcopy(plain), torch.randn(2, 3, 16, requires_grad=True)
+    calls = []
+    layer.register_forward_hook(lambda *_: calls.append(1))
+    compress_linear(layer, storage)
+    assert isinstance(layer, CompressedLinear) and isinstance(layer, nn.Linear)
+    assert torch.equal(layer(x), plain(x))
+    for one, two in zip(
+        torch.autograd.grad(layer(x).square().sum(), [x, layer.bias]),
+        torch.autograd.grad(plain(x).square().sum(), [x, plain.bias]),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, two)
+    assert calls
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(x), plain(x))
+    with pytest.raises((AttributeError, KeyError)):
+        layer.weight = plain.weight
+    decompress_linear(layer)
+    assert type(layer) is nn.Linear
+    assert torch.equal(layer.weight, plain.weight)
+    assert list(layer.state_dict()) == list(plain.state_dict())
+
+
+def test_a_compressed_layer_saves_nothing_of_the_size_of_its_weight() -> None:
+    layer = nn.Linear(64, 64, bias=False)
+    layer.weight = nn.Parameter(random_weight(0, 64, 64, torch.float32, "unstructured", 0.5), requires_grad=False)
+    compress_linear(layer, "bitmap")
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda t: t):
+        layer(torch.randn(2, 64, requires_grad=True))
+    assert {tensor.data_ptr() for tensor in saved} == {part.data_ptr() for part in layer.packed.parts}
+
+
+@pytest.mark.parametrize("storage", KINDS)
+def test_copies_casts_and_states(storage: str) -> None:
+    W = random_weight(0, 9, 16, torch.float32, KINDS[storage], 0.5)
+    layer = nn.Linear(16, 9)
+    layer.weight = nn.Parameter(W, requires_grad=False)
+    compress_linear(layer, storage)
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(twin.weight, W)
+    low = copy.deepcopy(layer).to(torch.bfloat16)
+    assert torch.equal(low.weight, W.bfloat16())
+    assert low.packed.parts[1].dtype is torch.uint8
+    assert layer.to("meta").weight.shape == (9, 16)
+    assert low.packed.parts[0].requires_grad is False
+
+    other = copy.deepcopy(low)
+    other.values.data.zero_()
+    other.load_state_dict(low.state_dict())
+    assert torch.equal(other.weight, low.weight)
+
+
+def test_a_layer_without_content_has_the_size_of_the_real_one() -> None:
+    for storage, pattern in [*KINDS.items(), ("auto", "2:4"), ("auto", "unstructured")]:
+        real, like = nn.Linear(32, 24, dtype=torch.bfloat16), nn.Linear(32, 24, dtype=torch.bfloat16, device="meta")
+        real.weight.data = random_weight(0, 24, 32, torch.bfloat16, pattern, 0.5)
+        compress_linear(real, storage)
+        compress_linear(like, storage, sparsity=0.5, pattern=pattern)
+        assert like.layout == real.layout
+        assert like.packed.nbytes == real.packed.nbytes
+        assert all(part.is_meta for part in like.packed.parts)
+        assert like(torch.empty(3, 32, dtype=torch.bfloat16, device="meta")).shape == (3, 24)
+
+
+# A model
+
+
+def test_storage_must_be_known() -> None:
+    with pytest.raises(ValueError, match="storage='zip': must be one of dense, bitmap, n:m, auto"):
+        lors.LorsConfig(storage="zip")
+    with pytest.raises(ValueError, match="storage='zip': must be one of"):
+        lors.compress(adapted_model(), "zip")
+
+
+def test_a_model_that_cannot_be_compressed_is_refused() -> None:
+    with pytest.raises(ValueError, match="has no LoRS layer"):
+        lors.compress(pruned_model())
+    model = adapted_model()
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="q_proj: has a merged adapter"):
+        lors.compress(model)
+    with torch.device("meta"):
+        empty = get_peft_model(pruned_model(), lors.LorsConfig(r=4, storage="bitmap"))
+    with pytest.raises(ValueError, match="sparsity=None: needed for a weight on the meta device"):
+        lors.compress(empty)
+    lors.compress(empty, "bitmap", sparsity=0.5)
+    assert all(isinstance(layer.base_layer, CompressedLinear) for layer in lors_layers(empty).values())
+
+
+def test_a_pattern_that_one_layer_breaks_is_refused_before_anything_changes() -> None:
+    model = pruned_model(pattern="2:4")
+    model.model.layers[1].mlp.up_proj.weight.data.fill_(1.0)
+    before = [type(module) for module in model.modules()]
+    with pytest.raises(ValueError, match=r"'model\.layers\.1\.mlp\.up_proj': storage='n:m': the weight"):
+        get_peft_model(model, lors.LorsConfig(r=4, target_modules=["q_proj", "up_proj"], storage="n:m"))
+    assert [type(module) for module in model.modules()] == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("storage", KINDS)
+def test_outputs_and_gradients_are_those_of_dense_weights(storage: str, dtype: torch.dtype) -> None:
+    """Bit for bit, adapters on or off, whether compressed at once or later."""
+    dense = adapted_model(pruned_model(dtype, KINDS[storage]))
+    at_once = adapted_model(pruned_model(dtype, KINDS[storage]), storage=storage)
+    later = lors.compress(adapted_model(pruned_model(dtype, KINDS[storage])), storage)
+    for model in (at_once, later):
+        assert len([part for part in model.modules() if isinstance(part, CompressedLinear)]) == 14
+        assert torch.equal(logits(model), logits(dense))
+        with model.disable_adapter(), dense.disable_adapter():
+            assert torch.equal(logits(model), logits(dense))
+    for model in (dense, later):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+    for one, two in zip(lors_layers(dense).values(), lors_layers(later).values(), strict=True):
+        assert torch.equal(one.lors_A["default"].grad, two.lors_A["default"].grad)
+        assert torch.equal(one.lors_B["default"].grad, two.lors_B["default"].grad)
+
+
+def test_the_weights_of_a_model_take_the_bytes_of_their_layout() -> None:
+    """As the harness counts them: 9/16 of dense for 2:4 in bfloat16; the number of weights stays what it was."""
+    dense, packed = (
+        pruned_model(torch.bfloat16, "2:4"),
+        adapted_model(pruned_model(torch.bfloat16, "2:4"), storage="n:m"),
+    )
+    total = count_weights(get_peft_model(pruned_model(), lors.LorsConfig(r=4)))
+    assert count_weights(packed) == total
+    bases = [layer.base_layer for layer in lors_layers(packed).values()]
+    live = LiveTensors()
+    live.count((part for base in bases for part in base.parameters()), "weights")
+    assert live.now == sum(W.nbytes for W in weights(dense).values()) * 9 / 16
+
+
+@pytest.mark.parametrize("storage", KINDS)
+def test_merge_unmerge_and_unload(storage: str, tmp_path: Path) -> None:
+    """A merge keeps the layer compressed; what is unloaded is a plain model that transformers can load."""
+    dense = adapted_model(pruned_model(torch.bfloat16, KINDS[storage]))
+    model = adapted_model(pruned_model(torch.bfloat16, KINDS[storage]), storage=storage)
+    adapted = logits(model)
+    model.merge_adapter()
+    dense.merge_adapter()
+    assert all(isinstance(layer.base_layer, CompressedLinear) for layer in lors_layers(model).values())
+    assert torch.equal(logits(model), logits(dense))
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), adapted)
+    merged, expected = model.merge_and_unload(), dense.merge_and_unload()
+    assert list(merged.state_dict()) == list(expected.state_dict())
+    assert {type(layer) for layer in decoder_linears(merged).values()} == {nn.Linear}
+    assert all(torch.equal(W, weights(expected)[name]) for name, W in weights(merged).items())
+    merged.save_pretrained(tmp_path)
+    loaded = weights(AutoModelForCausalLM.from_pretrained(tmp_path))
+    assert all(torch.equal(W, weights(expected)[name]) for name, W in loaded.items())
+
+
+def test_unloading_without_a_merge_gives_the_pruned_model_back() -> None:
+    before = pruned_model()
+    after = adapted_model(storage="bitmap").unload()
+    assert {type(layer) for layer in decoder_linears(after).values()} == {nn.Linear}
+    assert all(torch.equal(W, weights(before)[name]) for name, W in weights(after).items())
+
+
+def test_saved_adapters_load_with_their_storage(tmp_path: Path) -> None:
+    base, adapter = str(tmp_path / "base"), str(tmp_path / "adapter")
+    pruned_model().save_pretrained(base)
+    model = adapted_model(AutoModelForCausalLM.from_pretrained(base), storage="bitmap", modules_to_save=["lm_head"])
+    model.base_model.model.lm_head.modules_to_save["default"].weight.data.add_(0.1)
+    model.save_pretrained(adapter)
+    loads = (
+        lambda: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter),
+        lambda: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter, low_cpu_mem_usage=True),
+        lambda: peft.AutoPeftModelForCausalLM.from_pretrained(adapter),
+    )
+    for load in loads:
+        loaded = load().eval()
+        assert len([part for part in loaded.modules() if isinstance(part, CompressedLinear)]) == 14
+        assert torch.equal(logits(loaded), logits(model))
+
+
+def test_two_adapters_share_the_compressed_weight() -> None:
+    """The second one's own storage changes nothing, and both are right."""
+    dense = adapted_model()
+    model = adapted_model(storage="bitmap")
+    for each in (dense, model):
+        other = lors.LorsConfig(r=3, lora_alpha=8, target_modules=["up_proj", "down_proj"], init="kaiming")
+        torch.manual_seed(3)
+        each.add_adapter("other", other)
+        for layer in lors_layers(each).values():
+            if "other" in layer.lors_B:
+                layer.lors_B["other"].data.normal_(generator=torch.Generator().manual_seed(4))
+        each.base_model.set_adapter(["default", "other"])
+    assert torch.equal(logits(model), logits(dense))
+    assert len([part for part in model.modules() if isinstance(part, CompressedLinear)]) == 14
+    one, two = (each.merge_and_unload(adapter_names=["default", "other"]) for each in (model, dense))
+    assert all(torch.equal(W, weights(two)[name]) for name, W in weights(one).items())
+
+
+def test_generation() -> None:
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    outputs = [model.generate(input_ids=IDS, **options) for model in (adapted_model(), adapted_model(storage="auto"))]
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("storage", KINDS)
+def test_gradient_initialisation(storage: str) -> None:
+    """The same start as with dense weights, and nothing is left behind."""
+    batches = [{"input_ids": IDS, "labels": IDS}]
+    models = [
+        lors.initialize(
+            get_peft_model(pruned_model(pattern=KINDS[storage]), lors.LorsConfig(r=4, storage=kind)), batches
+        )
+        for kind in ("dense", storage)
+    ]
+    for one, two in zip(*(lors_layers(model).values() for model in models), strict=True):
+        torch.testing.assert_close(one.lors_A["default"], two.lors_A["default"])
+        assert two.base_layer._like_weight is None
+        assert two.base_layer.values.grad is None
+
+
+def test_sparsity_is_seen_through_the_compression() -> None:
+    model = pruned_model()
+    before = sparsity_of(model)
+    assert sparsity_of(adapted_model(model, storage="bitmap")) == before
+
+
+def test_training_needs_the_dense_weight_of_one_layer_only() -> None:
+    """Peak of live bytes over a deep stack: the packed weights, and no more than a few dense ones at a time."""
+    torch.manual_seed(0)
+    size, depth = 64, 12
+    stack = nn.Sequential(*(nn.Linear(size, size, bias=False) for _ in range(depth)))
+    for layer in stack:
+        layer.weight.data.mul_(torch.rand(size, size) < 0.5)
+    names = [str(index) for index in range(depth)]
+    model = get_peft_model(stack, lors.LorsConfig(r=1, target_modules=names, storage="bitmap"))
+    held = sum(parameter.nbytes for parameter in model.parameters())
+    live = LiveTensors()
+    live.count(model.parameters(), "weights")
+    with live:
+        model(torch.ones(1, size)).sum().backward()
+    dense = 4 * size * size
+    assert held < 0.65 * depth * dense
+    assert live.peak - held < 2 * dense
