@@ -96,9 +96,9 @@ class SppLinear(SparseLinear):
 
     adapter_layer_names = ("spp_w", "spp_c")
 
-    def initial_factors(self, r: int) -> tuple[Tensor, Tensor]:
+    def initial_factors(self, name: str) -> tuple[Tensor, Tensor]:
         """w Kaiming uniform, in +- 1 / sqrt(in); c zero."""
-        w = torch.empty(r, self.in_features)
+        w = torch.empty(self.r[name], self.in_features)
         nn.init.kaiming_uniform_(w, a=math.sqrt(5))
         return w, torch.zeros(self.out_features, 1)
 

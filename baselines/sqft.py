@@ -97,8 +97,9 @@ class SqftLinear(SparseLinear):
 
     adapter_layer_names = ("sqft_A", "sqft_B")
 
-    def initial_factors(self, r: int) -> tuple[Tensor, Tensor]:
+    def initial_factors(self, name: str) -> tuple[Tensor, Tensor]:
         """A Kaiming uniform, in +- 1 / sqrt(in); B zero."""
+        r = self.r[name]
         A = torch.empty(r, self.in_features)
         nn.init.kaiming_uniform_(A, a=math.sqrt(5))
         return A, torch.zeros(self.out_features, r)

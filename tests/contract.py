@@ -19,7 +19,10 @@ from lors.harness.method import Method, adapt
 from lors.sparsity import random_support
 
 CONF = Path(__file__).parents[1] / "conf"
-NAMES = sorted(file.stem for file in (CONF / "method").glob("*.yaml"))
+FILES = sorted(file.stem for file in (CONF / "method").glob("*.yaml"))
+# Every way to keep the frozen weights counts as a method: a file and a field of its PEFT config.
+STORED = ["lors storage=bitmap", "lors storage=n:m"]
+NAMES = FILES + STORED
 R, ALPHA = 4, 6  # alpha / r is not 1, so a scale that is forgotten anywhere shows
 
 
@@ -27,14 +30,15 @@ R, ALPHA = 4, 6  # alpha / r is not 1, so a scale that is forgotten anywhere sho
 def composed(name: str) -> DictConfig:
     """The config of a job as run.py composes it."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("config", [f"method={name}", f"adapter.r={R}", f"adapter.alpha={ALPHA}"])
+        return compose("config", [f"method={name.split()[0]}", f"adapter.r={R}", f"adapter.alpha={ALPHA}"])
 
 
 @functools.cache
 def method_of(name: str, *overrides: str) -> Method:
     """The method of a file under overrides as on a command line. Shared: a test must not change it."""
     config = composed(name).copy()
-    config.merge_with_dotlist(list(overrides))  # refuses a key that the file does not have
+    fields = [f"method.peft.{field}" for field in name.split()[1:]]
+    config.merge_with_dotlist([*fields, *overrides])  # refuses a key that the file does not have
     return instantiate(config.method, _convert_="all")
 
 
@@ -45,6 +49,12 @@ def having(wanted: Callable[[Method], bool]) -> list[str]:
 
 TRAINED = having(lambda method: method.trains)
 ADAPTERS = having(lambda method: method.peft is not None)
+# Adapters of single linear layers, which all but a side network are.
+LAYERWISE = having(lambda method: method.peft is not None and method.merges != ("adapter",))
+# Methods that start from another function than the pruned model, and the option that makes them start from it.
+ELSEWHERE = {"sherl": ["method.peft.start=identity"]}
+# Methods whose rank is not adapter.r.
+OWN_RANK = {"xgblora": 1}
 
 
 def pruned(pattern: str = "unstructured", dtype: torch.dtype = torch.float32) -> PreTrainedModel:

@@ -15,7 +15,11 @@ from contract import (
     ADAPTERS,
     ALPHA,
     CONF,
+    ELSEWHERE,
+    FILES,
+    LAYERWISE,
     NAMES,
+    OWN_RANK,
     TRAINED,
     R,
     batch,
@@ -45,19 +49,19 @@ def is_own(method: Method) -> bool:
     return method.peft is not None and issubclass(PEFT_TYPE_TO_TUNER_MAPPING[method.peft.peft_type], SparseTunerModel)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FILES)
 def test_the_file_opens_with_its_command_and_is_named_after_its_method(name):
     lines = (CONF / "method" / f"{name}.yaml").read_text().splitlines()
     assert lines[0] == f"# python run.py method={name} sparsity=0.5"
     assert method_of(name).name == name
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("name", LAYERWISE)
 def test_the_shared_settings_and_single_fields_reach_the_config(name):
     peft = method_of(name, "adapter.targets=[q_proj,v_proj]").peft
     assert set(peft.target_modules) == {"q_proj", "v_proj"}
     if hasattr(peft, "r"):
-        assert peft.r == R
+        assert peft.r == OWN_RANK.get(name, R)
         assert method_of(name, "method.peft.r=2").peft.r == 2
     if hasattr(peft, "lora_alpha"):
         assert peft.lora_alpha == ALPHA
@@ -67,7 +71,8 @@ def test_the_shared_settings_and_single_fields_reach_the_config(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_start_is_the_pruned_model_bit_for_bit(name, precision):
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    adapted = adapt(method_of(name), pruned(dtype=dtype), [batch()], precision=precision).eval()
+    method = method_of(name, *ELSEWHERE.get(name, []))
+    adapted = adapt(method, pruned(dtype=dtype), [batch()], precision=precision).eval()
     assert torch.equal(logits(adapted), logits(pruned(dtype=dtype)))
 
 
@@ -107,7 +112,7 @@ def test_zeros_after_the_merge_contain_those_before(name, pattern, precision):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", having(lambda method: method.peft is not None and method.keeps_zeros))
+@pytest.mark.parametrize("name", having(lambda method: method.name in LAYERWISE and method.keeps_zeros))
 def test_zeros_survive_the_merge_of_peft_itself(name, dtype):
     """The way of a user without the harness: ``merge_and_unload`` on a model in its own precision."""
     before = supports(pruned(dtype=dtype))
@@ -156,7 +161,7 @@ def test_save_and_load_are_exact(name, tmp_path):
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_two_adapters_live_in_one_model(name):
-    method = method_of(name)
+    method = method_of(name, *ELSEWHERE.get(name, []))
     model = trained(method, pruned())
     first = logits(model)
     model.add_adapter("second", copy.deepcopy(method.peft))
@@ -169,7 +174,7 @@ def test_two_adapters_live_in_one_model(name):
 
 
 @pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no-bias"])
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("name", [name for name in LAYERWISE if "n:m" not in name])  # no groups in an odd width
 def test_odd_widths_biases_and_every_shape_and_stride_of_input(name, with_bias):
     torch.manual_seed(0)
     base = nn.Linear(15, 21, bias=with_bias)

@@ -59,7 +59,7 @@ def float64_model(name: str) -> tuple[PreTrainedModel, PreTrainedModel]:
     for layer in decoder_linears(base).values():
         layer.bias.data.normal_(std=0.1)
     targets = "adapter.targets=[q_proj,k_proj,v_proj,out_proj,fc1,fc2]"
-    method = method_of(name, targets, *SURROGATE.get(name, []))
+    method = method_of(name, targets, *SURROGATE.get(name.split()[0], []))
     return trained(method, copy.deepcopy(base)).double(), base.double()
 
 

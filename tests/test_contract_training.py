@@ -1,4 +1,5 @@
-"""The contract of a method, training: bfloat16 autocast and a resumed run through the plain Trainer of transformers."""
+"""The contract of a method, training: bfloat16 autocast and a resumed run through the plain Trainer of transformers,
+with the optimizer, the callbacks and the clipping that the method brings."""
 
 from __future__ import annotations
 
@@ -6,16 +7,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from contract import ROWS, TRAINED, batch, logits, method_of, pruned, trainable
+from contract import ROWS, TRAINED, batch, composed, logits, method_of, pruned, trainable
 from torch import nn
 from transformers import Trainer, TrainingArguments, default_data_collator
 
-from lors.harness.method import adapt, finish
+from lors.harness.method import Method, adapt, finish
 from lors.sparsity import supports, zero_report
 
 
-def fit(model: nn.Module, folder: Path, steps: int, resume: Path | None = None, **arguments: object) -> Trainer:
+def fit(
+    model: nn.Module, method: Method, folder: Path, steps: int, resume: Path | None = None, **arguments: object
+) -> Trainer:
     """Train with the plain Trainer of transformers on the CPU."""
+    if method.max_grad_norm is not None:
+        arguments["max_grad_norm"] = method.max_grad_norm
+    own_optimizer = method.optimizer and method.optimizer(model, composed(method.name).train)
     settings = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
@@ -30,7 +36,14 @@ def fit(model: nn.Module, folder: Path, steps: int, resume: Path | None = None, 
         seed=0,
         **arguments,
     )
-    trainer = Trainer(model, settings, train_dataset=ROWS, data_collator=default_data_collator)
+    trainer = Trainer(
+        model,
+        settings,
+        train_dataset=ROWS,
+        data_collator=default_data_collator,
+        optimizers=(own_optimizer, None),
+        callbacks=list(method.callbacks),
+    )
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     return trainer
 
@@ -39,8 +52,8 @@ def fit(model: nn.Module, folder: Path, steps: int, resume: Path | None = None, 
 def test_bf16_autocast_through_the_trainer(name, tmp_path):
     method, before = method_of(name), supports(pruned(dtype=torch.bfloat16))
     model = adapt(method, pruned(dtype=torch.bfloat16), [batch()], precision="bf16_mixed")
-    start = {key: value.clone() for key, value in trainable(model).items()}
-    trainer = fit(model, tmp_path, steps=3, bf16=True, save_strategy="no")
+    start = {key: value.clone() for key, value in model.named_parameters()}  # XGBLoRA trains one part after another
+    trainer = fit(model, method, tmp_path, steps=3, bf16=True, save_strategy="no")
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(losses) == 3
     assert all(torch.isfinite(torch.tensor(losses)))
@@ -55,10 +68,10 @@ def test_bf16_autocast_through_the_trainer(name, tmp_path):
 def test_a_resumed_training_equals_an_uninterrupted_one(name, tmp_path):
     method = method_of(name)
     whole = adapt(method, pruned(), [batch()])
-    fit(whole, tmp_path / "whole", steps=3, save_steps=2)
+    fit(whole, method, tmp_path / "whole", steps=3, save_steps=2)
     resumed = adapt(method, pruned(), [batch()], seed=1)  # another start, which the checkpoint must replace
     checkpoint = tmp_path / "whole" / "checkpoint-2"
-    fit(resumed, tmp_path / "resumed", steps=3, resume=checkpoint, save_strategy="no")
+    fit(resumed, method, tmp_path / "resumed", steps=3, resume=checkpoint, save_strategy="no")
     for key, value in trainable(whole).items():
         assert torch.equal(value, trainable(resumed)[key]), key
     assert torch.equal(logits(whole.eval()), logits(resumed.eval()))
