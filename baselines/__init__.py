@@ -4,11 +4,16 @@ LoRA, HiRA and (IA)^3 are PEFT's own and need no code. Of SHiRA only the choice 
 """
 
 from baselines import (  # noqa: F401  (for their registration)
+    flat_lora,
     gelora,
+    geolora,
     lora_mini,
     masked_lora,
     mora,
+    rm_lora,
+    sherl,
     sora,
     spp,
     sqft,
+    xgblora,
 )

