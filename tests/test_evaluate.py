@@ -66,7 +66,7 @@ def data_root(tmp_path_factory):
 @pytest.fixture
 def world(monkeypatch):
     """The microworld's tasks with the items above, so that they can be held against the stock tasks."""
-    monkeypatch.setattr(microworld, "task_rows", items)
+    monkeypatch.setattr(microworld, "task_rows", lambda task, split: items(task))
 
 
 @pytest.fixture
