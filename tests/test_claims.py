@@ -153,7 +153,9 @@ def test_controls_are_compared_without_seeds_and_across_pruners(tmp_path):
         tmp_path, claim(left=wanda, right={"method": "dense"}, scope={"label": ["0.5"]}, tolerance=9.0), *runs
     )
     assert dense.verdict == REPRODUCED
-    tuned = judged(tmp_path / "tuned", claim(right={"method": "pruned"}), *seeds("lors", (0.8, 0.8), pruned=(0.75, 1.2)))
+    tuned = judged(
+        tmp_path / "tuned", claim(right={"method": "pruned"}), *seeds("lors", (0.8, 0.8), pruned=(0.75, 1.2))
+    )
     assert tuned.verdict == REPRODUCED and len(tuned.evidence) == 1
 
 
