@@ -39,7 +39,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from lors.low_rank import LowRankConfig, LowRankLinear
 from lors.plugin import register
-from lors.sparse_tuner import SparseTunerModel, check_choice, check_flag
+from lors.sparse_tuner import SparseTunerModel, active_layers, check_choice, check_flag
 
 __all__ = [
     "GeoLoraConfig",
@@ -260,7 +260,7 @@ class GeometricIntegrator(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
     ) -> None:
-        for layer, name in _adapters(model):
+        for layer, name in active_layers(model, GeoLoraLinear):
             layer.probes.pop(name, None)
             if layer.options[name].integrates(state.global_step, state.max_steps):
                 layer.probe(name)
@@ -275,7 +275,7 @@ class GeometricIntegrator(TrainerCallback):
         **_: Any,
     ) -> None:
         rates = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
-        for layer, name in _adapters(model):
+        for layer, name in active_layers(model, GeoLoraLinear):
             if name in layer.probes:
                 S = layer.geolora_S[name]
                 layer.integrate(name, rates[id(S)])
@@ -292,7 +292,7 @@ class GeometricIntegrator(TrainerCallback):
         optimizer: torch.optim.Optimizer,
         **_: Any,
     ) -> None:
-        for layer, name in _adapters(model):
+        for layer, name in active_layers(model, GeoLoraLinear):
             options = layer.options[name]
             if options.truncates(state.global_step):
                 layer.truncate(name, options.tolerance)
@@ -302,12 +302,12 @@ class GeometricIntegrator(TrainerCallback):
 @contextmanager
 def probing(model: nn.Module) -> Iterator[None]:
     """``Method.costliest`` of GeoLoRA: passes as in an integrator step."""
-    for layer, name in _adapters(model):
+    for layer, name in active_layers(model, GeoLoraLinear):
         layer.probe(name)
     try:
         yield
     finally:
-        for layer, name in _adapters(model):
+        for layer, name in active_layers(model, GeoLoraLinear):
             layer.probes.pop(name)
 
 
@@ -318,7 +318,7 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
     ``adapter_bytes`` what is stored: U, V and S at their full width.
     """
     trainable = peak = stored = 0
-    for layer, name in _adapters(model):
+    for layer, name in active_layers(model, GeoLoraLinear):
         sides = layer.in_features + layer.out_features
         r, largest = layer.rank(name), layer._width(name)
         trainable += r * (sides + r)
@@ -326,13 +326,6 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
         parts = (layer.geolora_U[name], layer.geolora_V[name], layer.geolora_S[name])
         stored += sum(part.numel() * part.element_size() for part in parts)
     return {"trainable": trainable, "trainable_peak": peak, "adapter_bytes": stored}
-
-
-def _adapters(model: nn.Module) -> Iterator[tuple[GeoLoraLinear, str]]:
-    """Every layer with each of its active adapters, in the order of the model."""
-    for layer in model.modules():
-        if isinstance(layer, GeoLoraLinear):
-            yield from ((layer, name) for name in layer.active_adapters if name in layer.r)
 
 
 def _forget(optimizer: torch.optim.Optimizer, layer: GeoLoraLinear, name: str) -> None:

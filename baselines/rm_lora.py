@@ -21,7 +21,6 @@ learns in the first step only.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,7 +31,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from lors.harness.randomness import generator_of
 from lors.low_rank import LowRankConfig, LowRankLinear, kaiming_uniform
 from lors.plugin import register
-from lors.sparse_tuner import SparseTunerModel, check_choice, check_flag
+from lors.sparse_tuner import SparseTunerModel, active_layers, check_choice, check_flag
 
 __all__ = [
     "GradientMask",
@@ -138,7 +137,7 @@ def orthogonality_penalty(model: nn.Module) -> Tensor:
     In float32 (or better), under autocast too.
     """
     total, count, weight = None, 0, 0.0
-    for layer, name in _adapters(model):
+    for layer, name in active_layers(model, RmLoraLinear):
         options = layer.options[name]
         distance = gram_distance if options.penalty == "orthonormal" else mean_cosine
         A, B = layer.factors(name)
@@ -169,7 +168,7 @@ def mask_gradients(model: nn.Module, seed: int, step: int) -> list[tuple[nn.Para
         Every factor with a boolean mask that broadcasts to it: True where the gradient was set to zero.
     """
     masked = []
-    for index, (layer, name) in enumerate(_adapters(model)):
+    for index, (layer, name) in enumerate(active_layers(model, RmLoraLinear)):
         generator = generator_of(seed, step, index)
         A, B = layer.rm_lora_A[name], layer.rm_lora_B[name]
         still_A = _left_out(layer.r[name], layer.learning(name), generator).to(A.device)
@@ -202,7 +201,7 @@ class GradientMask(TrainerCallback):
         if state.global_step == 0:
             return
         masked = mask_gradients(model, args.seed, state.global_step)
-        if any(layer.options[name].strict for layer, name in _adapters(model)):
+        if any(layer.options[name].strict for layer, name in active_layers(model, RmLoraLinear)):
             self._standing = [
                 (tensor, tensor.detach().clone(), still)
                 for factor, still in masked
@@ -220,16 +219,10 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
     """``Method.counts`` of RM-LoRA: ``updated_per_step``, k (in + out) per layer, beside the r (in + out) trainable."""
     return {
         "updated_per_step": sum(
-            layer.learning(name) * (layer.in_features + layer.out_features) for layer, name in _adapters(model)
+            layer.learning(name) * (layer.in_features + layer.out_features)
+            for layer, name in active_layers(model, RmLoraLinear)
         )
     }
-
-
-def _adapters(model: nn.Module) -> Iterator[tuple[RmLoraLinear, str]]:
-    """Every layer with each of its active adapters, in the order of the model."""
-    for layer in model.modules():
-        if isinstance(layer, RmLoraLinear):
-            yield from ((layer, name) for name in layer.active_adapters if name in layer.r)
 
 
 def _left_out(r: int, k: int, generator: torch.Generator) -> Tensor:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout, linear
 
 from lors.functional import masked_linear
+from lors.kernels import PackedWeight
 from lors.sparse_tuner import SparseLinear, SparseTunerConfig, check_dropout, check_flag
 
 __all__ = ["LowRankConfig", "LowRankLinear", "kaiming_uniform"]
@@ -85,7 +86,7 @@ class LowRankLinear(SparseLinear):
         masked = [name for name in names if self.options[name].keep_zeros]
         if masked:
             exact = any(self.options[name].exact_gradient for name in masked)
-            y = masked_linear(x, base.weight, *self._stacked(masked), base.bias, exact_gradient=exact)
+            y = masked_linear(x, self._frozen_weight(), *self._stacked(masked), base.bias, exact_gradient=exact)
         else:
             y = base(x)
         for name in names:
@@ -98,6 +99,10 @@ class LowRankLinear(SparseLinear):
         A, B = (factor.to(weight.dtype) for factor in self.factors(name))
         delta = (B @ A).mul_(self.scaling[name])
         return delta.mul_(weight != 0) if self.options[name].keep_zeros else delta
+
+    def _frozen_weight(self) -> Tensor | PackedWeight:
+        """W as ``masked_linear`` takes it."""
+        return self.get_base_layer().weight
 
     def _branch(self, x: Tensor, name: str) -> Tensor:
         """(drop(X) A^t) B^t."""

@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from peft import PeftConfig
@@ -33,10 +33,13 @@ __all__ = [
     "SparseTunerConfig",
     "SparseTunerModel",
     "UnscaledTunerConfig",
+    "active_layers",
     "check_choice",
     "check_dropout",
     "check_flag",
 ]
+
+L = TypeVar("L", bound="SparseLinear")
 
 
 @dataclass
@@ -245,6 +248,13 @@ class SparseLinear(nn.Module, BaseTunerLayer):
     def _own(self, names: Sequence[str]) -> list[str]:
         """Those of ``names`` that this layer has; an adapter need not target every layer."""
         return [name for name in names if name in self.r]
+
+
+def active_layers(model: nn.Module, kind: type[L]) -> Iterator[tuple[L, str]]:
+    """Every layer of a kind with each of its active adapters, in the order of the model."""
+    for layer in model.modules():
+        if isinstance(layer, kind):
+            yield from ((layer, name) for name in layer._own(layer.active_adapters))
 
 
 class SparseTunerModel(BaseTuner):

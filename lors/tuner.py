@@ -19,15 +19,14 @@ Reference: arXiv 2501.08582. Scale alpha / sqrt(r) as there (arXiv 2312.03732), 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
-from lors.functional import masked_linear
+from lors.kernels import PackedWeight
+from lors.low_rank import LowRankLinear
 from lors.plugin import register
-from lors.sparse_tuner import SparseLinear, SparseTunerConfig, SparseTunerModel, check_choice
+from lors.sparse_tuner import SparseTunerConfig, SparseTunerModel, check_choice
 from lors.sparsity import UNSTRUCTURED
 from lors.storage import STORAGES, CompressedLinear, best_layout, compress_linear, decompress_linear
 
@@ -95,30 +94,13 @@ class LorsConfig(SparseTunerConfig):
         return r, alpha_over_r * math.sqrt(r) if self.scaling == "rank_stabilized" else alpha_over_r
 
 
-class LorsLinear(SparseLinear):
-    """A linear layer with LoRS adapters: ``lors_A[name]`` is r x in, ``lors_B[name]`` is out x r."""
+class LorsLinear(LowRankLinear):
+    """A linear layer with LoRS adapters: ``lors_A[name]`` is r x in, ``lors_B[name]`` is out x r.
+
+    ``lors.initialize`` replaces the first A.
+    """
 
     adapter_layer_names = ("lors_A", "lors_B")
-
-    def initial_factors(self, name: str) -> tuple[Tensor, Tensor]:
-        """A Kaiming uniform, in +- 1 / sqrt(in), as in LoRA; B zero. ``lors.initialize`` replaces A."""
-        r = self.r[name]
-        A = torch.empty(r, self.in_features)
-        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-        return A, torch.zeros(self.out_features, r)
-
-    def adapted(self, x: Tensor, names: Sequence[str]) -> Tensor:
-        """One masked linear layer for all the adapters, with exact gradients if one of them asks for them."""
-        base = self.get_base_layer()
-        A, B, scaling = self._factors(names)
-        exact = any(self.options[name].exact_gradient for name in names)
-        W = base.packed if isinstance(base, CompressedLinear) else base.weight
-        return masked_linear(x, W, A, B, scaling, base.bias, exact_gradient=exact)
-
-    def delta_weight(self, weight: Tensor, name: str) -> Tensor:
-        """s M (.) (B A)."""
-        A, B = (factors[name].to(weight.dtype) for factors in (self.lors_A, self.lors_B))
-        return (B @ A).mul_(self.scaling[name]).mul_(weight != 0)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
@@ -141,13 +123,9 @@ class LorsLinear(SparseLinear):
         base = self.get_base_layer()
         return base.values_of(weight) if isinstance(base, CompressedLinear) else weight
 
-    def _factors(self, names: Sequence[str]) -> tuple[Tensor, Tensor, float]:
-        """A, B and s of the sum of the adapters ``names``; several are stacked, their scales moved into B."""
-        if len(names) == 1:
-            return self.lors_A[names[0]], self.lors_B[names[0]], self.scaling[names[0]]
-        A = torch.cat([self.lors_A[name] for name in names], dim=0)  # (r1 + r2) x in
-        B = torch.cat([self.scaling[name] * self.lors_B[name] for name in names], dim=1)  # out x (r1 + r2)
-        return A, B, 1.0
+    def _frozen_weight(self) -> Tensor | PackedWeight:
+        base = self.get_base_layer()
+        return base.packed if isinstance(base, CompressedLinear) else base.weight
 
 
 class LorsModel(SparseTunerModel):
