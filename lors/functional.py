@@ -46,7 +46,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.functional import linear
 
-from lors.kernels import DENSE, PackedWeight, decode, merge
+from lors.kernels import DENSE, PackedWeight, decode, merge, product
 
 __all__ = ["frozen_linear", "masked_linear", "merged_weight"]
 
@@ -60,6 +60,7 @@ def masked_linear(
     bias: Tensor | None = None,
     *,
     exact_gradient: bool = False,
+    forward_product: str = DENSE,
 ) -> Tensor:
     """Apply a linear layer whose weight is W + s * M (.) (B A), with M = (W != 0).
 
@@ -74,13 +75,15 @@ def masked_linear(
         scaling: The scale s of the update.
         bias: ``[out]`` or None; receives its gradient if it asks for one.
         exact_gradient: Keep the mask in the gradients of A and B instead of the straight-through estimate.
+        forward_product: How X T^t is computed, one of ``lors.kernels.PRODUCTS``; for other than ``dense`` the
+            weight has to be 2:4.
 
     Returns:
         ``[..., out]`` in the compute type (see the module's text).
 
     Raises:
-        ValueError: The shapes do not fit, or ``weight`` asks for a gradient, which this function does not
-            compute.
+        ValueError: The shapes do not fit, ``weight`` asks for a gradient, which this function does not
+            compute, or ``forward_product`` is ``2:4`` on a device that cannot.
 
     Source: arXiv 2501.08582, with the scale s kept in the gradients of A and B.
     """
@@ -89,7 +92,7 @@ def masked_linear(
     dtype = _compute_dtype(x.device.type, packed.dtype)
     x = x.to(dtype)
     token = _Inputs.apply(x, A, B, bias, scaling, exact_gradient, packed.layout, *packed.parts)
-    return _Product.apply(token, x.detach(), A, B, bias, scaling, packed.layout, *packed.parts)
+    return _Product.apply(token, x.detach(), A, B, bias, scaling, forward_product, packed.layout, *packed.parts)
 
 
 def frozen_linear(
@@ -184,10 +187,18 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        token: Tensor, x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, scaling: float, layout: str, *parts: Tensor
+        token: Tensor,
+        x: Tensor,
+        A: Tensor,
+        B: Tensor,
+        bias: Tensor | None,
+        scaling: float,
+        forward_product: str,
+        layout: str,
+        *parts: Tensor,
     ) -> Tensor:
         T = merge(PackedWeight(layout, parts, (B.shape[0], A.shape[1])), A, B, scaling, x.dtype)
-        return linear(x, T, None if bias is None else bias.to(x.dtype))
+        return product(x, T, None if bias is None else bias.to(x.dtype), forward_product)
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: Tensor) -> None:

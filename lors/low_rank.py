@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout, linear
 
 from lors.functional import masked_linear
-from lors.kernels import PackedWeight
+from lors.kernels import DENSE, PackedWeight
 from lors.sparse_tuner import SparseLinear, SparseTunerConfig, check_dropout, check_flag
 
 __all__ = ["LowRankConfig", "LowRankLinear", "kaiming_uniform"]
@@ -86,7 +86,14 @@ class LowRankLinear(SparseLinear):
         masked = [name for name in names if self.options[name].keep_zeros]
         if masked:
             exact = any(self.options[name].exact_gradient for name in masked)
-            y = masked_linear(x, self._frozen_weight(), *self._stacked(masked), base.bias, exact_gradient=exact)
+            y = masked_linear(
+                x,
+                self._frozen_weight(),
+                *self._stacked(masked),
+                base.bias,
+                exact_gradient=exact,
+                forward_product=self._forward_product(masked[0]),
+            )
         else:
             y = base(x)
         for name in names:
@@ -103,6 +110,10 @@ class LowRankLinear(SparseLinear):
     def _frozen_weight(self) -> Tensor | PackedWeight:
         """W as ``masked_linear`` takes it."""
         return self.get_base_layer().weight
+
+    def _forward_product(self, name: str) -> str:
+        """How the product with the merged weight is computed; the first active adapter decides."""
+        return DENSE
 
     def _branch(self, x: Tensor, name: str) -> Tensor:
         """(drop(X) A^t) B^t."""

@@ -23,11 +23,11 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from lors.kernels import PackedWeight
+from lors.kernels import AUTO, DENSE, PRODUCTS, SEMI_STRUCTURED, PackedWeight
 from lors.low_rank import LowRankLinear
 from lors.plugin import register
 from lors.sparse_tuner import SparseTunerConfig, SparseTunerModel, check_choice
-from lors.sparsity import UNSTRUCTURED
+from lors.sparsity import UNSTRUCTURED, follows_pattern
 from lors.storage import STORAGES, CompressedLinear, best_layout, compress_linear, decompress_linear
 
 __all__ = ["LorsConfig", "LorsLinear", "LorsModel", "compress"]
@@ -77,10 +77,19 @@ class LorsConfig(SparseTunerConfig):
             "stays dense, see lors.compress; so does what another adapter has compressed."
         },
     )
+    forward_product: str = field(
+        default="dense",
+        metadata={
+            "help": "How X T^t is computed: 'dense'; '2:4': by torch's semi-structured kernels, which need 2:4 weights "
+            "and a GPU with 2:4 tensor cores; 'auto': the faster of the two, timed at the first call for a shape, "
+            "dense where a weight is not 2:4 or the kernels do not run. The backward pass is dense in any case."
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = LORS
+        check_choice("forward_product", self.forward_product, PRODUCTS)
         check_choice("storage", self.storage, STORAGES)
         check_choice("scaling", self.scaling, SCALINGS)
         check_choice("init", self.init, INITS)
@@ -101,6 +110,14 @@ class LorsLinear(LowRankLinear):
     """
 
     adapter_layer_names = ("lors_A", "lors_B")
+    _is_2_4 = False  # as far as anything depends on it
+
+    def update_layer(self, adapter_name: str, config: LorsConfig, r: int, scaling: float) -> None:
+        """As for every method; whether W is 2:4 is looked at once, here."""
+        super().update_layer(adapter_name, config, r, scaling)
+        if config.forward_product == AUTO and not self._is_2_4:
+            W = self.get_base_layer().weight
+            self._is_2_4 = not W.is_meta and follows_pattern(W, SEMI_STRUCTURED)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
@@ -127,6 +144,10 @@ class LorsLinear(LowRankLinear):
         base = self.get_base_layer()
         return base.packed if isinstance(base, CompressedLinear) else base.weight
 
+    def _forward_product(self, name: str) -> str:
+        chosen = self.options[name].forward_product
+        return DENSE if chosen == AUTO and not self._is_2_4 else chosen
+
 
 class LorsModel(SparseTunerModel):
     """A model with ``LorsLinear`` layers; made by ``peft.get_peft_model`` from a ``LorsConfig``."""
@@ -137,11 +158,17 @@ class LorsModel(SparseTunerModel):
 
     def _check_target(self, config: LorsConfig, name: str, module: nn.Module) -> None:
         super()._check_target(config, name, module)
-        if config.storage == "n:m" and not isinstance(module, LorsLinear) and not module.weight.is_meta:
+        adapted = isinstance(module, LorsLinear)
+        weight = (module.get_base_layer() if adapted else module).weight
+        if config.storage == "n:m" and not adapted and not weight.is_meta:
             try:
-                best_layout(module.weight, config.storage)
+                best_layout(weight, config.storage)
             except ValueError as error:
                 raise ValueError(f"target_modules: {name!r}: {error}") from None
+        if config.forward_product == SEMI_STRUCTURED and not weight.is_meta and not follows_pattern(weight, "2:4"):
+            raise ValueError(
+                f"target_modules: {name!r}: forward_product='2:4': the weight does not follow 2:4; use 'auto'"
+            )
 
     def _create_and_replace(
         self,

@@ -1,20 +1,25 @@
 """The merged weight T = W + M (.) (s B A) in one pass over W, which may be packed.
 
 ``merge`` and ``decode`` are operators of torch with several implementations (``ops.py`` says which runs when);
-``layout.py`` says how a packed weight lies in memory.
+``layout.py`` says how a packed weight lies in memory; ``sparse_product.py`` multiplies with a 2:4 T.
 """
 
 from lors.kernels.layout import BITMAP, DENSE, PackedWeight, pack
 from lors.kernels.ops import IMPLEMENTATIONS, decode, forced, implementation, merge
+from lors.kernels.sparse_product import AUTO, PRODUCTS, SEMI_STRUCTURED, product
 
 __all__ = [
+    "AUTO",
     "BITMAP",
     "DENSE",
     "IMPLEMENTATIONS",
+    "PRODUCTS",
+    "SEMI_STRUCTURED",
     "PackedWeight",
     "decode",
     "forced",
     "implementation",
     "merge",
     "pack",
+    "product",
 ]

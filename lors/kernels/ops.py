@@ -30,7 +30,7 @@ from torch.utils.flop_counter import register_flop_formula
 from lors.kernels import compiled, eager
 from lors.kernels.layout import PackedWeight
 
-__all__ = ["COMPILE_FROM", "IMPLEMENTATIONS", "decode", "forced", "implementation", "merge"]
+__all__ = ["COMPILE_FROM", "IMPLEMENTATIONS", "decode", "forced", "implementation", "library", "merge"]
 
 IMPLEMENTATIONS = ("auto", "eager", "compiled", "triton")
 VARIABLE = "LORS_KERNELS"
@@ -110,12 +110,13 @@ def _triton_runs(device: torch.device) -> bool:
     return _has_triton() and (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
 
 
-_library = torch.library.Library("lors", "DEF")
-_library.define("merge(Tensor[] weight, str layout, Tensor A, Tensor B, float scaling, ScalarType dtype) -> Tensor")
-_library.define("decode(Tensor[] weight, str layout, SymInt rows, SymInt columns) -> Tensor")
+library = torch.library.Library("lors", "DEF")
+library.define("merge(Tensor[] weight, str layout, Tensor A, Tensor B, float scaling, ScalarType dtype) -> Tensor")
+library.define("decode(Tensor[] weight, str layout, SymInt rows, SymInt columns) -> Tensor")
+library.define("linear_2_4(Tensor x, Tensor T, Tensor? bias, bool forced) -> Tensor")  # sparse_product.py
 
 
-@torch.library.impl(_library, "merge", "CompositeExplicitAutograd")
+@torch.library.impl(library, "merge", "CompositeExplicitAutograd")
 def _merge(weight: list[Tensor], layout: str, A: Tensor, B: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
     packed = PackedWeight(layout, tuple(weight), (B.shape[0], A.shape[1]))
     chosen = implementation(A.device, A.shape[1] * B.shape[0], packed.dtype, A.dtype, B.dtype, dtype)
@@ -128,7 +129,7 @@ def _merge(weight: list[Tensor], layout: str, A: Tensor, B: Tensor, scaling: flo
         return (compiled if chosen == "compiled" else eager).merge(packed, A, B, scaling, dtype)
 
 
-@torch.library.impl(_library, "decode", "CompositeExplicitAutograd")
+@torch.library.impl(library, "decode", "CompositeExplicitAutograd")
 def _decode(weight: list[Tensor], layout: str, rows: int, columns: int) -> Tensor:
     packed = PackedWeight(layout, tuple(weight), (rows, columns))
     if implementation(weight[0].device, rows * columns, packed.dtype) == "triton":

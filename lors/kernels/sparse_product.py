@@ -1,0 +1,122 @@
+"""X T^t + bias on the 2:4 tensor cores of a GPU, through torch's semi-structured kernels (cuSPARSELt, else CUTLASS).
+
+T = W + M (.) (s B A) is 2:4 where W is. The kernels want it compressed, and since T is made anew in every call it is
+compressed anew as well: one pass that reads 2 out in bytes and writes 9/8 out in, against a product that at best takes
+half the time. Which is faster depends on the shape, so ``auto`` times both, once for each shape. The backward product
+G T stays dense: T^t has its zeros along the other dimension.
+
+The operator ``lors::linear_2_4`` is one operation for compilers, fake tensors and counters, like the merge.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+from torch.sparse import to_sparse_semi_structured
+from torch.utils.flop_counter import register_flop_formula
+
+from lors.kernels.layout import DENSE
+from lors.kernels.ops import library
+
+__all__ = ["AUTO", "PRODUCTS", "SEMI_STRUCTURED", "product", "runs"]
+
+SEMI_STRUCTURED = "2:4"
+AUTO = "auto"
+# How X T^t is computed: a dense product; the 2:4 kernels; the faster of the two.
+PRODUCTS = (DENSE, SEMI_STRUCTURED, AUTO)
+# What both of torch's backends take: rows and columns of T.
+MULTIPLE = 64
+CAPABILITY = (8, 0)  # the first with 2:4 tensor cores
+WARM_UP, SAMPLES = 3, 10
+# (device, type, out, in, rows of X rounded up to a power of two) -> whether the sparse product is faster.
+_faster: dict[tuple[torch.device, torch.dtype, int, int, int], bool] = {}
+
+
+def product(x: Tensor, T: Tensor, bias: Tensor | None, kind: str) -> Tensor:
+    """X T^t + bias.
+
+    Args:
+        x: ``[..., in]``.
+        T: out x in, in the type of ``x``; 2:4 along ``in`` unless ``kind`` is dense.
+        bias: ``[out]`` or None, likewise.
+        kind: One of ``PRODUCTS``; ``auto`` is dense where the sparse kernels do not run.
+
+    Raises:
+        ValueError: ``2:4`` where the sparse kernels do not run.
+    """
+    if kind == DENSE:
+        return linear(x, T, bias)
+    return torch.ops.lors.linear_2_4(x, T, bias, kind == SEMI_STRUCTURED)
+
+
+def runs(T: Tensor) -> bool:
+    """Whether the sparse kernels take this weight, apart from its zeros."""
+    return (
+        T.device.type == "cuda"
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(T.device) >= CAPABILITY
+        and T.dtype in (torch.bfloat16, torch.float16)
+        and T.shape[0] % MULTIPLE == T.shape[1] % MULTIPLE == 0
+    )
+
+
+@torch.library.impl(library, "linear_2_4", "CompositeExplicitAutograd")
+def _linear_2_4(x: Tensor, T: Tensor, bias: Tensor | None, forced: bool) -> Tensor:
+    with torch.no_grad():
+        if not x.numel() or not (forced or runs(T)):
+            return linear(x, T, bias)
+        if not runs(T):
+            raise ValueError(
+                f"forward_product={SEMI_STRUCTURED!r}: needs a CUDA device of capability 8.0 or later, bfloat16 or "
+                f"float16 and sides that {MULTIPLE} divides; this is {T.device}, {T.dtype}, {tuple(T.shape)}"
+            )
+        X = x.reshape(-1, x.shape[-1])  # n x in
+        chosen = _sparse if forced or _is_faster(X, T, bias) else linear
+        return chosen(X, T, bias).view(*x.shape[:-1], T.shape[0])
+
+
+@torch.library.register_fake("lors::linear_2_4")
+def _(x: Tensor, T: Tensor, bias: Tensor | None, forced: bool) -> Tensor:
+    return x.new_empty(*x.shape[:-1], T.shape[0])
+
+
+@register_flop_formula(torch.ops.lors.linear_2_4)
+def _flops(x: list[int], T: list[int], *_: object, **__: object) -> int:
+    """Those of the dense product, half of them by zeros: 2 n in out."""
+    rows = 1
+    for size in x[:-1]:
+        rows *= size
+    return 2 * rows * T[0] * T[1]
+
+
+def _sparse(X: Tensor, T: Tensor, bias: Tensor | None) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*SparseSemiStructuredTensor.*")  # a prototype, says torch
+        return linear(X, to_sparse_semi_structured(T), bias)
+
+
+def _is_faster(X: Tensor, T: Tensor, bias: Tensor | None) -> bool:
+    """Measured on these very tensors at the first call for their shape."""
+    key = (T.device, T.dtype, *T.shape, 1 << (len(X) - 1).bit_length())
+    if key not in _faster:
+        _faster[key] = _milliseconds(lambda: _sparse(X, T, bias)) < _milliseconds(lambda: linear(X, T, bias))
+    return _faster[key]
+
+
+def _milliseconds(call: Callable[[], Tensor]) -> float:
+    """Median of a call on the GPU."""
+    for _ in range(WARM_UP):
+        call()
+    times = []
+    for _ in range(SAMPLES):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return sorted(times)[SAMPLES // 2]
