@@ -35,6 +35,7 @@ NAMES = {
     "lors_three_pass": "LoRS, three passes",
     "lors": "LoRS, one pass",
     "lors_compressed": "LoRS, compressed",
+    "lors_2_4": "LoRS, 2:4 forward product",
 }
 MARKERS = {"merge": "v", "linear": "o", "block": "s", "step": "D"}
 

@@ -8,6 +8,7 @@ lora             W and its adapter apart, the zeros are lost
 lors_three_pass  the formula as published: a product into T, a comparison, a product with the mask
 lors             one pass over W (``lors.kernels``)
 lors_compressed  the same, W kept packed (``lors.storage``)
+lors_2_4         lors with the faster forward product, dense or 2:4; only on a GPU and with --pattern 2:4
 sqft, sqft_gc    SparsePEFT, plain and checkpointed
 spp, spp_gc      SPP, plain and checkpointed
 ===============  ============================================================================================
@@ -40,7 +41,7 @@ from lors.harness.live_tensors import LiveTensors
 from lors.harness.loss import batch_loss
 from lors.harness.method import PRECISIONS, Method, adapt
 from lors.harness.models import random_model
-from lors.kernels import PackedWeight, decode
+from lors.kernels import AUTO, SEMI_STRUCTURED, PackedWeight, decode
 from lors.storage import CompressedLinear
 
 __all__ = ["LEVELS", "VARIANTS", "Case", "Setting", "build", "shape_of", "three_pass_merge"]
@@ -53,6 +54,7 @@ VARIANTS: Mapping[str, tuple[str, Mapping[str, object]]] = {
     "lors_three_pass": ("lors", {}),
     "lors": ("lors", {}),
     "lors_compressed": ("lors", {"storage": "auto"}),
+    "lors_2_4": ("lors", {"forward_product": AUTO}),
     "sqft": ("sqft", {}),
     "sqft_gc": ("sqft_gc", {}),
     "spp": ("spp", {}),
@@ -128,7 +130,9 @@ def shape_of(width: int, layers: int, vocabulary: int, model: str | None = None)
 
 
 def build(setting: Setting, levels: list[str], variants: list[str], seed: int = 0) -> list[Case]:
-    """All cases, level by level."""
+    """All cases, level by level; without those that the setting does not have."""
+    if setting.device.type != "cuda" or setting.pattern != SEMI_STRUCTURED:
+        variants = [variant for variant in variants if variant != "lors_2_4"]
     formats = PRECISIONS[setting.precision]
     base = random_model(setting.shape, formats.base, setting.sparsity, setting.pattern, seed).to(setting.device)
     models = {variant: _adapted(base, setting, variant) for variant in variants}

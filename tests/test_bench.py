@@ -30,7 +30,7 @@ def cases(setting) -> dict[tuple[str, str], Case]:
 
 
 def test_every_variant_runs_at_every_level(cases) -> None:
-    assert len(cases) == 3 * len(VARIANTS) + len(MERGES)
+    assert len(cases) == 3 * (len(VARIANTS) - 1) + len(MERGES)  # all but lors_2_4, which is for GPUs
     for case in cases.values():
         case.run()
         case.run()

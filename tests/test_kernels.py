@@ -90,7 +90,7 @@ def test_strides_do_not_matter() -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["eager", "compiled"])
+@pytest.mark.parametrize("name", ["eager", "compiled", "native"])
 def test_nothing_gets_through_where_the_weight_is_zero(name: str) -> None:
     """-0.0 is zero; an update that is infinite or not a number is not an update there."""
     W = torch.tensor([[0.0, -0.0, 1.0, 1.0]], dtype=torch.bfloat16)
@@ -103,7 +103,7 @@ def test_nothing_gets_through_where_the_weight_is_zero(name: str) -> None:
 
 def test_autocast_does_not_change_the_sums() -> None:
     W, A, B = problem(16, 24, 3, torch.bfloat16)
-    for kind in ("eager", "compiled"):
+    for kind in ("eager", "compiled", "native"):
         with forced(kind):
             expected = merge(pack(W, "dense"), A, B, SCALING, W.dtype)
             with torch.autocast("cpu", torch.float16):
@@ -153,7 +153,8 @@ def test_without_a_compiler_there_is_one_notice_and_the_same_result(monkeypatch:
 
 def test_small_weights_never_compile_and_large_ones_do() -> None:
     assert implementation(CPU, ops.COMPILE_FROM - 1, torch.bfloat16) == "eager"
-    assert implementation(CPU, ops.COMPILE_FROM, torch.bfloat16) == "compiled"
+    assert implementation(CPU, ops.COMPILE_FROM, torch.bfloat16) == "native"
+    assert implementation(CPU, ops.COMPILE_FROM, torch.bfloat16, torch.float16) == "compiled"
 
 
 def test_the_choice_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,9 +163,9 @@ def test_the_choice_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     with forced("eager"):
         assert implementation(CPU, 2**30, torch.float32) == "eager"
         with forced("auto"):
-            assert implementation(CPU, 2**30, torch.float32) == "compiled"
+            assert implementation(CPU, 2**30, torch.float16) == "compiled"
     monkeypatch.setenv("LORS_KERNELS", "fast")
-    with pytest.raises(ValueError, match="LORS_KERNELS='fast': must be one of auto, eager, compiled, triton"):
+    with pytest.raises(ValueError, match="LORS_KERNELS='fast': must be one of auto, eager, compiled, native, triton"):
         implementation(CPU, 1, torch.float32)
     with pytest.raises(ValueError, match="name='fast': must be one of"), forced("fast"):
         pass

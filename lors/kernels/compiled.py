@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from lors.kernels import eager
+from lors.kernels.eager import decode
 from lors.kernels.layout import PackedWeight
 
-__all__ = ["merge"]
+__all__ = ["decode", "merge"]
 
 
 def last_pass(W: Tensor, update: Tensor, T: Tensor) -> None:

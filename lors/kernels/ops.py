@@ -3,16 +3,18 @@
 They are custom operators of torch, so that ``torch.compile`` of a whole model, FSDP, fake tensors and counters of
 FLOPs or bytes see one operation each, whatever runs inside. They have no derivative: ``lors.functional`` has.
 
-==========  ==============================================================  ====================================
+==========  ==============================================================  =======================================
 name        implementation                                                  chosen by itself
-==========  ==============================================================  ====================================
+==========  ==============================================================  =======================================
 eager       ``eager.py``: plain PyTorch, block by block in the cache        where nothing below is
-compiled    ``compiled.py``: the same with the last pass compiled           CPU, from ``COMPILE_FROM`` elements on
+compiled    ``compiled.py``: the same, last pass by ``torch.compile``       CPU, from ``COMPILE_FROM`` elements on
+native      ``native.py``: one pass in C that reads W and writes T          likewise, in float32 and bfloat16, with a
+                                                                            C compiler
 triton      ``gpu.py``: one kernel that reads W and writes T                CUDA with Triton, not in float64
-==========  ==============================================================  ====================================
+==========  ==============================================================  =======================================
 
-A compilation takes seconds and saves a quarter of a merge, hence the bound: a small model never compiles. The
-environment variable ``LORS_KERNELS`` or ``forced`` chooses otherwise.
+A compilation takes a second or more, hence the bound: a small model never compiles. The environment variable
+``LORS_KERNELS`` or ``forced`` chooses otherwise.
 """
 
 from __future__ import annotations
@@ -22,17 +24,18 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from lors.kernels import compiled, eager
+from lors.kernels import compiled, eager, native
 from lors.kernels.layout import PackedWeight
 
 __all__ = ["COMPILE_FROM", "IMPLEMENTATIONS", "decode", "forced", "implementation", "library", "merge"]
 
-IMPLEMENTATIONS = ("auto", "eager", "compiled", "triton")
+IMPLEMENTATIONS = ("auto", "eager", "compiled", "native", "triton")
 VARIABLE = "LORS_KERNELS"
 COMPILE_FROM = 2**20
 _forced: list[str] = []
@@ -79,7 +82,7 @@ def implementation(device: torch.device, elements: int, *dtypes: torch.dtype) ->
     """Which implementation runs for a weight of so many elements on a device.
 
     Raises:
-        ValueError: ``LORS_KERNELS`` is none of ``IMPLEMENTATIONS``, or asks for Triton where it cannot run.
+        ValueError: ``LORS_KERNELS`` is none of ``IMPLEMENTATIONS``, or asks for one that cannot run here.
     """
     name = _forced[-1] if _forced else _known(os.environ.get(VARIABLE, "auto"), VARIABLE)
     triton = _triton_runs(device) and torch.float64 not in dtypes
@@ -88,11 +91,19 @@ def implementation(device: torch.device, elements: int, *dtypes: torch.dtype) ->
             f"{VARIABLE}=triton: needs Triton, a CUDA device (or TRITON_INTERPRET=1) and no float64; this is {device}, "
             f"{', '.join(str(dtype) for dtype in dtypes)}"
         )
+    takes_native = device.type == "cpu" and all(dtype in native.TYPES for dtype in dtypes)
+    if name == "native" and not (takes_native and native.available()):
+        raise ValueError(
+            f"{VARIABLE}=native: needs a CPU, a C compiler, float32 or bfloat16; this is {device}, "
+            f"{', '.join(str(dtype) for dtype in dtypes)}"
+        )
     if name != "auto":
         return name
     if device.type == "cuda" and triton:
         return "triton"
-    return "compiled" if device.type == "cpu" and elements >= COMPILE_FROM else "eager"
+    if device.type != "cpu" or elements < COMPILE_FROM:
+        return "eager"
+    return "native" if takes_native and native.available() else "compiled"
 
 
 def _known(name: str, label: str) -> str:
@@ -122,21 +133,22 @@ def _merge(weight: list[Tensor], layout: str, A: Tensor, B: Tensor, scaling: flo
     chosen = implementation(A.device, A.shape[1] * B.shape[0], packed.dtype, A.dtype, B.dtype, dtype)
     # What the sums are made in is decided here, not by autocast.
     with torch.no_grad(), torch.autocast(A.device.type, enabled=False):
-        if chosen == "triton":
-            from lors.kernels import gpu
-
-            return gpu.merge(packed, A, B, scaling, dtype)
-        return (compiled if chosen == "compiled" else eager).merge(packed, A, B, scaling, dtype)
+        return _module(chosen).merge(packed, A, B, scaling, dtype)
 
 
 @torch.library.impl(library, "decode", "CompositeExplicitAutograd")
 def _decode(weight: list[Tensor], layout: str, rows: int, columns: int) -> Tensor:
     packed = PackedWeight(layout, tuple(weight), (rows, columns))
-    if implementation(weight[0].device, rows * columns, packed.dtype) == "triton":
-        from lors.kernels import gpu
+    chosen = implementation(weight[0].device, rows * columns, packed.dtype)
+    return _module(chosen).decode(packed)
 
-        return gpu.decode(packed)
-    return eager.decode(packed)
+
+def _module(name: str) -> ModuleType:
+    if name == "triton":
+        from lors.kernels import gpu  # imports Triton
+
+        return gpu
+    return {"eager": eager, "compiled": compiled, "native": native}[name]
 
 
 @torch.library.register_fake("lors::merge")
