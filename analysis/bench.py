@@ -75,13 +75,19 @@ def run(options: argparse.Namespace) -> int:
     options.output.mkdir(parents=True, exist_ok=True)
     cases = build(setting, options.levels, options.variants)
     roof = roofs(PRECISIONS[setting.precision].base, setting.device)
-    table = measure(cases, setting, roof, rounds=options.rounds, warmup=options.warmup, model=options.model)
-    text = "\n".join(table_of(table)) + "\n"
-    print(text)
-    (options.output / "bench.md").write_text(text)
-    table.to_csv(options.output / "bench.csv", index=False)
-    plot(table, options.output / "bench.png")
+    measured = []
+    for level in options.levels:
+        here = [case for case in cases if case.level == level]
+        measured.append(measure(here, setting, roof, rounds=options.rounds, warmup=options.warmup, model=options.model))
+        _write(pd.concat(measured, ignore_index=True), options.output)  # a level is not lost with the next one
+    print((options.output / "bench.md").read_text(encoding="utf-8"))
     return 0
+
+
+def _write(table: pd.DataFrame, folder: Path) -> None:
+    (folder / "bench.md").write_text("\n".join(table_of(table)) + "\n", encoding="utf-8")
+    table.to_csv(folder / "bench.csv", index=False)
+    plot(table, folder / "bench.png")
 
 
 def measure(

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from tqdm.auto import tqdm
 
 from analysis.bench_cases import Case
 from lors.harness.meter import flop_formulas
@@ -74,7 +75,7 @@ def sample(
     calls = max(1, round(SAMPLE_SECONDS[device.type] / fastest))
     seconds: dict[str, list[float]] = {case.variant: [] for case in cases}
     generator = random.Random(seed)
-    for _ in range(rounds):
+    for _ in tqdm(range(rounds), desc=cases[0].level if cases else "", unit="round", leave=False):
         for case in generator.sample(cases, len(cases)):
             seconds[case.variant].append(timed(case.run, calls))
     return seconds
