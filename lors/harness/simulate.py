@@ -9,8 +9,9 @@ What is assumed:
 Values. Whatever the step reads out of a tensor (the step counter of AdamW, a check for infinities) reads as one; a
 whole number is refused, because a size may depend on it. Rows fill the batch, so attention is causal and needs no
 mask, as in mode=profile. A ``prepare`` that only chooses initial values is skipped, every other one runs, and reads
-ones off the model. The optimizer has its state; what a layer keeps for itself from its first step on counts as an
-activation.
+ones off the model; GeLoRA, whose ranks come from the activations of the model, has those of the config throughout.
+Memory is that of the step of the method that needs most (``Method.costliest``), FLOPs are those of an ordinary one. The
+optimizer has its state; what a layer keeps for itself from its first step on counts as an activation.
 
 Kernels. Fake tensors live on the CPU. For ``simulate.device=cuda`` the optimizer works on lists of tensors at once, as
 PyTorch does there (its temporaries are as large as what is trained), and sizes are rounded up to the allocator's blocks
@@ -59,11 +60,11 @@ __all__ = ["check_simulated", "simulate"]
 BLOCK = {"cpu": 1, "cuda": 512}
 # What only chooses initial values: it changes neither shapes nor what is trained.
 CHOOSES_VALUES = (gradient_initialization,)
+# PEFT types whose ``prepare`` chooses ranks by values; they have those of the config.
+RANKS_BY_VALUES = ("GELORA",)
 # PEFT type -> why its step cannot be run without values.
 NEEDS_VALUES = {
     "SHIRA": "torch has no backward pass of sparse tensors without them",
-    "GELORA": "its ranks are read off the activations",
-    "GEOLORA": "its ranks change with the singular values",
 }
 # An attention that transformers makes no mask for, because it does not know it.
 UNMASKED = "sdpa_of_full_rows"
@@ -102,7 +103,6 @@ def simulate(cfg: DictConfig, method: Method, shape: PretrainedConfig) -> dict[s
     train, device, shards = cfg.train, cfg.simulate.device, cfg.simulate.shards
     trace = ModuleTrace()
     live = LiveTensors(block=BLOCK[device], running=trace)
-    flops = _Flops(live)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     model = _ready(_shapes(cfg, method, shape), method, train, mode)
     with mode, _ReadsAsOne():
@@ -113,10 +113,9 @@ def simulate(cfg: DictConfig, method: Method, shape: PretrainedConfig) -> dict[s
         count_optimizer(live, optimizer)
         live.count(batch.values(), "other")
         micro_batches = min(train.gradient_accumulation, 2)  # a third one adds nothing
-        with ExitStack() as step:
-            for context in (trace.of(names), gradients_counted(live, model), live, flops):
-                step.enter_context(context)
-            saved = training_step(
+
+        def step(live: LiveTensors) -> int:
+            return training_step(
                 live,
                 model=model,
                 batch=batch,
@@ -126,6 +125,17 @@ def simulate(cfg: DictConfig, method: Method, shape: PretrainedConfig) -> dict[s
                 max_grad_norm=gradient_clipping(train, method),
                 autocast=PRECISIONS[train.precision].autocast,
             )
+
+        with ExitStack() as contexts:
+            if method.costliest is not None:
+                with _Flops(apart := LiveTensors()) as flops:  # not entered, it only knows the phase
+                    step(apart)
+                contexts.enter_context(method.costliest(model))
+            for context in (trace.of(names), gradients_counted(live, model), live):
+                contexts.enter_context(context)
+            if method.costliest is None:
+                flops = contexts.enter_context(_Flops(live))
+            saved = step(live)
     peak = live.at_peak(Sharding(shards, _gathered(model, names, shards)))
     memory = {
         "kind": "simulated",
@@ -164,7 +174,8 @@ def _ready(model: nn.Module, method: Method, train_cfg: Any, mode: FakeTensorMod
         _materialise(model)
         batches = [_full_rows(train_cfg.batch_size, train_cfg.sequence_length)]
     prepare = getattr(method.prepare, "func", method.prepare)
-    if prepare is not None and prepare not in CHOOSES_VALUES:
+    by_values = method.peft is not None and method.peft.peft_type.value in RANKS_BY_VALUES
+    if prepare is not None and prepare not in CHOOSES_VALUES and not by_values:
         # Outside of the mode what it draws has values, a choice of layers for example; the model stays as it is.
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=PRECISIONS[train_cfg.precision].autocast)
         with autocast, _ReadsAsOne(whole_numbers=True):
