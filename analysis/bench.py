@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.bench_cases import LEVELS, VARIANTS, Case, Setting, build, shape_of
+from analysis.bench_cases import FROZEN, LEVELS, METHODS, VARIANTS, Case, Setting, build, shape_of
 from analysis.bench_measure import Roofs, roofs, sample, work_of
 from analysis.style import name_of, style_of
 from lors.harness.environment import environment
@@ -29,9 +29,9 @@ from lors.sparsity import UNSTRUCTURED, resolve_sparsity
 __all__ = ["measure", "plot", "table_of"]
 
 # What the ratios are to: the floor, and the method that loses the zeros. Of a merge: the published formula.
-FLOOR, RIVAL, FORMULA = "frozen", "lora", "lors_three_pass"
+FLOOR, RIVAL, FORMULA = FROZEN, "lora", "lors_three_pass"
 NAMES = {
-    "frozen": "frozen layer",
+    FROZEN: "frozen layer",
     "lors_three_pass": "LoRS, three passes",
     "lors": "LoRS, one pass",
     "lors_compressed": "LoRS, compressed",
@@ -43,7 +43,7 @@ MARKERS = {"merge": "v", "linear": "o", "block": "s", "step": "D"}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the command."""
     parser.add_argument("--levels", nargs="+", choices=LEVELS, default=list(LEVELS), help="what is timed")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="methods")
+    parser.add_argument("--variants", nargs="+", choices=[*VARIANTS, *METHODS], default=list(VARIANTS), help="methods")
     parser.add_argument("--width", type=int, default=2048, help="of a Llama, a multiple of 128")
     parser.add_argument("--model", help="a shape of conf/model instead of a width, such as llama2_7b")
     parser.add_argument("--layers", type=int, default=2, help="decoder blocks of the whole step")
@@ -76,7 +76,7 @@ def run(options: argparse.Namespace) -> int:
     cases = build(setting, options.levels, options.variants)
     roof = roofs(PRECISIONS[setting.precision].base, setting.device)
     measured = []
-    for level in options.levels:
+    for level in dict.fromkeys(case.level for case in cases):
         here = [case for case in cases if case.level == level]
         measured.append(measure(here, setting, roof, rounds=options.rounds, warmup=options.warmup, model=options.model))
         _write(pd.concat(measured, ignore_index=True), options.output)  # a level is not lost with the next one
@@ -222,7 +222,7 @@ def _look(variant: str) -> dict[str, Any]:
     """Colour of the method; of LoRS, hollow without the one-pass merge, half filled when compressed."""
     if variant == FLOOR:
         return {"color": style_of("dense").colour}
-    method = VARIANTS[variant][0]
+    method = VARIANTS.get(variant, (variant,))[0]
     fill = {"lors_three_pass": "none", "lors_compressed": "left"}.get(variant, "full")
     if variant.endswith("_gc"):
         fill = "bottom"

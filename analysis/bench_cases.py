@@ -1,6 +1,8 @@
 """What the benchmark runs: one linear, one decoder block and one whole step of every method, on the same weights.
 
-A variant is a method of ``conf/method`` and, for LoRS, how the merged weight T = W + M (.) (s B A) is made:
+A variant is a method of ``conf/method`` and, for LoRS, how the merged weight T = W + M (.) (s B A) is made. Every
+method that trains may be asked for by its name: it has its own optimizer and penalty, and the ranks of the config. By
+default:
 
 ===============  ============================================================================================
 frozen           the pruned model without adapter: the floor
@@ -13,8 +15,9 @@ sqft, sqft_gc    SparsePEFT, plain and checkpointed
 spp, spp_gc      SPP, plain and checkpointed
 ===============  ============================================================================================
 
-All variants share one set of frozen weights, except the packed ones. What is trained is filled with small random
-numbers, because zeros could be faster than they are in a training.
+All variants share one set of frozen weights, except the packed ones and those of full fine-tuning. What is trained is
+filled with small random numbers, because zeros could be faster than they are in a training. A linear or a block that a
+method does not train (SHERL, the blocks that a booster of XGBLoRA leaves out) is not timed.
 """
 
 from __future__ import annotations
@@ -35,21 +38,26 @@ from torch import Tensor, nn
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 
 import lors.functional
+from baselines.gelora import set_ranks
 from lors.blocks import decoder_blocks
 from lors.harness.live_step import training_step
 from lors.harness.live_tensors import LiveTensors
 from lors.harness.loss import batch_loss
-from lors.harness.method import PRECISIONS, Method, adapt
+from lors.harness.method import PRECISIONS, Method, adapt, gradient_initialization
 from lors.harness.models import random_model
+from lors.harness.recipe import gradient_clipping, make_optimizer
 from lors.kernels import AUTO, SEMI_STRUCTURED, PackedWeight, decode
 from lors.storage import CompressedLinear
 
-__all__ = ["LEVELS", "VARIANTS", "Case", "Setting", "build", "shape_of", "three_pass_merge"]
+__all__ = ["LEVELS", "METHODS", "VARIANTS", "Case", "Setting", "build", "shape_of", "three_pass_merge"]
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
+FROZEN = "frozen"
+# What reads values of the model, which are random here: an initialisation, and ranks (the config's are taken).
+CHOOSES = (gradient_initialization, set_ranks)
 # Variant -> method, fields of its PEFT config.
 VARIANTS: Mapping[str, tuple[str, Mapping[str, object]]] = {
-    "frozen": ("none", {}),
+    FROZEN: ("none", {}),
     "lora": ("lora", {}),
     "lors_three_pass": ("lors", {}),
     "lors": ("lors", {}),
@@ -60,13 +68,17 @@ VARIANTS: Mapping[str, tuple[str, Mapping[str, object]]] = {
     "spp": ("spp", {}),
     "spp_gc": ("spp_gc", {}),
 }
+# The others that may be asked for by the name of the method.
+METHODS = [file.stem for file in sorted((CONF / "method").glob("*.yaml")) if file.stem not in (*VARIANTS, "none")]
 LEVELS = ("merge", "linear", "block", "step")
 # The merge alone exists only where one weight is made out of W, A and B.
 MERGES = ("lors_three_pass", "lors", "lors_compressed")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # Llama-2's feed-forward width over its width, 11008 / 4096, and the width of its heads.
 FEED_FORWARD, HEAD = 2.6875, 128
-LEARNING_RATE = 1e-4
+RECIPE = OmegaConf.create(
+    {"learning_rate": 1e-4, "betas": [0.9, 0.999], "weight_decay": 0.0, "max_grad_norm": 1.0, "warmup_steps": 0}
+)
 
 
 @dataclass(frozen=True)
@@ -138,11 +150,19 @@ def build(setting: Setting, levels: list[str], variants: list[str], seed: int = 
     models = {variant: _adapted(base, setting, variant) for variant in variants}
     makers = {"merge": _merge, "linear": _linear, "block": _block, "step": _step}
     return [
-        Case(level, variant, _within(variant, makers[level](models[variant], setting)))
+        Case(level, variant, _within(variant, makers[level](*models[variant], setting)))
         for level in levels
         for variant in variants
-        if level != "merge" or variant in MERGES
+        if _has(level, variant, models[variant][1])
     ]
+
+
+def _has(level: str, variant: str, model: nn.Module) -> bool:
+    """Whether there is something of the variant to time."""
+    if level == "merge":
+        return variant in MERGES
+    trained = any(parameter.requires_grad for parameter in _projection(model).parameters())
+    return level == "step" or variant == FROZEN or trained
 
 
 def three_pass_merge(weight: PackedWeight, A: Tensor, B: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
@@ -152,21 +172,25 @@ def three_pass_merge(weight: PackedWeight, A: Tensor, B: Tensor, scaling: float,
     return T.mul_(W != 0)
 
 
-def _adapted(base: nn.Module, setting: Setting, variant: str) -> nn.Module:
-    """A copy of the model that shares its weights, wrapped."""
-    name, options = VARIANTS[variant]
-    model = copy.deepcopy(base, {id(parameter): parameter for parameter in base.parameters()})
-    adapted = adapt(replace(_method(name, setting.r, options), prepare=None), model, precision=setting.precision)
+def _adapted(base: nn.Module, setting: Setting, variant: str) -> tuple[Method, nn.Module]:
+    """The method, and a copy of the model that shares its weights, wrapped."""
+    name, options = VARIANTS.get(variant, (variant, {}))
+    method = _method(name, setting.r, options)
+    if getattr(method.prepare, "func", method.prepare) in CHOOSES:
+        method = replace(method, prepare=None)
+    shared = {} if method.peft is None and method.trains else {id(weight): weight for weight in base.parameters()}
+    adapted = adapt(method, copy.deepcopy(base, shared), precision=setting.precision)
     generator = torch.Generator().manual_seed(0)
-    for parameter in adapted.parameters():
+    for parameter in adapted.parameters() if shared else ():
         if parameter.requires_grad:
             values = torch.randn(parameter.shape, generator=generator) / 100
             parameter.data.copy_(values)
-    return adapted.train()
+    return method, adapted.train()
 
 
 def _method(name: str, r: int, options: Mapping[str, object]) -> Method:
     shared = {
+        "seed": 0,
         "adapter": {"r": r, "alpha": r, "targets": TARGETS},
         "method": OmegaConf.load(CONF / "method" / f"{name}.yaml"),
     }
@@ -191,9 +215,9 @@ def _within(variant: str, run: Callable[[], None]) -> Callable[[], None]:
     return inside
 
 
-def _merge(model: nn.Module, setting: Setting) -> Callable[[], None]:
+def _merge(method: Method, model: nn.Module, setting: Setting) -> Callable[[], None]:
     """T of the output projection of attention, in the compute type."""
-    layer = _first_block(model).self_attn.o_proj
+    layer = _projection(model)
     base = layer.get_base_layer()
     W = base.packed if isinstance(base, CompressedLinear) else base.weight
     A, B, scaling = layer.lors_A["default"], layer.lors_B["default"], layer.scaling["default"]
@@ -201,13 +225,13 @@ def _merge(model: nn.Module, setting: Setting) -> Callable[[], None]:
     return lambda: lors.functional.merged_weight(W, A, B, scaling, dtype)
 
 
-def _linear(model: nn.Module, setting: Setting) -> Callable[[], None]:
+def _linear(method: Method, model: nn.Module, setting: Setting) -> Callable[[], None]:
     """The output projection of attention, width x width."""
-    layer = _first_block(model).self_attn.o_proj
+    layer = _projection(model)
     return _forward_and_backward(model, layer, _hidden(setting), setting)
 
 
-def _block(model: nn.Module, setting: Setting) -> Callable[[], None]:
+def _block(method: Method, model: nn.Module, setting: Setting) -> Callable[[], None]:
     """The first decoder block."""
     x = _hidden(setting).unsqueeze(0)
     inner = (model.get_base_model() if isinstance(model, PeftModel) else model).model
@@ -216,8 +240,8 @@ def _block(model: nn.Module, setting: Setting) -> Callable[[], None]:
     return _forward_and_backward(model, partial(_first_block(model), position_embeddings=angles), x, setting)
 
 
-def _step(model: nn.Module, setting: Setting) -> Callable[[], None]:
-    """A whole training step: embedding to loss and back, clipping, AdamW."""
+def _step(method: Method, model: nn.Module, setting: Setting) -> Callable[[], None]:
+    """A whole training step: embedding to loss and back, clipping, optimizer."""
     tokens = torch.randint(setting.shape.vocab_size, (1, setting.tokens), generator=torch.Generator().manual_seed(0))
     tokens = tokens.to(setting.device)
     batch = {"input_ids": tokens, "labels": tokens, "attention_mask": torch.ones_like(tokens)}
@@ -228,15 +252,15 @@ def _step(model: nn.Module, setting: Setting) -> Callable[[], None]:
         for name in ("q_proj", "k_proj", "v_proj"):
             _first_block(model).self_attn.get_submodule(name).register_forward_hook(_ask_for_gradient)
         return lambda: batch_loss(model, batch, autocast=autocast).backward()
-    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE)
+    optimizer = make_optimizer(model, RECIPE, method)
     return lambda: training_step(
         LiveTensors(),  # not entered, so it counts nothing
         model=model,
         batch=batch,
         optimizer=optimizer,
-        penalty=None,
+        penalty=method.penalty,
         micro_batches=1,
-        max_grad_norm=1.0,
+        max_grad_norm=gradient_clipping(RECIPE, method),
         autocast=autocast,
     )
 
@@ -271,6 +295,10 @@ def _hidden(setting: Setting) -> Tensor:
     x = torch.randn(setting.tokens, setting.shape.hidden_size, generator=torch.Generator().manual_seed(2))
     dtype = torch.bfloat16 if PRECISIONS[setting.precision].autocast else PRECISIONS[setting.precision].base
     return x.to(setting.device, dtype).requires_grad_()
+
+
+def _projection(model: nn.Module) -> nn.Module:
+    return _first_block(model).self_attn.o_proj
 
 
 def _first_block(model: nn.Module) -> nn.Module:

@@ -132,8 +132,12 @@ class _Count(TorchDispatchMode):
 
 def _bytes(leaves: Iterable[Any]) -> int:
     """Bytes of the tensors among them, each once; one that repeats itself in memory counts what it occupies."""
-    tensors = {id(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor)}
+    tensors = {id(part): part for leaf in leaves if isinstance(leaf, Tensor) for part in _parts(leaf)}
     return sum(min(tensor.nbytes, tensor.untyped_storage().nbytes()) for tensor in tensors.values())
+
+
+def _parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    return (tensor._indices(), tensor._values()) if tensor.is_sparse else (tensor,)
 
 
 def _synchronise() -> None:

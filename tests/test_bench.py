@@ -9,7 +9,7 @@ import torch
 import lors.functional
 from analysis import bench
 from analysis.__main__ import main
-from analysis.bench_cases import MERGES, VARIANTS, Case, Setting, build, shape_of, three_pass_merge
+from analysis.bench_cases import MERGES, METHODS, VARIANTS, Case, Setting, build, shape_of, three_pass_merge
 from analysis.bench_measure import sample, work_of
 from lors.kernels import PackedWeight, merge
 
@@ -34,6 +34,16 @@ def test_every_variant_runs_at_every_level(cases) -> None:
     for case in cases.values():
         case.run()
         case.run()
+
+
+def test_every_other_method_can_be_asked_for(setting) -> None:
+    """With what it trains only: the side network of SHERL leaves every block as it is."""
+    made = {(case.level, case.variant): case for case in build(setting, ["linear", "step"], METHODS)}
+    assert {variant for _, variant in made} == set(METHODS)
+    assert {variant for level, variant in made if level == "linear"} == set(METHODS) - {"sherl"}
+    for name in ("geolora", "sherl", "lora_rite"):
+        made["step", name].run()
+    assert work_of(made["step", "shira"]).bytes > work_of(made["linear", "shira"]).bytes > 0
 
 
 def test_work_of_a_linear_is_that_of_the_cost_table(cases) -> None:
