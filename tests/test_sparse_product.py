@@ -3,6 +3,8 @@ on a GPU."""
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -79,6 +81,20 @@ def test_the_faster_product_is_chosen_once_for_each_shape(stand_in, scripted_tim
     scripted_times += [2.0, 2.0]  # a tie stays dense
     assert multiply(5, weight[:64]) == 3
     assert not scripted_times
+
+
+def test_kernels_that_fail_are_not_faster(stand_in, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(call: object) -> float:
+        raise RuntimeError("not supported on this architecture\nin three places")
+
+    monkeypatch.setattr(sparse_product, "_milliseconds", fail)
+    x, T = problem()["x"], problem()["weight"]
+    with pytest.warns(UserWarning, match=r"no 2:4 product for \(128, 64\), .* \(not supported on this architecture\)$"):
+        assert torch.equal(product(x, T, None, "auto"), linear(x, T))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # said once
+        assert torch.equal(product(x, T, None, "auto"), linear(x, T))
+    assert not stand_in
 
 
 def test_an_empty_input_needs_no_kernel(stand_in) -> None:

@@ -100,10 +100,16 @@ def _sparse(X: Tensor, T: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _is_faster(X: Tensor, T: Tensor, bias: Tensor | None) -> bool:
-    """Measured on these very tensors at the first call for their shape."""
+    """Measured on these very tensors at the first call for their shape; kernels that fail are not faster."""
     key = (T.device, T.dtype, *T.shape, 1 << (len(X) - 1).bit_length())
     if key not in _faster:
-        _faster[key] = _milliseconds(lambda: _sparse(X, T, bias)) < _milliseconds(lambda: linear(X, T, bias))
+        try:
+            sparse = _milliseconds(lambda: _sparse(X, T, bias))
+            _faster[key] = sparse < _milliseconds(lambda: linear(X, T, bias))
+        except RuntimeError as error:  # not built for this device or these shapes
+            _faster[key] = False
+            reason = str(error).strip().partition("\n")[0]
+            warnings.warn(f"lors: no 2:4 product for {tuple(T.shape)}, the dense one is taken ({reason})", stacklevel=2)
     return _faster[key]
 
 
