@@ -24,7 +24,7 @@
 #define COLUMNS 64 /* of a tile: a multiple of 16, so that groups of 2, 4, 8 and 16 never lie across tiles */
 #define PARTS (COLUMNS / LANES / VECTORS)
 
-typedef float vector __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef float vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 enum { LAYOUT_DENSE, LAYOUT_BITMAP, LAYOUT_GROUPS };
 
