@@ -25,7 +25,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -38,12 +38,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 
 import lors.functional
-from baselines.gelora import set_ranks
 from lors.blocks import decoder_blocks
 from lors.harness.live_step import training_step
 from lors.harness.live_tensors import LiveTensors
 from lors.harness.loss import batch_loss
-from lors.harness.method import PRECISIONS, Method, adapt, gradient_initialization
+from lors.harness.method import PRECISIONS, Method, adapt, without_values
 from lors.harness.models import random_model
 from lors.harness.recipe import gradient_clipping, make_optimizer
 from lors.kernels import AUTO, SEMI_STRUCTURED, PackedWeight, decode
@@ -53,8 +52,6 @@ __all__ = ["LEVELS", "METHODS", "VARIANTS", "Case", "Setting", "build", "shape_o
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 FROZEN = "frozen"
-# What reads values of the model, which are random here: an initialisation, and ranks (the config's are taken).
-CHOOSES = (gradient_initialization, set_ranks)
 # Variant -> method, fields of its PEFT config.
 VARIANTS: Mapping[str, tuple[str, Mapping[str, object]]] = {
     FROZEN: ("none", {}),
@@ -175,9 +172,7 @@ def three_pass_merge(weight: PackedWeight, A: Tensor, B: Tensor, scaling: float,
 def _adapted(base: nn.Module, setting: Setting, variant: str) -> tuple[Method, nn.Module]:
     """The method, and a copy of the model that shares its weights, wrapped."""
     name, options = VARIANTS.get(variant, (variant, {}))
-    method = _method(name, setting.r, options)
-    if getattr(method.prepare, "func", method.prepare) in CHOOSES:
-        method = replace(method, prepare=None)
+    method = without_values(_method(name, setting.r, options))
     shared = {} if method.peft is None and method.trains else {id(weight): weight for weight in base.parameters()}
     adapted = adapt(method, copy.deepcopy(base, shared), precision=setting.precision)
     generator = torch.Generator().manual_seed(0)

@@ -289,6 +289,9 @@ def set_ranks(
     return model
 
 
+set_ranks.reads_values = True
+
+
 def _report(measured: Sequence[tuple[float, float, int]]) -> None:
     """Warn where the dimensions cannot be trusted."""
     points, spread = min(count for _, _, count in measured[1:]), max(spread for _, spread, _ in measured)

@@ -165,7 +165,11 @@ class LorsModel(SparseTunerModel):
                 best_layout(weight, config.storage)
             except ValueError as error:
                 raise ValueError(f"target_modules: {name!r}: {error}") from None
-        if config.forward_product == SEMI_STRUCTURED and not weight.is_meta and not follows_pattern(weight, "2:4"):
+        if (
+            config.forward_product == SEMI_STRUCTURED
+            and not weight.is_meta
+            and not follows_pattern(weight, SEMI_STRUCTURED)
+        ):
             raise ValueError(
                 f"target_modules: {name!r}: forward_product='2:4': the weight does not follow 2:4; use 'auto'"
             )

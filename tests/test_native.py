@@ -49,15 +49,6 @@ def test_float64_rounded_once(kind: str, dtype: torch.dtype, out: torch.dtype) -
             assert torch.equal(native.decode(packed), W)
 
 
-@pytest.mark.parametrize(
-    ("height", "width", "r"), [(1, 1, 1), (5, 7, 1), (3, 300, 64), (0, 8, 2), (8, 0, 2), (3, 5, 0)]
-)
-def test_any_shape(height: int, width: int, r: int) -> None:
-    W, A, B = problem(height, width, r)
-    for kind in ("dense", "bitmap"):
-        assert_one_rounding(native.merge(pack(W, kind), A, B, SCALING, torch.float32), W, A, B)
-
-
 def test_rounding_is_that_of_torch() -> None:
     """Ties, subnormal numbers, infinities and NaN, to bfloat16."""
     W = torch.tensor(

@@ -45,8 +45,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
 
 @pytest.fixture
-def scripted_times(monkeypatch: pytest.MonkeyPatch):
-    """Function: let the next measurements take these milliseconds, the sparse product first."""
+def scripted_times(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Milliseconds that the next measurements take, the sparse product before the dense one."""
     script: list[float] = []
     monkeypatch.setattr(sparse_product, "_milliseconds", lambda call: script.pop(0))
     return script

@@ -24,7 +24,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,7 +33,16 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-__all__ = ["PRECISIONS", "VARIANTS", "Method", "Precision", "adapt", "finish", "gradient_initialization"]
+__all__ = [
+    "PRECISIONS",
+    "VARIANTS",
+    "Method",
+    "Precision",
+    "adapt",
+    "finish",
+    "gradient_initialization",
+    "without_values",
+]
 
 VARIANTS = ("merged", "adapter", "remasked", "dense")
 # End states of a method unless it says otherwise, with the zeros kept and lost.
@@ -75,7 +84,8 @@ class Method:
         trains: False for the pruned model as it is.
         prepare: ``prepare(model, batches, seed) -> model``, called once after the wrapping (LoRS reads a
             gradient, SHiRA needs the support); without ``peft`` it replaces the wrapping (``full`` un-freezes
-            the weights). ``batches`` may be iterated more than once.
+            the weights). ``batches`` may be iterated more than once. Attribute ``reads_values`` of the function: it
+            only chooses initial values or ranks by the weights and the data, see ``without_values``.
         optimizer: ``optimizer(model, train_cfg) -> torch.optim.Optimizer``; None for AdamW over all trainable
             parameters.
         callbacks: Further ``TrainerCallback`` objects.
@@ -227,6 +237,15 @@ def gradient_initialization(
     if model.peft_config["default"].init != "gradient":
         return model
     return initialize(model, batches, seed=seed, **options)
+
+
+gradient_initialization.reads_values = True
+
+
+def without_values(method: Method) -> Method:
+    """The method for weights that mean nothing: initial values and ranks are those of its config."""
+    prepare = getattr(method.prepare, "func", method.prepare)
+    return replace(method, prepare=None) if getattr(prepare, "reads_values", False) else method
 
 
 def _cast_trainable(model: nn.Module, dtype: torch.dtype) -> None:

@@ -8,8 +8,8 @@ What is assumed:
 
 Values. Whatever the step reads out of a tensor (the step counter of AdamW, a check for infinities) reads as one; a
 whole number is refused, because a size may depend on it. Rows fill the batch, so attention is causal and needs no
-mask, as in mode=profile. A ``prepare`` that only chooses initial values is skipped, every other one runs, and reads
-ones off the model; GeLoRA, whose ranks come from the activations of the model, has those of the config throughout.
+mask, as in mode=profile. A ``prepare`` that only chooses initial values or ranks by values is skipped, so that GeLoRA
+has the ranks of its config; every other one runs, and reads ones off the model.
 Memory is that of the step of the method that needs most (``Method.costliest``), FLOPs are those of an ordinary one. The
 optimizer has its state; what a layer keeps for itself from its first step on counts as an activation.
 
@@ -47,7 +47,7 @@ from lors.blocks import decoder_blocks
 from lors.harness.live_step import count_model, count_optimizer, gradients_counted, training_step
 from lors.harness.live_tensors import LiveTensors, Peak, Sharding
 from lors.harness.meter import flop_formulas
-from lors.harness.method import PRECISIONS, Method, adapt, gradient_initialization
+from lors.harness.method import PRECISIONS, Method, adapt, without_values
 from lors.harness.module_trace import ModuleTrace, module_names, without_index
 from lors.harness.recipe import enable_activation_checkpointing, gradient_clipping, make_optimizer
 from lors.harness.result import count_parameters
@@ -58,10 +58,6 @@ __all__ = ["check_simulated", "simulate"]
 
 # Bytes that the allocator of a device rounds up to.
 BLOCK = {"cpu": 1, "cuda": 512}
-# What only chooses initial values: it changes neither shapes nor what is trained.
-CHOOSES_VALUES = (gradient_initialization,)
-# PEFT types whose ``prepare`` chooses ranks by values; they have those of the config.
-RANKS_BY_VALUES = ("GELORA",)
 # PEFT type -> why its step cannot be run without values.
 NEEDS_VALUES = {
     "SHIRA": "torch has no backward pass of sparse tensors without them",
@@ -173,13 +169,12 @@ def _ready(model: nn.Module, method: Method, train_cfg: Any, mode: FakeTensorMod
     with mode:
         _materialise(model)
         batches = [_full_rows(train_cfg.batch_size, train_cfg.sequence_length)]
-    prepare = getattr(method.prepare, "func", method.prepare)
-    by_values = method.peft is not None and method.peft.peft_type.value in RANKS_BY_VALUES
-    if prepare is not None and prepare not in CHOOSES_VALUES and not by_values:
+    prepare = without_values(method).prepare
+    if prepare is not None:
         # Outside of the mode what it draws has values, a choice of layers for example; the model stays as it is.
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=PRECISIONS[train_cfg.precision].autocast)
         with autocast, _ReadsAsOne(whole_numbers=True):
-            model = method.prepare(model, batches, 0)
+            model = prepare(model, batches, 0)
     if train_cfg.activation_checkpointing:
         enable_activation_checkpointing(model)
     return model.train()

@@ -94,9 +94,7 @@ def _flops(x: list[int], T: list[int], *_: object, **__: object) -> int:
 
 
 def _sparse(X: Tensor, T: Tensor, bias: Tensor | None) -> Tensor:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*SparseSemiStructuredTensor.*")  # a prototype, says torch
-        return linear(X, to_sparse_semi_structured(T), bias)
+    return linear(X, to_sparse_semi_structured(T), bias)
 
 
 def _is_faster(X: Tensor, T: Tensor, bias: Tensor | None) -> bool:
