@@ -157,6 +157,7 @@ def test_scores_of_all_tasks_from_local_files(world, data_root, no_network):
         score = tasks[task]
         assert {**tasks[f"microworld_{task}"], "version": None} == {**score, "version": None}
         assert (score["metric"], score["n"]) == ("acc", ITEMS)
+        assert len(score["correct"]) == ITEMS and score["correct"].count("1") / ITEMS == pytest.approx(score["value"])
         assert score["stderr"] == pytest.approx(math.sqrt(score["value"] * (1 - score["value"]) / (ITEMS - 1)))
         assert ("acc_norm" in score) == (task in WITH_NORM)
     assert (tasks["boolq"]["version"], tasks["arc_easy"]["version"]) == (2.0, 1.0)
@@ -176,6 +177,7 @@ def test_scores_repeat_and_limit_takes_the_first_items(data_root):
     assert once == twice
     limited = evaluate(model, TOKENIZER, eval_cfg(tasks, data_root, limit=2), progress=False)
     assert [score["n"] for score in limited["tasks"].values()] == [2, 2]
+    assert all(score["correct"] == once["tasks"][task]["correct"][:2] for task, score in limited["tasks"].items())
     single = evaluate(model, TOKENIZER, eval_cfg(["rte"], data_root, limit=1), progress=False)
     assert single["tasks"]["rte"]["stderr"] is None
     assert single["average"]["stderr"] is None
@@ -184,7 +186,7 @@ def test_scores_repeat_and_limit_takes_the_first_items(data_root):
 def test_accuracy_is_that_of_the_likeliest_answer(data_root):
     """rte by hand: a plain forward pass over prompt and answer, for both answers."""
     model = tiny()
-    right = 0
+    right = ""
     for row in items("rte"):
         prompt = f"{row['sentence1']}\nQuestion: {row['sentence2']} True or False?\nAnswer:"
         scores = []
@@ -193,9 +195,9 @@ def test_accuracy_is_that_of_the_likeliest_answer(data_root):
             start = 1 + len(TOKENIZER.encode(prompt, add_special_tokens=False))
             logits = model(torch.tensor([ids])).logits[0].log_softmax(-1)
             scores.append(sum(logits[i - 1, ids[i]].item() for i in range(start, len(ids))))
-        right += scores.index(max(scores)) == row["label"]
-    result = evaluate(model, TOKENIZER, eval_cfg(["rte"], data_root), progress=False)
-    assert result["tasks"]["rte"]["value"] == pytest.approx(right / ITEMS)
+        right += str(int(scores.index(max(scores)) == row["label"]))
+    result = evaluate(model, TOKENIZER, eval_cfg(["rte"], data_root), progress=False)["tasks"]["rte"]
+    assert result["correct"] == right and result["value"] == pytest.approx(right.count("1") / ITEMS)
 
 
 def test_without_tasks_there_is_no_average():
@@ -214,6 +216,12 @@ def test_a_task_without_accuracy_has_its_first_metric_and_no_part_in_the_average
     other = {"metric": "acc", "value": 0.25, "stderr": 0.1}
     assert evaluate_module._average({"t": score, "u": other})["tasks"] == ["u"]
     assert evaluate_module._average({"t": score}) is None
+
+
+def test_items_that_can_be_half_right_are_not_listed():
+    samples = [{"doc_id": 1, "acc": 1.0}, {"doc_id": 0, "acc": False}, {"doc_id": 2, "f1": 0.5}]
+    assert evaluate_module._correct(samples) == {"correct": "01"}
+    assert evaluate_module._correct([{"doc_id": 0, "acc": 0.5}]) == {}
 
 
 # ---- perplexity

@@ -8,7 +8,8 @@ Three sources of tasks, all by their lm-eval names in ``eval.tasks``:
 - any other task of lm-eval, from the Hub.
 
 A task is scored by `acc` if it has it, else by its first metric; `acc_norm` is recorded beside. The average
-is over `acc` alone, as in the papers; its standard error is sqrt(sum of squared errors) / number of tasks.
+is over `acc` alone, as in the papers; its standard error is sqrt(sum of squared errors) / number of tasks. Which items
+were right is recorded too, so that models can be compared item by item.
 Scores do not depend on random numbers, and the random state of the process is left alone.
 """
 
@@ -110,8 +111,8 @@ def evaluate(model: PreTrainedModel, tokenizer: Tokenizer, eval_cfg: Any, progre
         progress: Show progress bars.
 
     Returns:
-        ``tasks``: name -> {metric, value, stderr, n, version, and acc_norm, acc_norm_stderr where the task
-            has them};
+        ``tasks``: name -> {metric, value, stderr, n, version, and where the task has them acc_norm,
+            acc_norm_stderr, and correct: a text of "1" (by `acc`) and "0", one for each item in the task's order};
         ``average``: {metric: acc, value, stderr, tasks (the averaged names)} or None without a task that has
             `acc`;
         ``perplexity``: see `perplexity.perplexity`, with ``text``; or None.
@@ -157,7 +158,7 @@ def _zero_shot(
             add_bos_token=eval_cfg.add_bos_token,
             progress=progress,
         )
-        scores = lm_eval.evaluate(lm, loaded, limit=eval_cfg.limit, bootstrap_iters=BOOTSTRAP, log_samples=False)
+        scores = lm_eval.evaluate(lm, loaded, limit=eval_cfg.limit, bootstrap_iters=BOOTSTRAP, log_samples=True)
     return {name: _score(scores, name) for name in loaded["tasks"]}
 
 
@@ -222,8 +223,7 @@ def _task_manager(tasks: tuple[str, ...]) -> Any:
 
 
 def _score(scores: dict[str, Any], name: str) -> dict[str, Any]:
-    """One task of lm-eval's results, whose keys are ``<metric>,<filter>`` and
-    ``<metric>_stderr,<filter>``."""
+    """One task of lm-eval's results, whose keys are ``<metric>,<filter>`` and ``<metric>_stderr,<filter>``."""
     values = {key.partition(",")[0]: value for key, value in scores["results"][name].items() if "," in key}
     metrics = [metric for metric in values if not metric.endswith("_stderr")]
     metric = "acc" if "acc" in metrics else metrics[0]
@@ -237,7 +237,17 @@ def _score(scores: dict[str, Any], name: str) -> dict[str, Any]:
     if "acc_norm" in metrics:
         score["acc_norm"] = float(values["acc_norm"])
         score["acc_norm_stderr"] = _number(values.get("acc_norm_stderr"))
+    if metric == "acc":
+        score |= _correct(scores["samples"][name])
     return score
+
+
+def _correct(samples: list[dict[str, Any]]) -> dict[str, str]:
+    """Which items were right, in the order of the task; nothing where an item can be half right."""
+    values = {sample["doc_id"]: float(sample["acc"]) for sample in samples if "acc" in sample}
+    if not set(values.values()) <= {0.0, 1.0}:
+        return {}
+    return {"correct": "".join(str(int(values[item])) for item in sorted(values))}
 
 
 def _number(value: Any) -> float | None:

@@ -31,6 +31,8 @@ from lors.sparsity import random_support
 
 __all__ = ["Models", "default_device", "random_model"]
 
+SCORES = 2  # what `evaluate` returns; 2: with the items that were right
+
 log = logging.getLogger("lors")
 
 
@@ -79,6 +81,7 @@ class Models:
         settings = {key: value for key, value in self.sources["eval"].items() if key not in ("name", "baselines")}
         key = digest(
             {
+                "schema": SCORES,
                 "model": self.dense_key if which == "dense" else self.pruned_key,
                 "eval": settings,
                 "dtype": str(self.dtype),
