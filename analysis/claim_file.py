@@ -7,12 +7,14 @@ from typing import Any
 
 import yaml
 
+from analysis.measures import ACCURACY, HELDOUT_LOSS
+
 __all__ = ["COSTS", "SCORES", "Claim", "Side", "read_claims"]
 
 CLAIMS = Path(__file__).parent / "published" / "claims.yaml"
 RELATIONS = {"at least": "≥", "at most": "≤", "equal": "="}
-# Of a score: the column of its standard error over the items, and the unit of its tolerance.
-SCORES = {"accuracy": ("accuracy_stderr", "points"), "heldout_loss": ("heldout_stderr", "nats")}
+# Scores, and the unit of their tolerance.
+SCORES = {"accuracy": (ACCURACY, "points"), "heldout_loss": (HELDOUT_LOSS, "nats")}
 # Of a cost: the columns of its low and high end. Its tolerance is a share of the other side.
 COSTS = {
     **{name: (name, name) for name in ("train_peak", "trainable", "zeros_kept")},

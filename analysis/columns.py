@@ -7,6 +7,8 @@ from typing import Literal
 
 import pandas as pd
 
+from analysis.measures import ACCURACY, HELDOUT_LOSS, Measure, number, task_accuracy
+
 __all__ = ["Column", "cost_columns", "memory_unit", "quality_columns"]
 
 MEBIBYTE, GIBIBYTE, GIGA = 2**20, 2**30, 1e9
@@ -14,7 +16,6 @@ MEBIBYTE, GIBIBYTE, GIGA = 2**20, 2**30, 1e9
 LEAST_IN_GIBIBYTES = 4 * GIBIBYTE
 # Less than this is shown with one decimal.
 LEAST_IN_WHOLE_MILLISECONDS = 100
-Number = Callable[[pd.Series], float]
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,8 @@ class Column:
         name: In CSV files, with the unit.
         title: In the header.
         show: A number as text.
-        value: The number of one run, from a row of `results.load`.
-        item_error: Its standard error over the test items, if it is a mean over items.
-        tested: Value and item error that the test compares, where they are not the shown ones.
+        measure: The number of one run.
+        tested: What the test compares, where that is not the shown number.
         bounds: The range (low, high) of one run's number: of a cost, which has no test but `statistics.best_range`.
         better: Whether more or less is better; None: neither, nothing is ever bold.
         relative: For a column without a number of its own: how it compares `base` with that of LoRA.
@@ -38,10 +38,9 @@ class Column:
     name: str
     title: str
     show: Callable[[float], str]
-    value: Number | None = None
-    item_error: Number | None = None
-    tested: tuple[Number, Number] | None = None
-    bounds: tuple[Number, Number] | None = None
+    measure: Measure | None = None
+    tested: Measure | None = None
+    bounds: tuple[Measure, Measure] | None = None
     better: Literal["more", "less"] | None = None
     relative: Literal["difference", "ratio"] | None = None
     base: "Column | None" = None
@@ -54,15 +53,14 @@ def quality_columns(rows: pd.DataFrame) -> list[Column]:
     columns = [_task(task, metric) for task, metric in metrics.items()]
     average = next((metric for metric in rows.accuracy_metric if metric is not None), None)
     if average is not None:
-        value, error = _of("accuracy"), _of("accuracy_stderr")
-        base = Column("average", f"average ({average})", _tenths, value, error, better="more")
+        base = Column("average", f"average ({average})", _tenths, ACCURACY, better="more")
         columns += [base, Column("average_minus_lora", "Δ LoRA", _signed_tenths, relative="difference", base=base)]
     if rows.perplexity.notna().any():
-        value, tested = _of("perplexity"), (_of("heldout_loss"), _of("heldout_stderr"))
-        columns.append(Column("perplexity", "perplexity", _hundredths, value, tested=tested, better="less"))
+        shown = number("perplexity")
+        columns.append(Column("perplexity", "perplexity", _hundredths, shown, tested=HELDOUT_LOSS, better="less"))
     if columns:
-        value = _scaled("zeros_kept", 100)
-        columns.append(Column("zeros_kept_percent", "zeros kept (%)", _floored, value, spread=False))
+        percent = Measure(lambda row: 100 * row.zeros_kept)
+        columns.append(Column("zeros_kept_percent", "zeros kept (%)", _floored, percent, spread=False))
     return columns
 
 
@@ -71,14 +69,14 @@ def cost_columns(rows: pd.DataFrame) -> list[Column]:
     unit, size = memory_unit(rows.train_peak.max())
     whole = rows.step_ms.max() >= LEAST_IN_WHOLE_MILLISECONDS
     measured = {
-        "trainable": Column("trainable", "trainable", _count, _of("trainable"), spread=False),
-        "train_peak": Column("train_peak_bytes", f"memory ({unit})", _in_units(size), _of("train_peak"), better="less",
-                             bounds=(_of("train_peak"), _of("train_peak"))),
-        "step_ms": Column("step_ms", "step (ms)", _count if whole else _tenths, _of("step_ms"), better="less",
-                          bounds=(_of("step_ms_p10"), _of("step_ms_p90"))),
-        "tokens_per_second": Column("tokens_per_second", "tokens/s", _count, _of("tokens_per_second"), better="more",
+        "trainable": Column("trainable", "trainable", _count, number("trainable"), spread=False),
+        "train_peak": Column("train_peak_bytes", f"memory ({unit})", _in_units(size), number("train_peak"),
+                             better="less", bounds=(number("train_peak"), number("train_peak"))),
+        "step_ms": Column("step_ms", "step (ms)", _count if whole else _tenths, number("step_ms"), better="less",
+                          bounds=(number("step_ms_p10"), number("step_ms_p90"))),
+        "tokens_per_second": Column("tokens_per_second", "tokens/s", _count, number("tokens_per_second"), better="more",
                                     bounds=(_tokens_when("step_ms_p90"), _tokens_when("step_ms_p10"))),
-        "flops": Column("flops", "GFLOP/step", _tenths_of_giga, _of("flops"), spread=False),
+        "flops": Column("flops", "GFLOP/step", _tenths_of_giga, number("flops"), spread=False),
     }  # fmt: skip
     columns = []
     for source, column in measured.items():
@@ -96,27 +94,13 @@ def memory_unit(largest: float) -> tuple[str, int]:
 
 
 def _task(task: str, metric: str) -> Column:
-    def value(row: pd.Series) -> float:
-        return row.tasks.get(task, math.nan)
-
-    def error(row: pd.Series) -> float:
-        return row.task_stderr.get(task, math.nan)
-
     title = f"{task.removeprefix('microworld_')} ({metric})"
-    return Column(task, title, _tenths, value, error, better="more")
+    return Column(task, title, _tenths, task_accuracy(task), better="more")
 
 
-def _of(name: str) -> Number:
-    return lambda row: row[name]
-
-
-def _scaled(name: str, factor: float) -> Number:
-    return lambda row: factor * row[name]
-
-
-def _tokens_when(step: str) -> Number:
+def _tokens_when(step: str) -> Measure:
     """Tokens per second if every step took as long as one at this percentile."""
-    return lambda row: row.tokens_per_second * row.step_ms / row[step]
+    return Measure(lambda row: row.tokens_per_second * row.step_ms / row[step])
 
 
 def _tenths(value: float) -> str:

@@ -13,6 +13,7 @@ from analysis.columns import memory_unit
 from analysis.figures import SMALL, curve, finish, new_figure, plain_ticks
 from analysis.groups import Group, check_one_machine
 from analysis.lines import Line, contenders, lines_of, told_apart
+from analysis.measures import ACCURACY, Measure
 from analysis.notes import slug, slug_of
 from analysis.quality_plots import Drawn, of_runs, styles_of
 from analysis.statistics import Sample, pareto_front
@@ -41,7 +42,7 @@ class Quantity:
 
     def sample(self, line: Line) -> Sample:
         """By seed, in the unit of the axis."""
-        return line.sample(lambda row: row[self.source] / self.unit, None)
+        return line.sample(Measure(lambda row: row[self.source] / self.unit))
 
 
 def cost_by_sequence_length(groups: list[Group], mix: bool) -> Iterator[Drawn]:
@@ -157,7 +158,7 @@ def _pareto(name: str, groups: list[Group]) -> Iterator[Drawn]:
         plot = f"pareto_{name}_{slug_of(group)}"
         quantity = _quantity(name, group.runs)
         lines = contenders(lines_of(group, controls=False))
-        both = [(line, quantity.sample(line), line.sample(lambda row: row.accuracy, None)) for line in lines]
+        both = [(line, quantity.sample(line), line.sample(ACCURACY)) for line in lines]
         both = [(line, cost, gain) for line, cost, gain in both if cost.n and gain.n]
         if len(both) < 2:
             yield plot, f"needs accuracy and {quantity.label} of two or more methods"

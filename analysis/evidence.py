@@ -12,10 +12,9 @@ count, and if these are several, those whose shared choices agree with the other
 """
 
 import json
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -143,8 +142,9 @@ def _judged(claim: Claim, left: pd.DataFrame, right: pd.DataFrame | None) -> Evi
 
 
 def _scores(claim: Claim, left: pd.DataFrame, right: pd.DataFrame | None) -> tuple[str, str]:
-    a = _sample(claim.metric, left)
-    b = Sample({None: float(claim.right)}) if right is None else _sample(claim.metric, right, claim.factor)
+    measure, unit = SCORES[claim.metric]
+    a = measure.sample(left)
+    b = Sample({None: float(claim.right)}) if right is None else measure.sample(right, claim.factor)
     slack = claim.tolerance
     if claim.relation == "at least":
         state = _above(a, b, slack)
@@ -153,20 +153,13 @@ def _scores(claim: Claim, left: pd.DataFrame, right: pd.DataFrame | None) -> tup
     else:
         state = _all_of(_above(a, b, slack), _above(b, a, slack))
     found = difference(a, b)
-    unit = SCORES[claim.metric][1]
     lead = "one seed, no spread to judge by" if found is None else f"{found.mean:+.2g} ± {found.error:.2g} {unit}"
     return state, f"{_shown(a)} against {_shown(b)}: {lead}"
 
 
-def _sample(metric: str, rows: pd.DataFrame, factor: float = 1.0) -> Sample:
-    seeds = [None if math.isnan(seed) else int(seed) for seed in rows.seed]
-    values = {seed: factor * value for seed, value in zip(seeds, rows[metric], strict=True)}
-    return Sample(values, factor * float(rows[SCORES[metric][0]].mean()))
-
-
 def _above(a: Sample, b: Sample, slack: float) -> str:
     """Whether a + slack > b beyond noise, or below it."""
-    found = difference(Sample({seed: value + slack for seed, value in a.values.items()}, a.item_error), b)
+    found = difference(replace(a, values={seed: value + slack for seed, value in a.values.items()}), b)
     if found is None or found.p >= ALPHA:
         return OPEN
     return HOLDS if found.mean > 0 else FAILS

@@ -1,15 +1,15 @@
 """The runs of a group sorted into lines: one for each method, choice and end state, controls first."""
 
 import json
-import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
 
 from analysis.groups import Group, sortable
+from analysis.measures import Measure
 from analysis.statistics import Sample
 from analysis.style import END_STATES, name_of, order_of
 
@@ -53,16 +53,9 @@ class Line:
         """Whether every run ended as one model in which every zero of the pruned one is still there."""
         return bool((self.rows.zeros_kept == 1).all())
 
-    def sample(self, value: Callable[[pd.Series], float], item_error: Callable[[pd.Series], float] | None) -> Sample:
+    def sample(self, measure: Measure) -> Sample:
         """A number by seed, without the runs that do not have it."""
-        values, errors = {}, []
-        for _, row in self.rows.iterrows():
-            number = value(row)
-            if not math.isnan(number):
-                values[None if math.isnan(row.seed) else int(row.seed)] = number
-                errors.append(0.0 if item_error is None else item_error(row))
-        known = [error for error in errors if not math.isnan(error)]
-        return Sample(values, sum(known) / len(known) if known else 0.0)
+        return measure.sample(self.rows)
 
     def text(self, key: str) -> str:
         """The value of a choice for readers."""

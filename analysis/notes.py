@@ -16,10 +16,10 @@ LEGEND = (
     "difference. `Δ LoRA` and `× LoRA` compare with LoRA as trained (the adapter beside the sparse weight) with the "
     "same settings.",
     f"A score is **bold** if it differs from that of every other row at the two-sided level {ALPHA:g}: a paired t-test "
-    "over the seeds, its variance the sum of that of the seeds and of that of the test items, which all seeds share "
-    "(Welch-Satterthwaite degrees of freedom; the errors of two methods on the items are taken as independent, which "
-    "is cautious). One seed shows no spread, so nothing is bold then. Controls, and models that lost zeros or are not "
-    "one merged model, do not compete.",
+    "over seeds and test items, which all methods share (two-way layout, Welch-Satterthwaite degrees of freedom; where "
+    "single items are not recorded, the errors of two methods on them are taken as independent, which is cautious). "
+    "One seed shows no spread, so nothing is bold then. Controls, and models that lost zeros or are not one merged "
+    "model, do not compete.",
     "A cost is **bold** if its range ends before every other one begins: step times from p10 to p90, bytes over the "
     "seeds.",
     "`-` was not measured; OOM ran out of memory.",

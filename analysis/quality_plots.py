@@ -14,6 +14,7 @@ import pandas as pd
 from analysis.figures import curve, finish, mark, new_figure, plain_ticks, split
 from analysis.groups import Group, check_one_machine
 from analysis.lines import Line, contenders, lines_of
+from analysis.measures import ACCURACY, number
 from analysis.notes import slug, slug_of
 from analysis.results import CONTROLS
 from analysis.statistics import ALPHA, Sample, difference
@@ -116,7 +117,7 @@ def _by_sparsity(quantity: str, label: str, groups: list[Group], mix: bool) -> I
         several = set()
         for group in family:
             for line in contenders(lines_of(group, controls=False)):
-                sample = line.sample(lambda row: row[quantity], None)
+                sample = line.sample(number(quantity))
                 if sample.n:
                     points = series[line.method, line.end_state]
                     several |= {name_of(line.method)} if group.axes["sparsity"] in points else set()
@@ -203,7 +204,7 @@ def _losses(line: Line) -> np.ndarray:
 
 
 def _score(line: Line) -> Sample:
-    return line.sample(lambda row: row.accuracy, lambda row: row.accuracy_stderr)
+    return line.sample(ACCURACY)
 
 
 def _score_of_control(lines: list[Line], control: str) -> Sample:

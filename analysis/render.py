@@ -132,7 +132,7 @@ def _record(table: Table, row: Row) -> dict[str, Any]:
             record[f"{column.name}_best"] = int(cell.best)
         elif column.relative == "difference":
             record[f"{column.name}_error"] = _exact(cell.std)
-        if column.item_error:
+        if column.measure and column.measure.item_error:
             record[f"{column.name}_item_error"] = _exact(cell.item_error)
     return record | {"runs": " ".join(row.keys)}
 

@@ -8,8 +8,8 @@ that no mean can pick up what a broken run had measured before it broke. The col
               label ("0.5", "2:4", "0"), end_state, headline (the first end state of its run)
     run       key, path (of result.json), experiment, error, config (nested, resolved), steps_file
     machine   device, threads, python, torch, transformers, peft, lm_eval, datasets, git_commit, git_dirty
-    quality   accuracy and accuracy_stderr (points), accuracy_metric, tasks, task_stderr, task_metric and task_norm
-              (by task; task_norm: acc_norm where a task has one),
+    quality   accuracy and accuracy_stderr (points), accuracy_metric, averaged (tasks), tasks, task_stderr, task_metric,
+              task_norm and task_items (by task; acc_norm where a task has one, and points of each item if recorded),
               perplexity, heldout_loss and heldout_stderr (nats), perplexity_text, perplexity_window
     training  loss_first, loss_last
     zeros     zeros_before and zeros_after (fractions), zeros_lost and zeros_gained (counts), zeros_kept (fraction of
@@ -26,6 +26,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 __all__ = ["CONTROLS", "MACHINE", "add_run_arguments", "load"]
@@ -177,16 +178,23 @@ def _quality(scores: dict[str, Any] | None) -> dict[str, Any]:
         "accuracy": _points(average.get("value")),
         "accuracy_stderr": _points(average.get("stderr")),
         "accuracy_metric": average.get("metric"),
+        "averaged": average.get("tasks", []),
         "tasks": {name: _points(task["value"]) for name, task in tasks.items()},
         "task_stderr": {name: _points(task["stderr"]) for name, task in tasks.items()},
         "task_metric": {name: task["metric"] for name, task in tasks.items()},
         "task_norm": {name: _points(task["acc_norm"]) for name, task in tasks.items() if "acc_norm" in task},
+        "task_items": {name: _item_points(task["correct"]) for name, task in tasks.items() if "correct" in task},
         "perplexity": _number(text.get("value")),
         "heldout_loss": _number(text.get("loss")),
         "heldout_stderr": _number(text.get("loss_stderr")),
         "perplexity_text": text.get("text"),
         "perplexity_window": _number(text.get("window")),
     }
+
+
+def _item_points(correct: str) -> np.ndarray:
+    """A text of "1" and "0", an item each, as points."""
+    return 100.0 * (np.frombuffer(correct.encode("ascii"), np.uint8) == ord("1"))
 
 
 def _zeros(zeros: dict[str, Any] | None) -> dict[str, Any]:

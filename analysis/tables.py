@@ -177,14 +177,14 @@ def _row(line: Line, cells: Mapping[str, Cell], group: Group) -> Row:
 
 
 def _cells(column: Column, lines: list[Line], group: Group) -> list[Cell]:
-    samples = [line.sample(column.value, column.item_error) for line in lines]
+    samples = [line.sample(column.measure) for line in lines]
     winner = _winner_by_range(column, lines) if column.bounds else _winner_by_test(column, lines, group)
     return [
         Cell(
             mean=sample.mean,
             std=sample.std,
             n=sample.n,
-            item_error=sample.item_error if column.item_error and sample.n else math.nan,
+            item_error=sample.item_error if column.measure.item_error and sample.n else math.nan,
             best=winner is not None and _same_training(line, winner, any_end=column.bounds is not None),
             out_of_memory=line.out_of_memory,
         )
@@ -197,10 +197,7 @@ def _relative_cells(column: Column, lines: list[Line], group: Group) -> list[Cel
     cells = []
     for line in lines:
         reference = reference_of(line, lines)
-        own, other = (
-            Sample({}) if one is None else one.sample(column.base.value, column.base.item_error)
-            for one in (line, reference)
-        )
+        own, other = (Sample({}) if one is None else one.sample(column.base.measure) for one in (line, reference))
         if not own.n or not other.n or (reference is line and column.relative == "difference"):
             cells.append(Cell())
         elif column.relative == "ratio":
@@ -215,9 +212,8 @@ def _winner_by_test(column: Column, lines: list[Line], group: Group) -> Line | N
     """The line whose score is better than every other one's, among those that did the whole task."""
     if column.better is None:
         return None
-    value, item_error = column.tested or (column.value, column.item_error)
     samples = {
-        index: line.sample(value, item_error)
+        index: line.sample(column.tested or column.measure)
         for index, line in enumerate(lines)
         if line.role == "method" and (group.axes["sparsity"] == 0 or line.keeps_zeros)
     }
@@ -231,7 +227,7 @@ def _winner_by_range(column: Column, lines: list[Line]) -> Line | None:
     ranges = {}
     for index, line in enumerate(lines):
         if line.role == "method" and line.headline:
-            ends = [sign * end for bound in column.bounds for end in line.sample(bound, None).values.values()]
+            ends = [sign * end for bound in column.bounds for end in line.sample(bound).values.values()]
             if ends:
                 ranges[index] = (min(ends), max(ends))
     index = best_range(ranges)

@@ -5,6 +5,7 @@ import random
 from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -48,6 +49,76 @@ def test_without_item_errors_it_is_the_paired_t_test():
 def test_without_a_spread_over_seeds_it_is_the_normal_test_of_the_items():
     ours = difference(Sample({0: 71.0, 1: 72.0}, 0.6), Sample({0: 70.0, 1: 71.0}, 0.8))
     assert ours.error == pytest.approx(1.0) and ours.p == pytest.approx(2 * stats.norm.sf(1.0))
+
+
+def answered(items, error=0.0):
+    """The sample of a method whose answers are `items`: by seed, an array for each task."""
+    return Sample(
+        {seed: float(np.mean([task.mean() for task in tasks])) for seed, tasks in items.items()}, error, items
+    )
+
+
+def drawn(seed, *, seeds=(0, 1, 2), counts=(40, 30), spread=(1.0, 8.0, 12.0)):
+    """Two methods with the same truth, whose differences have effects of seeds and items and a rest, as in the text.
+
+    Both also share a large effect of each seed and of each item.
+    """
+    draw = np.random.default_rng(seed).normal
+    common = {s: draw(0, 30) for s in seeds}
+    of_item = [draw(0, 40, count) for count in counts]
+    effect = [draw(0, spread[1], count) for count in counts]
+    a, b = {}, {}
+    for s in seeds:
+        shift = draw(0, spread[0])
+        a[s] = [50 + common[s] + own for own in of_item]
+        b[s] = [own + shift + item + draw(0, spread[2], len(own)) for own, item in zip(a[s], effect, strict=True)]
+    return answered(a, 5.0), answered(b, 5.0)
+
+
+def test_items_that_are_known_are_paired():
+    """Without effects of a seed the two-way variance is that of the items' mean differences."""
+    a, b = drawn(0, counts=(50,), spread=(0.0, 8.0, 0.0))
+    d_i = np.mean([a.items[s][0] - b.items[s][0] for s in range(3)], axis=0)
+    paired = difference(a, b)
+    assert paired.error == pytest.approx(d_i.std(ddof=1) / math.sqrt(50))
+    unpaired = difference(Sample(a.values, 5.0), Sample(b.values, 5.0))
+    assert unpaired.error >= math.sqrt(50) > paired.error
+    control = answered({None: a.items[0]}), answered({None: b.items[0]})
+    assert difference(*control).error == pytest.approx((a.items[0][0] - b.items[0][0]).std(ddof=1) / math.sqrt(50))
+    assert difference(control[0], b).n == 3
+
+
+@pytest.mark.parametrize(("of_seeds", "most"), [(0.0, 1.3), (3.0, 1.1)])
+def test_the_variance_of_a_difference_is_that_of_many_draws(of_seeds, most):
+    """Mean of the estimate over draws, and the spread of the differences themselves: S^2/n + I^2/N + R^2/(nN).
+
+    Without an effect of the seeds the lower bound lifts the estimate.
+    """
+    found = [difference(*drawn(seed, spread=(of_seeds, 8.0, 12.0))) for seed in range(600)]
+    truth = of_seeds**2 / 3 + (8.0**2 + 12.0**2 / 3) * (1 / 40 + 1 / 30) / 4
+    assert np.var([one.mean for one in found]) == pytest.approx(truth, rel=0.2)
+    assert 0.9 * truth < np.mean([one.error**2 for one in found]) < most * truth
+    assert ALPHA / 5 < np.mean([one.p < ALPHA for one in found]) < ALPHA + 3 * math.sqrt(ALPHA * (1 - ALPHA) / 600)
+
+
+@given(st.integers(0, 50), st.floats(-50, 50))
+def test_what_an_item_does_to_both_methods_does_not_count(seed, effect):
+    pair = drawn(seed)
+    effects = [effect * np.arange(len(task)) for task in pair[0].items[0]]
+    moved = [
+        answered({s: [x + e for x, e in zip(tasks, effects, strict=True)] for s, tasks in one.items.items()})
+        for one in pair
+    ]
+    before, after = difference(*pair), difference(*moved)
+    assert after.mean == pytest.approx(before.mean, abs=1e-6) and after.error == pytest.approx(before.error, rel=1e-6)
+
+
+def test_items_of_another_exam_or_of_one_side_only_are_not_paired():
+    a, b = drawn(1)
+    unpaired = difference(Sample(a.values, 5.0), Sample(b.values, 5.0)).error
+    shorter = Sample(b.values, 5.0, {s: [task[1:] for task in tasks] for s, tasks in b.items.items()})
+    partly = Sample(b.values, 5.0, {0: b.items[0]})
+    assert {difference(a, other).error for other in (shorter, partly, Sample(b.values, 5.0))} == {unpaired}
 
 
 @given(pairs(), st.floats(0.1, 5))

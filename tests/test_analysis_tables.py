@@ -116,6 +116,23 @@ def test_nothing_is_bold_within_the_noise(tmp_path, stderr, seeds):
     assert not any(row.cells["average"].best for row in table.rows)
 
 
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_small_lead_on_the_same_items_shows_where_the_items_are_recorded(tmp_path, recorded):
+    """Of 100 items of each task LoRS has 4 or 5 right more than SPP, and none wrong that SPP has right."""
+    runs = []
+    for method, right in (("lors", 70), ("spp", 66)):
+        for seed in range(3):
+            count = right + (seed == 0 and method == "lors")
+            content = scored(method, count / 100, seed=seed, stderr=0.02)
+            if recorded:
+                for task in content["eval"]["tasks"].values():
+                    task["correct"] = "1" * count + "0" * (100 - count)
+            runs.append(content)
+    (table,) = tables_of(tmp_path, *runs)
+    assert row_of(table, "LoRS").cells["average"].best == recorded
+    assert row_of(table, "LoRS").cells["boolq"].best == recorded
+
+
 def test_runs_that_differ_in_a_choice_are_rows_with_a_column_for_it(tmp_path):
     runs = [result("lors", seed=seed, accuracy=0.7 + 0.001 * r, config={"adapter.r": r, "method.peft.r": r})
             for seed in range(2) for r in (16, 32)]  # fmt: skip
