@@ -15,13 +15,12 @@ It is a verdict on the models that were run here, which are named. On the models
 import argparse
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import pandas as pd
 
 from analysis.claim_file import Claim, name_of, read_claims
 from analysis.evidence import FAILS, HOLDS, OPEN, Evidence, evidence, prepared, rows_of
-from analysis.results import add_run_arguments, load
+from analysis.results import add_run_arguments, load, output_folder
 
 __all__ = ["REPRODUCED", "UNCLEAR", "UNTESTABLE", "WRONG", "Finding", "judge", "judge_all", "markdown"]
 
@@ -127,7 +126,6 @@ def run(options: argparse.Namespace) -> int:
     """Print the verdicts and write `claims.md`."""
     text = markdown(judge_all(load(options.runs)))
     print(text)
-    output: Path = options.output or options.runs[0]
-    output.mkdir(parents=True, exist_ok=True)
+    output = output_folder(options)
     (output / "claims.md").write_text(text, encoding="utf-8")
     return 0

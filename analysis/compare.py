@@ -21,7 +21,7 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.results import CONTROLS, MACHINE, add_run_arguments, load
+from analysis.results import CONTROLS, MACHINE, add_run_arguments, load, output_folder
 
 __all__ = ["Comparison", "Missing", "Row", "compare", "markdown", "measurements", "published"]
 
@@ -340,7 +340,6 @@ def run(options: argparse.Namespace) -> int:
     """Print the comparison and write `compare.md`."""
     text = markdown(compare(load(options.runs)))
     print(text)
-    output = options.output or options.runs[0]
-    output.mkdir(parents=True, exist_ok=True)
+    output = output_folder(options)
     (output / "compare.md").write_text(text, encoding="utf-8")
     return 0

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis.results import add_run_arguments, load
+from analysis.results import add_run_arguments, load, output_folder
 
 CHANCE = {"boolq": 50.0, "rte": 50.0, "winogrande": 50.0}  # the other tasks have four choices
 FOUR_CHOICES = 25.0
@@ -142,7 +142,7 @@ def run(options: argparse.Namespace) -> int:
     """Print the table and the verdicts, write `margins.md` and `margins.png`; returns 0 only if all margins hold."""
     table = load(options.runs)
     table = table[table.status == "ok"]
-    output = options.output or options.runs[0]
+    output = output_folder(options)
     rows = list(checks(table))
     verdicts = "| margin | measured | holds |\n|---|---|---|\n"
     verdicts += "".join(f"| {what} | {measured} | {'yes' if holds else 'NO'} |\n" for what, measured, holds in rows)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis.results import CONTROLS, add_run_arguments, load
+from analysis.results import CONTROLS, add_run_arguments, load, output_folder
 
 __all__ = ["add_arguments", "run", "searched", "table_of", "winners", "write_recipe"]
 
@@ -89,8 +89,8 @@ def run(options: argparse.Namespace) -> int:
     """Print the search and write the winners; ``lr.md`` keeps it beside the runs."""
     means = searched(load(options.runs))
     text = table_of(means)
-    write_recipe(winners(means), options.recipe)
-    output = options.output or options.runs[0]
+    output = output_folder(options)
     (output / "lr.md").write_text(text, encoding="utf-8")
+    write_recipe(winners(means), options.recipe)
     print(f"{text}\n{options.recipe}: written")
     return 0

@@ -20,7 +20,7 @@ from analysis import claims, compare, plots, report_html, tables
 from analysis.notes import LEGEND
 from analysis.report_html import Section
 from analysis.report_runs import Runs, gather
-from analysis.results import CONTROLS, MACHINE, add_run_arguments, load
+from analysis.results import CONTROLS, MACHINE, add_run_arguments, load, output_folder
 from analysis.tables import Row, Table
 
 __all__ = ["page"]
@@ -157,8 +157,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Write `report.html`."""
-    output: Path = options.output or options.runs[0]
-    output.mkdir(parents=True, exist_ok=True)
+    output = output_folder(options)
     file = output / "report.html"
     file.write_text(page(load(options.runs), output, mix=options.mix), encoding="utf-8")
     print(f"{file}: {file.stat().st_size / 2**20:.1f} MiB")

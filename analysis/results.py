@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-__all__ = ["CONTROLS", "MACHINE", "add_run_arguments", "load"]
+__all__ = ["CONTROLS", "MACHINE", "add_run_arguments", "load", "output_folder"]
 
 SCHEMA = 1
 # Models that no method has trained; rows of their own, whatever run they were scored in.
@@ -45,6 +45,13 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "runs", type=Path, nargs="*", default=[Path("runs")], help="folders of result files; default: runs"
     )
     parser.add_argument("--output", type=Path, help="folder for what is written; default: the first of the folders")
+
+
+def output_folder(options: argparse.Namespace) -> Path:
+    """The folder for what a command writes, made if it is not there yet."""
+    output: Path = options.output or options.runs[0]
+    output.mkdir(parents=True, exist_ok=True)
+    return output
 
 
 def load(folders: Iterable[Path]) -> pd.DataFrame:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis.results import add_run_arguments, load
+from analysis.results import add_run_arguments, load, output_folder
 from analysis.style import name_of, order_of, style_of
 
 __all__ = ["a6000_table", "fits_on", "peaks", "table_of"]
@@ -39,8 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Print the tables, write the files; exit code 0."""
     table = peaks(load(options.runs))
-    output = options.output or options.runs[0]
-    output.mkdir(parents=True, exist_ok=True)
+    output = output_folder(options)
     text = "\n".join([*table_of(table), *a6000_table(table)]) + "\n"
     print(text)
     (output / "simulated.md").write_text(text)

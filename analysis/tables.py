@@ -19,7 +19,7 @@ from analysis.columns import Column, cost_columns, quality_columns
 from analysis.groups import Group, groups_of
 from analysis.lines import Line, choice_headers, lines_of, reference_of
 from analysis.notes import failures_of, notes_of, title_of
-from analysis.results import add_run_arguments, load
+from analysis.results import add_run_arguments, load, output_folder
 from analysis.statistics import Sample, best, best_range, difference
 from analysis.style import name_of
 
@@ -131,8 +131,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Write `tables.md`, `tables.csv` and `tables.tex`, and print the first."""
     tables = build(load(options.runs), mix=options.mix)
-    output = options.output or options.runs[0]
-    output.mkdir(parents=True, exist_ok=True)
+    output = output_folder(options)
     text = render.markdown(tables)
     for suffix, content in (("md", text), ("csv", render.comma_separated(tables)), ("tex", render.latex(tables))):
         (output / f"tables.{suffix}").write_text(content, encoding="utf-8")

@@ -53,6 +53,9 @@ def test_the_winners_reach_the_recipe_and_the_rest_of_it_stays(search, recipe, c
     assert "| lors | 70.0 | **80.0** | diverged |" in printed
     assert "At an end of the grid, so that a rate beyond it may be better: spp." in printed
     assert (runs / "lr.md").read_text() in printed
+    elsewhere = runs.parent / "not" / "there yet"
+    assert main(["lr", str(runs), "--recipe", str(recipe), "--output", str(elsewhere)]) == 0
+    assert (elsewhere / "lr.md").read_text() == (runs / "lr.md").read_text()
 
 
 @pytest.mark.parametrize(
