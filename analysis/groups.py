@@ -21,7 +21,7 @@ import pandas as pd
 
 from analysis.results import CONTROLS, MACHINE
 
-__all__ = ["Group", "check_one_machine", "flat", "groups_of", "sortable", "varying"]
+__all__ = ["AXES", "Group", "check_one_machine", "flat", "groups_of", "sortable", "varying"]
 
 AXES = ("mode", "model", "pruner", "pattern", "sparsity", "label")
 # Config values that say where and how a job runs, that are an axis, or that another value says already.

@@ -12,7 +12,7 @@ from analysis.notes import LEGEND
 
 if TYPE_CHECKING:
     from analysis.columns import Column
-    from analysis.tables import Cell, Row, Table
+    from analysis.table_parts import Cell, Row, Table
 
 __all__ = ["comma_separated", "latex", "markdown"]
 

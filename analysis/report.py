@@ -17,11 +17,12 @@ from string import Template
 import pandas as pd
 
 from analysis import claims, compare, plots, report_html, tables
+from analysis.averages import side_by_side
 from analysis.notes import LEGEND
 from analysis.report_html import Section
 from analysis.report_runs import Runs, gather
 from analysis.results import CONTROLS, MACHINE, add_run_arguments, load, output_folder
-from analysis.tables import Row, Table
+from analysis.table_parts import Row, Table
 
 __all__ = ["page"]
 
@@ -43,6 +44,7 @@ def page(results: pd.DataFrame, output: Path, *, mix: bool = False) -> str:
     """
     of = gather(results, output)
     built = tables.build(results, mix=mix)
+    built = [*side_by_side(built), *built]
     findings = claims.judge_all(results)
     compared = compare.compare(results)
     sections = [

@@ -14,7 +14,7 @@ from analysis.columns import Column
 from analysis.compare import Comparison
 from analysis.report_runs import Run, Runs, pruning
 from analysis.style import name_of, style_of
-from analysis.tables import Row, Table
+from analysis.table_parts import Row, Table
 
 __all__ = ["Section", "claims", "comparison", "facts", "overview", "plots", "results", "runs"]
 

@@ -8,109 +8,21 @@ models that lost zeros: they have solved an easier task.
 
 import argparse
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Mapping
 
 import pandas as pd
 
 from analysis import render
+from analysis.averages import side_by_side
 from analysis.columns import Column, cost_columns, quality_columns
 from analysis.groups import Group, groups_of
 from analysis.lines import Line, choice_headers, lines_of, reference_of
 from analysis.notes import failures_of, notes_of, title_of
 from analysis.results import add_run_arguments, load, output_folder
 from analysis.statistics import Sample, best, best_range, difference
-from analysis.style import name_of
+from analysis.table_parts import Cell, Row, Table
 
-__all__ = ["Cell", "Row", "Table", "build"]
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One number with its spread.
-
-    Attributes:
-        mean: Over the seeds; NaN where nothing was measured.
-        std: Over the seeds; NaN for fewer than two. Of a difference: its standard error.
-        n: Number of seeds.
-        item_error: Standard error over the test items; NaN for what is no mean over items.
-        best: Better than every other row by more than noise.
-        out_of_memory: Nothing was measured because the run did not fit.
-    """
-
-    mean: float = math.nan
-    std: float = math.nan
-    n: int = 0
-    item_error: float = math.nan
-    best: bool = False
-    out_of_memory: bool = False
-
-    def text(self, column: Column) -> str:
-        """What stands in the table: `76.1 ± 0.3`, a dash or OOM."""
-        if math.isnan(self.mean):
-            return "OOM" if self.out_of_memory else "-"
-        spread = "" if math.isnan(self.std) or not column.spread else f" ± {column.show(self.std).lstrip('+')}"
-        return column.show(self.mean) + spread
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of a table.
-
-    Attributes:
-        method: As on the command line; "dense" and "pruned" are models without fine-tuning.
-        end_state: adapter, merged, remasked, dense, or None.
-        role: control or method.
-        label: The name for readers.
-        choices: Text by config key, for the keys of `Table.choices`.
-        headline: Whether this is the first end state of its training; the others repeat its cost.
-        n: Number of seeds; 0 for a model without one.
-        cells: By name of column.
-        keys: Keys of the runs, `paths` their result files.
-    """
-
-    method: str
-    end_state: str | None
-    role: str
-    label: str
-    choices: Mapping[str, str]
-    headline: bool
-    n: int
-    cells: Mapping[str, Cell]
-    keys: tuple[str, ...]
-    paths: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Table:
-    """All rows of one group.
-
-    Attributes:
-        title: Model, pruner, pattern and protocol for readers.
-        axes: Value by axis, and by protocol key.
-        choices: Header by config key, of the columns that tell rows of one method apart.
-        quality: Columns of scores; empty if nothing was scored.
-        cost: Columns of size, memory and time; empty if nothing was trained.
-        rows: In the order in which they are shown.
-        notes: What a reader must know of these numbers.
-        failures: One line for each run that has none.
-    """
-
-    title: str
-    axes: Mapping[str, Any]
-    choices: Mapping[str, str]
-    quality: Sequence[Column]
-    cost: Sequence[Column]
-    rows: Sequence[Row]
-    notes: Sequence[str]
-    failures: Sequence[str]
-
-    @property
-    def trainings(self) -> list[Row]:
-        """The rows that have a cost: every training once, whatever became of its adapter."""
-        rows = [row for row in self.rows if row.role == "method" and row.headline]
-        return [replace(row, label=name_of(row.method)) for row in rows]
+__all__ = ["build"]
 
 
 def build(results: pd.DataFrame, *, mix: bool = False) -> list[Table]:
@@ -131,9 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Write `tables.md`, `tables.csv` and `tables.tex`, and print the first."""
     tables = build(load(options.runs), mix=options.mix)
+    shown = [*side_by_side(tables), *tables]
     output = output_folder(options)
-    text = render.markdown(tables)
-    for suffix, content in (("md", text), ("csv", render.comma_separated(tables)), ("tex", render.latex(tables))):
+    text = render.markdown(shown)
+    for suffix, content in (("md", text), ("csv", render.comma_separated(tables)), ("tex", render.latex(shown))):
         (output / f"tables.{suffix}").write_text(content, encoding="utf-8")
     print(text)
     return 0

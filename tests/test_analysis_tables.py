@@ -2,14 +2,17 @@
 
 import csv
 import io
+import math
 import re
 
 import pytest
 from synthetic_runs import MEBIBYTE, result, scores, write
 
 from analysis.__main__ import main
+from analysis.averages import side_by_side
 from analysis.groups import flat, groups_of, varying
 from analysis.results import load
+from analysis.table_parts import Cell
 from analysis.tables import build
 
 PRECISE = 0.001  # standard error over the items
@@ -244,6 +247,40 @@ def test_one_dead_weight_too_many_does_not_read_as_hundred_percent(tmp_path):
     (table,) = tables_of(tmp_path, content)
     column = next(column for column in table.quality if column.name == "zeros_kept_percent")
     assert row_of(table, "LoRS").cells[column.name].text(column) == "99.99"
+
+
+def test_averages_of_several_tables_stand_side_by_side(tmp_path, capsys):
+    levels = ({"sparsity": 0.5}, {"sparsity": 0.7, "dense": (0.81, 0.9)}, {"sparsity": 0.5, "pattern": "2:4"})
+    runs = [lora(seed, 0.70 + 0.001 * seed, **level) for level in levels for seed in range(3)]
+    runs += [scored("lors", 0.75 + 0.001 * seed, seed=seed, **levels[0]) for seed in range(3)]
+    runs += [scored("lors", 0.69, seed=0, **levels[2])]
+    write(tmp_path, *runs)
+    tables = build(load([tmp_path]))
+    (side,) = side_by_side(tables)
+    assert side.title == "microworld, wanda, averages"
+    of_label = {table.axes["label"]: table for table in tables}
+    heads = [column.title for column in side.quality]
+    assert sorted(heads[:6]) == sorted([*of_label, *["Δ LoRA"] * 3])
+    assert heads[6:] == ["trainable", "memory (MiB)", "GFLOP/step"]
+    for label, table in of_label.items():
+        for row in side.rows:
+            alone = [other for other in table.rows if (other.label, other.method) == (row.label, row.method)]
+            for name in ("average", "average_minus_lora"):
+                cell = row.cells[f"{name} {label}"]
+                wanted = [other.cells[name] for other in alone] or [Cell()]
+                assert any(repr(cell) == repr(other) for other in wanted)
+    best = row_of(side, "LoRS").cells
+    assert best["average 0.5"].best and not best["average 2:4"].best and math.isnan(best["average 0.7"].mean)
+    assert row_of(side, "LoRS").n == 1 and len(row_of(side, "LoRS").keys) == 4
+    # One dense model was scored differently: both rows are there, each in its column.
+    assert sum(row.label == "dense" for row in side.rows) == 2
+    assert main(["tables", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.index("## microworld, wanda, averages") < printed.index("## microworld, wanda 0.5")
+
+
+def test_one_table_has_nothing_beside_it(runs):
+    assert side_by_side(build(load([runs]))) == []
 
 
 def test_three_formats_say_the_same(runs, table, tmp_path, capsys):
