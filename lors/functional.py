@@ -284,15 +284,18 @@ def _scaled(gradient: Tensor | None, dtype: torch.dtype, scaling: float) -> Tens
 
 
 def _compute_dtype(device_type: str, weight_dtype: torch.dtype) -> torch.dtype:
-    autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    autocast = _has_autocast(device_type) and torch.is_autocast_enabled(device_type)
     return torch.get_autocast_dtype(device_type) if autocast and weight_dtype is not torch.float64 else weight_dtype
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager:
     """Keep a backward pass that is run under autocast in the types of its forward pass."""
-    if torch.amp.is_autocast_available(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()  # the meta device has no autocast
+    return torch.autocast(device_type, enabled=False) if _has_autocast(device_type) else nullcontext()
+
+
+def _has_autocast(device_type: str) -> bool:
+    """All but the meta device; torch's own `is_autocast_available` does not compile before torch 2.12."""
+    return device_type != "meta"
 
 
 def _packed(weight: Tensor | PackedWeight) -> PackedWeight:

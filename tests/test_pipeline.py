@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_tiny_llama
 from omegaconf import DictConfig
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -268,6 +269,12 @@ def test_other_precisions(tiny, method: str, precision: str) -> None:
     result = execute(tiny(f"method={method}", f"train.precision={precision}", "eval.tasks=[]"))
     assert result["status"] == "ok", result["error"]
     assert result["zeros"]["lost"] == 0
+
+
+def test_a_random_weight_that_is_drawn_as_zero_is_not_pruned() -> None:
+    shape = make_tiny_llama(initializer_range=0.0).config  # every weight is
+    model = pipeline.random_model(shape, torch.bfloat16, 0.5, "2:4", seed=0)
+    assert sparsity_of(model) == 0.5
 
 
 def test_profile_needs_no_weights_no_data_and_no_scores(composed, tmp_path, no_network) -> None:

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lors.harness.live_step import live_tensor_step, state_kept
@@ -272,19 +272,31 @@ def process_rss_peak() -> int:
 
 
 def _flop_counter() -> FlopCounterMode:
-    return FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
+    return FlopCounterMode(display=False, custom_mapping=_ATTENTION)
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return sdpa_flop_count(query, key, value)
+    """Scores and their product with the values: query B x H x n x d, key and value with H or fewer heads."""
+    return _scores_flops(query, key, query[-1]) + _scores_flops(query, key, value[-1])
 
 
 def _attention_backward_flops(grad_out: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return sdpa_backward_flop_count(grad_out, query, key, value)
+    """The scores again, then the gradients of queries and keys, of scores and values."""
+    return 3 * _scores_flops(query, key, query[-1]) + 2 * _scores_flops(query, key, value[-1])
 
 
-# torch has formulas for the attention kernels of GPUs, not for the one of CPUs.
-_CPU_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+def _scores_flops(query: Any, key: Any, width: int) -> int:
+    """One product between every query and every key, of inner size `width`, in each of the query's heads."""
+    batch, heads, queries, _ = query
+    return 2 * batch * heads * queries * key[-2] * width
+
+
+# torch has no formula for the attention kernel of CPUs, and up to 2.11 fails where keys have fewer heads than queries.
+_KERNELS = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
+_ATTENTION = {
+    **{getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}"): _attention_flops for kernel in _KERNELS},
+    **{
+        getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}_backward"): _attention_backward_flops
+        for kernel in _KERNELS
+    },
 }

@@ -31,6 +31,7 @@ from lors.sparsity import random_support
 
 __all__ = ["Models", "default_device", "random_model"]
 
+NO_ZERO = 1e-3
 SCORES = 2  # what `evaluate` returns; 2: with the items that were right
 
 log = logging.getLogger("lors")
@@ -151,7 +152,8 @@ def random_model(
         generator = torch.Generator().manual_seed(seed)
         for linear in tqdm(decoder_linears(model).values(), desc="random sparsity", unit="layer"):
             M = random_support(tuple(linear.weight.shape), sparsity, pattern, generator)  # out x in
-            linear.weight.data.mul_(M)
+            # A weight that was drawn as zero, as half precision does now and then, would count as pruned.
+            linear.weight.data.masked_fill_(linear.weight == 0, NO_ZERO).mul_(M)
     return model.to(default_device())
 
 
