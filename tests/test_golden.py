@@ -50,10 +50,9 @@ def test_the_default_run_in_miniature_is_as_it_was(tmp_path):
     golden, measured = json.loads(GOLDEN.read_text()), measure(tmp_path)
     assert measured.keys() == golden.keys()
     for name, value in golden.items():
-        # An item of 280 may flip between processors; exact quantities may not.
-        tolerance = {"abs": 0.015} if name.endswith("accuracy") else {"rel": 2e-3}
-        exact = name in ("zeros lost", "flops")
-        assert measured[name] == (value if exact else pytest.approx(value, **tolerance)), name
+        # An item of 280 may flip between processors; older transformers form rotary angles by a matrix product.
+        tolerance = {"abs": 0.015} if name.endswith("accuracy") else {"rel": 1e-6 if name == "flops" else 2e-3}
+        assert measured[name] == (value if name == "zeros lost" else pytest.approx(value, **tolerance)), name
 
 
 def test_the_shipped_model_belongs_to_this_world():
