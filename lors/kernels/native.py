@@ -21,7 +21,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from lors.kernels import eager
 from lors.kernels.layout import BITMAP, DENSE, PackedWeight, group_shape, pack
@@ -51,9 +50,12 @@ def merge(weight: PackedWeight, A: Tensor, B: Tensor, scaling: float, dtype: tor
     """As ``eager.merge``, for ``TYPES``."""
     (height, r), width = B.shape, A.shape[1]
     T = torch.empty(height, width, dtype=dtype)
-    padded = pad(A.float(), (0, -width % COLUMNS))
-    panels = padded.view(r, padded.shape[1] // COLUMNS, COLUMNS).transpose(0, 1).contiguous()
-    _run(weight, T, panels, pad(B.float() * scaling, (0, 0, 0, -height % ROWS)), r)
+    columns, rows = (size + -size % of for size, of in ((width, COLUMNS), (height, ROWS)))
+    padded_A, padded_B = torch.zeros(r, columns), torch.zeros(rows, r)
+    padded_A[:, :width] = A
+    torch.mul(B.float(), scaling, out=padded_B[:height])
+    panels = padded_A.view(r, columns // COLUMNS, COLUMNS).transpose(0, 1).contiguous()
+    _run(weight, T, panels, padded_B, r)
     return T
 
 
