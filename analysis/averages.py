@@ -27,7 +27,12 @@ def side_by_side(tables: Sequence[Table]) -> list[Table]:
         if any(column.name == AVERAGE for column in table.quality) and table.trainings:
             key = str({axis: value for axis, value in table.axes.items() if axis not in PRUNING})
             families.setdefault(key, []).append(table)
-    return [_joined(family) for family in families.values() if len(family) > 1]
+    return [_joined(sorted(family, key=_order)) for family in families.values() if len(family) > 1]
+
+
+def _order(table: Table) -> tuple[str, bool]:
+    """Unstructured zeros before patterns; within them the tables have the right order."""
+    return table.axes["pruner"], table.axes["pattern"] != "unstructured"
 
 
 def _joined(tables: list[Table]) -> Table:
