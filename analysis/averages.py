@@ -5,9 +5,10 @@ from dataclasses import replace
 
 from analysis.columns import Column
 from analysis.groups import AXES
+from analysis.notes import settings
 from analysis.table_parts import Cell, Row, Table
 
-__all__ = ["side_by_side"]
+__all__ = ["AVERAGE", "side_by_side"]
 
 AVERAGE, DIFFERENCE = "average", "average_minus_lora"
 # What the tables of one comparison may differ in.
@@ -49,7 +50,7 @@ def _joined(tables: list[Table]) -> Table:
                 same = (*same, "again")
             rows.setdefault(same, {})[number] = row
     costs = [replace(column, spread=False) for column in first.cost if _is_shared(column, rows.values())]
-    protocol = [f"{key.split('.')[-1].replace('_', ' ')} {first.axes[key]}" for key in first.axes if key not in AXES]
+    protocol = settings({key: value for key, value in first.axes.items() if key not in AXES})
     pruner = [] if by_pruner else [first.axes["pruner"]]
     return Table(
         title=", ".join([first.axes["model"], *pruner, "averages", *protocol]),

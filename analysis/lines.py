@@ -13,7 +13,7 @@ from analysis.measures import Measure
 from analysis.statistics import Sample
 from analysis.style import END_STATES, name_of, order_of
 
-__all__ = ["Line", "choice_headers", "contenders", "lines_of", "reference_of", "told_apart"]
+__all__ = ["Line", "choice_headers", "contenders", "lines_of", "reference_of", "short_name", "told_apart"]
 
 REFERENCE = "lora"
 ABSENT = "-"
@@ -125,12 +125,12 @@ def told_apart(line: Line, lines: list[Line]) -> str:
     """The choices by which a line differs from others of the same method, in brackets, or nothing."""
     same = [other for other in lines if other.method == line.method]
     keys = [key for key in line.choices if len({other.text(key) for other in same}) > 1]
-    return f" ({', '.join(f'{_short(key)} {line.text(key)}' for key in keys)})" if keys else ""
+    return f" ({', '.join(f'{short_name(key)} {line.text(key)}' for key in keys)})" if keys else ""
 
 
 def choice_headers(group: Group) -> dict[str, str]:
     """Header by config key: the last part of the key where that is unambiguous."""
-    names = [_short(key) for key in group.choices]
+    names = [short_name(key) for key in group.choices]
     return {key: name if names.count(name) == 1 else key for key, name in zip(group.choices, names, strict=True)}
 
 
@@ -187,7 +187,8 @@ def _identity(line: Line) -> str:
     return json.dumps(line.choices, sort_keys=True, default=str)
 
 
-def _short(key: str) -> str:
+def short_name(key: str) -> str:
+    """A config key for readers: its last part, in words."""
     return key.split(".")[-1].replace("_", " ")
 
 

@@ -1,15 +1,17 @@
 """The words around a table: its title, what a reader must know of its numbers, and the runs that have none."""
 
 import re
+from collections.abc import Mapping
 
 import pandas as pd
 
 from analysis.groups import Group, sortable
+from analysis.lines import short_name
 from analysis.results import MACHINE
 from analysis.statistics import ALPHA
 from analysis.style import name_of, order_of
 
-__all__ = ["LEGEND", "failures_of", "notes_of", "slug", "slug_of", "title_of"]
+__all__ = ["LEGEND", "failures_of", "notes_of", "settings", "slug", "slug_of", "title_of"]
 
 LEGEND = (
     "Scores are in per cent; ± is the standard deviation over n seeds, beside `Δ LoRA` the standard error of the "
@@ -38,8 +40,12 @@ def title_of(group: Group) -> str:
     pruned = "not pruned" if axes["sparsity"] == 0 else f"{axes['pruner']} {axes['label']}"
     if axes["mode"] != "run":
         pruned = f"sparsity {axes['label']}"
-    protocol = [f"{key.split('.')[-1].replace('_', ' ')} {value}" for key, value in group.protocol.items()]
-    return ", ".join(part for part in (axes["model"], pruned, MODES[axes["mode"]], *protocol) if part)
+    return ", ".join(part for part in (axes["model"], pruned, MODES[axes["mode"]], *settings(group.protocol)) if part)
+
+
+def settings(values: Mapping[str, object]) -> list[str]:
+    """Config values for readers: `sequence length 512`."""
+    return [f"{short_name(key)} {value}" for key, value in values.items()]
 
 
 def slug_of(group: Group) -> str:

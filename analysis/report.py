@@ -17,7 +17,7 @@ from string import Template
 import pandas as pd
 
 from analysis import claims, compare, plots, report_html, tables
-from analysis.averages import side_by_side
+from analysis.averages import AVERAGE, side_by_side
 from analysis.notes import LEGEND
 from analysis.report_html import Section
 from analysis.report_runs import Runs, gather
@@ -28,7 +28,6 @@ __all__ = ["page"]
 
 PARTS = Path(__file__).parent
 TITLE = "Fine-tuning pruned language models"
-AVERAGE = "average"
 
 
 def page(results: pd.DataFrame, output: Path, *, mix: bool = False) -> str:

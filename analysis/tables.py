@@ -1,9 +1,9 @@
 """Tables of quality and of cost: a row for each method and end state, as CSV, Markdown and LaTeX.
 
-One table for each model, pruner, pattern and protocol (`groups`). Cells are mean ± standard deviation over the seeds.
-The best is bold only where it is no accident (`statistics`): scores by a paired test over seeds and items, step times
-and byte counts by ranges that do not overlap. Controls are in every table and out of the contest; so are, for scores,
-models that lost zeros: they have solved an easier task.
+One table for each model, pruner, pattern and protocol (`groups`), before them their averages side by side. Cells are
+mean ± standard deviation over the seeds. The best is bold only where it is no accident (`statistics`): scores by a
+paired test over seeds and items, step times and byte counts by ranges that do not overlap. Controls are in every table
+and out of the contest; so are, for scores, models that lost zeros: they have solved an easier task.
 """
 
 import argparse

@@ -294,7 +294,7 @@ def _without_autocast(device_type: str) -> AbstractContextManager:
 
 
 def _has_autocast(device_type: str) -> bool:
-    """All but the meta device; torch's own `is_autocast_available` does not compile before torch 2.12."""
+    """All but the meta device; torch's own `is_autocast_available` does not compile in torch 2.11."""
     return device_type != "meta"
 
 

@@ -291,7 +291,7 @@ def _scores_flops(query: Any, key: Any, width: int) -> int:
     return 2 * batch * heads * queries * key[-2] * width
 
 
-# torch has no formula for the attention kernel of CPUs, and up to 2.11 fails where keys have fewer heads than queries.
+# torch has no formula for the attention kernel of CPUs, and 2.11 fails where keys have fewer heads than queries.
 _KERNELS = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
 _ATTENTION = {
     **{getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}"): _attention_flops for kernel in _KERNELS},
