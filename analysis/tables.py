@@ -15,6 +15,7 @@ import pandas as pd
 from analysis import render
 from analysis.averages import side_by_side
 from analysis.columns import Column, cost_columns, quality_columns
+from analysis.differences import pairwise
 from analysis.groups import Group, groups_of
 from analysis.lines import Line, choice_headers, lines_of, reference_of
 from analysis.notes import failures_of, notes_of, title_of
@@ -41,13 +42,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Write `tables.md`, `tables.csv` and `tables.tex`, and print the first."""
-    tables = build(load(options.runs), mix=options.mix)
+    """Write `tables.md`, `tables.csv`, `tables.tex` and `differences.csv`, and print the first."""
+    groups = groups_of(load(options.runs), mix=options.mix)
+    tables = [_table(group) for group in groups]
     shown = [*side_by_side(tables), *tables]
     output = output_folder(options)
     text = render.markdown(shown)
     for suffix, content in (("md", text), ("csv", render.comma_separated(tables)), ("tex", render.latex(shown))):
         (output / f"tables.{suffix}").write_text(content, encoding="utf-8")
+    pairs = pairwise([(table.title, group) for table, group in zip(tables, groups, strict=True)])
+    pairs.to_csv(output / "differences.csv", index=False, float_format="%.4g", lineterminator="\n")
     print(text)
     return 0
 

@@ -279,6 +279,22 @@ def test_averages_of_several_tables_stand_side_by_side(tmp_path, capsys):
     assert printed.index("## microworld, wanda, averages") < printed.index("## microworld, wanda 0.5")
 
 
+def test_every_pair_of_lines_has_its_difference_in_a_file(runs, table, tmp_path, capsys):
+    assert main(["tables", str(runs), "--output", str(tmp_path)]) == 0
+    pairs = list(csv.DictReader((tmp_path / "differences.csv").open()))
+    scored_rows = [row for row in table.rows if not math.isnan(row.cells["average"].mean)]
+    assert len(pairs) == len(scored_rows) * (len(scored_rows) - 1) / 2 and {pair["table"] for pair in pairs} == {
+        table.title
+    }
+    (pair,) = [pair for pair in pairs if {pair["a"], pair["b"]} == {"LoRS", "SPP"}]
+    assert pair["a"] == "LoRS" and pair["n"] == "3" and 0 < float(pair["p"]) < 0.01
+    means = [row_of(table, name).cells["average"].mean for name in ("LoRS", "SPP")]
+    assert float(pair["difference"]) == pytest.approx(means[0] - means[1], rel=1e-3)
+    lora = row_of(table, "LoRS").cells["average_minus_lora"]
+    (pair,) = [pair for pair in pairs if (pair["a"], pair["b"]) == ("LoRS", "LoRA, with adapter")]
+    assert float(pair["error"]) == pytest.approx(lora.std, rel=1e-3)
+
+
 def test_one_table_has_nothing_beside_it(runs):
     assert side_by_side(build(load([runs]))) == []
 
