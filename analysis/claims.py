@@ -5,7 +5,7 @@ evidence are pairs of results that differ in nothing else; `analysis/evidence.py
 holds in each, fails, or neither beyond noise. The verdict is
 
 - **reproduced** if it holds in every pair,
-- **not reproduced** if it fails in one,
+- **not reproduced** if it fails in one beyond noise, at a level divided by the number of pairs,
 - **not distinguishable** otherwise: noise may have done it,
 - **not testable here** if there is no pair, or if the suite lacks what the claim needs; the reason stands beside it.
 
@@ -62,14 +62,14 @@ def judge(claim: Claim, rows: pd.DataFrame) -> Finding:
         words = {"label": "at", "pruner": "pruned by"}
         scope = "".join(f" {words[axis]} {' or '.join(allowed)}" for axis, allowed in claim.scope.items())
         return Finding(claim, UNTESTABLE, f"no finished run of {' or '.join(absent)} with {claim.metric}{scope}")
-    pairs = tuple(evidence(claim, sides))
+    pairs = evidence(claim, sides)
     if not pairs:
         reason = "both sides were run, but not on the same model, data, recipe and machine"
         return Finding(claim, UNTESTABLE, reason)
     states = [pair.state for pair in pairs]
     verdict = WRONG if FAILS in states else UNCLEAR if OPEN in states else REPRODUCED
     counts = [f"{state} in {states.count(state)}" for state in (HOLDS, FAILS, OPEN) if state in states]
-    return Finding(claim, verdict, f"{', '.join(counts)} of {len(states)}", pairs)
+    return Finding(claim, verdict, f"{', '.join(counts)} of {len(states)}", tuple(pairs))
 
 
 def judge_all(table: pd.DataFrame) -> list[Finding]:

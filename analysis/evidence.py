@@ -7,7 +7,9 @@ count, and if these are several, those whose shared choices agree with the other
 - *holds* if the claim is true beyond noise. For scores: left + t > right at the two-sided level of
   `analysis.statistics`, which knows seeds and items. For costs, of which every run shows its own range (p10 to p90 of
   the step times, exact sizes): the whole range of the left side is below (1 + t) times that of the right ("at most");
-- *fails* if the opposite is true beyond noise. A number on the right side is a bound that every single run must keep;
+- *fails* if the opposite is true beyond noise. One pair that fails refutes a claim, so that a claim of k pairs has k
+  chances to fail by accident: for scores the level is divided by k (Bonferroni). Holding needs no such correction: a
+  claim is reproduced only if all pairs hold. A number on the right side is a bound that every single run must keep;
 - is *open* otherwise, or if a single seed shows no spread to judge by.
 """
 
@@ -30,6 +32,7 @@ HOLDS, FAILS, OPEN = "holds", "fails", "open"
 AXES = ("mode", "model", "pruner", "label")
 # Parts of the config that a pair of trained runs shares; rank, learning rate and the method's own options may differ.
 SHARED = ("model", "prune", "data", "train", "eval")
+Pair = tuple[pd.DataFrame, pd.DataFrame | None]
 
 
 @dataclass(frozen=True)
@@ -87,13 +90,18 @@ def _filtered(rows: pd.DataFrame, side: Side) -> pd.DataFrame:
     return rows if "end_state" in side else rows[rows.headline.astype(bool)]
 
 
-def evidence(claim: Claim, sides: list[pd.DataFrame]) -> Iterator[Evidence]:
-    """Every pair of rows that bears on a claim.
+def evidence(claim: Claim, sides: list[pd.DataFrame]) -> list[Evidence]:
+    """Every pair of rows that bears on a claim, judged.
 
     Args:
         claim: A claim with a comparison.
         sides: What `rows_of` returns, none of them empty.
     """
+    pairs = list(_all_pairs(claim, sides))
+    return [_judged(claim, *pair, len(pairs)) for pair in pairs]
+
+
+def _all_pairs(claim: Claim, sides: list[pd.DataFrame]) -> Iterator[Pair]:
     apart = {axis for side in claim.sides for axis in side} & set(AXES)
     methods = {name for rows in sides for name in rows.method}
     if "dense" in methods:
@@ -104,11 +112,9 @@ def evidence(claim: Claim, sides: list[pd.DataFrame]) -> Iterator[Evidence]:
     cells = [_cells(rows, axes, sorted(parts)) for rows in sides]
     for cell, left in cells[0].items():
         if len(cells) == 1:
-            pairs = [(rows, None) for rows in _variants(left)]
-        else:
-            pairs = _pairs(left, cells[1][cell]) if cell in cells[1] else []
-        for pair in pairs:
-            yield _judged(claim, *pair)
+            yield from ((rows, None) for rows in _variants(left))
+        elif cell in cells[1]:
+            yield from _pairs(left, cells[1][cell])
 
 
 def _cells(rows: pd.DataFrame, axes: list[str], parts: list[str]) -> dict[tuple[str, ...], pd.DataFrame]:
@@ -128,39 +134,42 @@ def _variants(rows: pd.DataFrame) -> list[pd.DataFrame]:
     return [of_one for of_one in variants if len(of_one) == most]
 
 
-def _pairs(left: pd.DataFrame, right: pd.DataFrame) -> list[tuple[pd.DataFrame, pd.DataFrame]]:
+def _pairs(left: pd.DataFrame, right: pd.DataFrame) -> list[Pair]:
     lefts, rights = _variants(left), _variants(right)
     single = len(lefts) == len(rights) == 1
     control = {left.method.iloc[0], right.method.iloc[0]} & set(CONTROLS)
     return [(a, b) for a in lefts for b in rights if single or control or a.shared.iloc[0] == b.shared.iloc[0]]
 
 
-def _judged(claim: Claim, left: pd.DataFrame, right: pd.DataFrame | None) -> Evidence:
-    state, measured = (_scores if claim.metric in SCORES else _costs)(claim, left, right)
+def _judged(claim: Claim, left: pd.DataFrame, right: pd.DataFrame | None, pairs: int) -> Evidence:
+    if claim.metric in SCORES:
+        state, measured = _scores(claim, left, right, ALPHA / pairs)
+    else:
+        state, measured = _costs(claim, left, right)
     keys = [key for rows in (left, right) if rows is not None for key in rows.key]
     return Evidence({axis: left.iloc[0][axis] for axis in AXES}, measured, state, tuple(dict.fromkeys(keys)))
 
 
-def _scores(claim: Claim, left: pd.DataFrame, right: pd.DataFrame | None) -> tuple[str, str]:
+def _scores(claim: Claim, left: pd.DataFrame, right: pd.DataFrame | None, fails_at: float) -> tuple[str, str]:
     measure, unit = SCORES[claim.metric]
     a = measure.sample(left)
     b = Sample({None: float(claim.right)}) if right is None else measure.sample(right, claim.factor)
     slack = claim.tolerance
     if claim.relation == "at least":
-        state = _above(a, b, slack)
+        state = _above(a, b, slack, fails_at)
     elif claim.relation == "at most":
-        state = _above(b, a, slack)
+        state = _above(b, a, slack, fails_at)
     else:
-        state = _all_of(_above(a, b, slack), _above(b, a, slack))
+        state = _all_of(_above(a, b, slack, fails_at), _above(b, a, slack, fails_at))
     found = difference(a, b)
     lead = "one seed, no spread to judge by" if found is None else f"{found.mean:+.2g} ± {found.error:.2g} {unit}"
     return state, f"{_shown(a)} against {_shown(b)}: {lead}"
 
 
-def _above(a: Sample, b: Sample, slack: float) -> str:
-    """Whether a + slack > b beyond noise, or below it."""
+def _above(a: Sample, b: Sample, slack: float, fails_at: float) -> str:
+    """Whether a + slack > b beyond noise, or below it at the level `fails_at`."""
     found = difference(replace(a, values={seed: value + slack for seed, value in a.values.items()}), b)
-    if found is None or found.p >= ALPHA:
+    if found is None or found.p >= (ALPHA if found.mean > 0 else fails_at):
         return OPEN
     return HOLDS if found.mean > 0 else FAILS
 

@@ -166,6 +166,17 @@ def test_one_failing_cell_is_enough_to_refute(tmp_path):
     assert found.verdict == WRONG and found.reason == "holds in 1, fails in 1 of 2"
 
 
+def test_more_pairs_need_a_clearer_failure_and_no_clearer_success(tmp_path):
+    """d = -4 points, standard error 1.35 from three seeds and items: p = 0.045, enough for one pair, not for more."""
+    noisy, calm = (0.65, 0.67, 0.69), (0.71, 0.71, 0.71)
+    for sparsity in (0.5, 0.6, 0.7):
+        pairs = [*seeds("lors", noisy, sparsity=sparsity), *seeds("spp", calm, sparsity=sparsity)]
+        refuted = judged(tmp_path / "refuted", claim(), *pairs)
+        shown = judged(tmp_path / "shown", claim(left={"method": "spp"}, right={"method": "lors"}), *pairs)
+        assert refuted.verdict == (WRONG if sparsity == 0.5 else UNCLEAR)
+        assert shown.verdict == REPRODUCED
+
+
 def test_the_claims_file_is_whole_and_covers_every_paper():
     known = read_claims()
     papers = " ".join(claim.paper for claim in known)
