@@ -18,7 +18,7 @@ from analysis.measures import ACCURACY, number
 from analysis.notes import slug, slug_of
 from analysis.results import CONTROLS
 from analysis.statistics import ALPHA, Sample, difference
-from analysis.style import Style, name_of, order_of, style_of
+from analysis.style import DOTTED, Style, name_of, order_of, style_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,7 +38,10 @@ ROW_HEIGHT = 0.17
 
 
 def accuracy_by_sparsity(groups: list[Group], mix: bool) -> Iterator[Drawn]:
-    """Mean accuracy of the tasks against unstructured sparsity, one figure for each model and pruner."""
+    """Mean accuracy of the tasks against unstructured sparsity, one figure for each model and pruner.
+
+    Horizontal lines are the dense model, as it is and with the same fine-tuning.
+    """
     return _by_sparsity("accuracy", "mean accuracy (%)", groups, mix)
 
 
@@ -64,8 +67,7 @@ def recovery(groups: list[Group], mix: bool) -> Iterator[Drawn]:
         elif lost.p >= ALPHA or lost.mean < 0:
             yield name, f"pruning cost {lost.mean:.1f} points, no more than noise: nothing to win back"
         else:
-            controls = {line.method: _score(line) for line in lines
-                        if line.role == "control" and line.method not in CONTROLS}  # fmt: skip
+            controls = {line.method: _score(line) for line in _tuned_dense(lines)}
             yield name, _recovery(trained, controls, pruned.mean, lost.mean)
 
 
@@ -131,7 +133,7 @@ def _by_sparsity(quantity: str, label: str, groups: list[Group], mix: bool) -> I
         elif several:
             yield name, f"more than one line for {', '.join(sorted(several))}: name the folder of one sweep"
         else:
-            figure, axes = _sparsity_figure(lines, pd.concat([group.controls for group in family]), quantity, label)
+            figure, axes = _sparsity_figure(lines, family, quantity, label)
             yield name, finish(figure, axes)
             if len(lines) < len(series):
                 left_out = "; ".join(name_of(*key) for key in series if key not in lines)
@@ -150,14 +152,19 @@ def _families(groups: list[Group]) -> dict[tuple[str, str], list[Group]]:
 
 
 def _sparsity_figure(
-    series: dict[tuple[str, str | None], dict[float, Sample]], controls: pd.DataFrame, quantity: str, label: str
+    series: dict[tuple[str, str | None], dict[float, Sample]], family: list[Group], quantity: str, label: str
 ) -> tuple[Figure, list[Axes]]:
+    controls = pd.concat([group.controls for group in family])
+    tuned = {line.label: line for group in family for line in _tuned_dense(lines_of(group, controls=True))}
     parts = split(sorted(series, key=lambda key: order_of(key[0])))
     figure, axes = new_figure(len(parts), share_y=True)
     scored = controls[controls[quantity].notna()]
     for panel, part in zip(axes, parts, strict=True):
         for _, row in scored[scored.method == "dense"].drop_duplicates(quantity).iterrows():
             panel.axhline(row[quantity], **_without_marker(style_of("dense")))
+        for name, line in tuned.items():
+            style = replace(style_of(line.method), name=name, line=DOTTED)
+            panel.axhline(line.sample(number(quantity)).mean, **_without_marker(style))
         pruned = scored[scored.method == "pruned"].sort_values("sparsity")
         curve(panel, style_of("pruned"), pruned.sparsity, pruned[quantity])
         for method, end_state in part:
@@ -188,6 +195,11 @@ def _recovery(lines: list[Line], controls: dict[str, Sample], pruned: float, los
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("share of the pruning loss won back (%)")
     return finish(figure, [axes])
+
+
+def _tuned_dense(lines: list[Line]) -> list[Line]:
+    """The controls that are the dense model with the fine-tuning of a method."""
+    return [line for line in lines if line.role == "control" and line.method not in CONTROLS and not line.rows.empty]
 
 
 def _losses(line: Line) -> np.ndarray:

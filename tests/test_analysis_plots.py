@@ -67,7 +67,8 @@ def test_accuracy_by_sparsity_shows_means_and_the_end_state_that_keeps_the_zeros
         "LoRS": ([0.5, 0.7], [77, 67]),
         "SPP": ([0.5, 0.7], [73, 63]),
     }
-    assert {line.get_label(): line.get_ydata()[0] for line in axes.lines}["dense"] == pytest.approx(80)
+    levels = {line.get_label(): line.get_ydata()[0] for line in axes.lines}
+    assert levels["dense"] == pytest.approx(80) and levels["dense, fine-tuned (LoRS)"] == pytest.approx(82)
     assert figure.legends[0].get_texts()[0].get_text() == "dense"
 
 
