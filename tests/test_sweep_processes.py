@@ -1,0 +1,99 @@
+"""Sweeps as processes: what kills, a second sweep beside the first and joblib leave behind. Slow."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from test_pipeline import NO_SCORES, numbers, tiny_overrides
+
+from lors.harness.store import read_json
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[1]
+
+
+def run_py(arguments: Sequence[str]) -> subprocess.Popen:
+    command = [sys.executable, "run.py", "-m", *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes)
+
+
+def results_in(folder: Path) -> dict[str, dict]:
+    return {file.parent.name: read_json(file) for file in folder.rglob("result.json")}
+
+
+def test_killed_sweeps_end_with_the_numbers_of_an_undisturbed_one(tiny_checkpoint, tiny_sources, tmp_path) -> None:
+    """SIGKILL of the sweep, of everything, and Ctrl-C, at random moments; a finished run is never made again."""
+    settings = ["method=lora,lors", "eval.tasks=[rte]", "train.steps=6"]
+    undisturbed = tmp_path / "undisturbed"
+    start = time.monotonic()
+    assert run_py([*tiny_overrides(tiny_checkpoint, tiny_sources, undisturbed), *settings]).wait() == 0
+    whole_sweep = time.monotonic() - start
+    arguments = [*tiny_overrides(tiny_checkpoint, tiny_sources, tmp_path / "killed"), *settings]
+    draw = random.Random(0)
+    finished: dict[str, int] = {}
+    for way in ("parent", "group", "interrupt") * 2:
+        process = run_py(arguments)
+        try:
+            process.wait(timeout=draw.uniform(0.2, 0.9) * whole_sweep)
+        except subprocess.TimeoutExpired:
+            if way == "parent":
+                process.kill()
+            else:
+                os.killpg(process.pid, signal.SIGKILL if way == "group" else signal.SIGINT)
+        code, output = process.wait(), process.stdout.read()  # read to the end: no child of it is left
+        if way == "interrupt" and code:
+            assert code == 130 and "the same command continues" in output
+        for file in (tmp_path / "killed").rglob("result.json"):
+            written = file.stat().st_mtime_ns
+            assert finished.setdefault(file.parent.name, written) == written, "made again"
+    process = run_py(arguments)
+    assert process.wait() == 0, process.stdout.read()
+    killed, whole = results_in(tmp_path / "killed"), results_in(undisturbed)
+    assert set(killed) == set(whole) and len(whole) == 2
+    for key, result in killed.items():
+        assert numbers(result) == numbers(whole[key])
+    for key, written in finished.items():
+        [file] = (tmp_path / "killed").rglob(f"{key}/result.json")
+        assert file.stat().st_mtime_ns == written
+
+
+def test_two_sweeps_at_once_share_the_jobs(tiny_checkpoint, tiny_sources, tmp_path) -> None:
+    arguments = [*tiny_overrides(tiny_checkpoint, tiny_sources, tmp_path), *NO_SCORES, "seed=0,1,2,3"]
+    both = [run_py(arguments) for _ in range(2)]
+    outputs = [process.communicate()[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    results = results_in(tmp_path)
+    assert len(results) == 4 and all(result["status"] == "ok" for result in results.values())
+    # A run that was made twice would have been logged twice.
+    logs = [file.read_text() for file in tmp_path.rglob("log.txt")]
+    assert [log.count("train ...") for log in logs] == [1] * 4
+
+
+@pytest.mark.skipif(importlib.util.find_spec("hydra_plugins.hydra_joblib_launcher") is None, reason="needs .[parallel]")
+def test_jobs_in_parallel_share_what_is_computed_once(tiny_checkpoint, tiny_sources, tmp_path) -> None:
+    """The numbers are those of a run on its own; pruned model, tokens and scores exist once and were made once."""
+    overrides = [*tiny_overrides(tiny_checkpoint, tiny_sources, tmp_path), "eval.tasks=[rte]", "train.steps=2"]
+    launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "method=lora,lors"]
+    process = run_py([*overrides, *launcher])
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    assert "[2/2] method=" in output
+    results = results_in(tmp_path)
+    assert len(results) == 2 and all(result["status"] == "ok" for result in results.values())
+    logs = "".join(file.read_text() for file in tmp_path.rglob("log.txt"))
+    assert logs.count("not in the cache, computed now") == 2, "dense and pruned, once each"
+    assert len(list(tmp_path.glob("cache/tokens/*.npz"))) == 2
+    alone = [*tiny_overrides(tiny_checkpoint, tiny_sources, tmp_path / "alone"), "eval.tasks=[rte]", "train.steps=2"]
+    assert run_py([*alone, "method=lors"]).wait() == 0
+    [(key, result)] = results_in(tmp_path / "alone").items()
+    assert numbers(result) == numbers(results[key])
