@@ -64,4 +64,9 @@ def _items(row: pd.Series, tasks: list[str]) -> Items | None:
 
 
 ACCURACY = Measure(lambda row: row.accuracy, lambda row: row.accuracy_stderr, lambda row: _items(row, row.averaged))
-HELDOUT_LOSS = Measure(lambda row: row.heldout_loss, lambda row: row.heldout_stderr)
+# The windows of the text are its items.
+HELDOUT_LOSS = Measure(
+    lambda row: row.heldout_loss,
+    lambda row: row.heldout_stderr,
+    lambda row: None if row.heldout_items is None else [row.heldout_items],
+)

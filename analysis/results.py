@@ -10,7 +10,8 @@ that no mean can pick up what a broken run had measured before it broke. The col
     machine   device, threads, python, torch, transformers, peft, lm_eval, datasets, git_commit, git_dirty
     quality   accuracy and accuracy_stderr (points), accuracy_metric, averaged (tasks), tasks, task_stderr, task_metric,
               task_norm and task_items (by task; acc_norm where a task has one, and points of each item if recorded),
-              perplexity, heldout_loss and heldout_stderr (nats), perplexity_text, perplexity_window
+              perplexity, heldout_loss and heldout_stderr (nats), heldout_items (nats of each window, or None),
+              perplexity_text, perplexity_window
     training  loss_first, loss_last
     zeros     zeros_before and zeros_after (fractions), zeros_lost and zeros_gained (counts), zeros_kept (fraction of
               the old zeros that are still zero; NaN beside an unmerged adapter), pattern_valid
@@ -194,6 +195,7 @@ def _quality(scores: dict[str, Any] | None) -> dict[str, Any]:
         "perplexity": _number(text.get("value")),
         "heldout_loss": _number(text.get("loss")),
         "heldout_stderr": _number(text.get("loss_stderr")),
+        "heldout_items": np.array(text["losses"]) if "losses" in text else None,
         "perplexity_text": text.get("text"),
         "perplexity_window": _number(text.get("window")),
     }

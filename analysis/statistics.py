@@ -15,9 +15,9 @@ Var(d) = S^2 / n + I^2 / N + R^2 / (n N), estimated by the mean squares of the t
 
     v = v_seeds + v_items - v_rest, but not less than v_seeds or v_items: each of them is in it
 
-A mean over tasks has v_items and v_rest of each task, over the squared number of tasks. Where a score comes without its
-items (held-out loss, results before items were recorded), their errors e are taken as independent, v = v_seeds + e_a^2
-+ e_b^2: an upper bound, since models that come from the same pruned one err on the same questions. Then
+A mean over tasks has v_items and v_rest of each task, over the squared number of tasks. The items of the held-out loss
+are the windows of the text. Where a score comes without its items, their errors e are taken as independent, v = v_seeds
++ e_a^2 + e_b^2: an upper bound, since models that come from the same pruned one err on the same questions. Then
 
     t = d / sqrt(v)    with    (n - 1) v^2 / v_seeds^2
 

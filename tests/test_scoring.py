@@ -125,6 +125,7 @@ def test_perplexity_is_the_exponential_of_the_mean_of_window_means(add_bos_token
     assert result["loss"] == pytest.approx(sum(means) / len(means), rel=1e-6)
     spread = torch.tensor(means).std().item() / math.sqrt(len(means))
     assert result["loss_stderr"] == pytest.approx(spread, rel=1e-4)
+    assert result["losses"] == pytest.approx(means, abs=1e-5)
     assert (result["window"], result["windows"], result["tokens"]) == (16, len(means), 15 * len(means))
 
 

@@ -32,7 +32,7 @@ from lors.sparsity import random_support
 __all__ = ["Models", "default_device", "random_model"]
 
 NO_ZERO = 1e-3
-SCORES = 2  # what `evaluate` returns; 2: with the items that were right
+SCORES = 3  # what `evaluate` returns; 2: with the items that were right; 3: with the loss of each window
 
 log = logging.getLogger("lors")
 

@@ -30,6 +30,7 @@ __all__ = ["perplexity", "perplexity_text"]
 WIKITEXT = "wikitext"
 KEY = "eval.perplexity.text"
 TOKENS_AT_ONCE = 4096  # per forward pass; bounds the logits of a large vocabulary
+LOSS_DIGITS = 6  # of a window, in nats
 
 
 def perplexity_text(source: str, data_root: str | None = None, boundary: str = "\n\n") -> str:
@@ -76,7 +77,8 @@ def perplexity(
 
     Returns:
         ``value`` (perplexity), ``loss`` (its logarithm), ``loss_stderr`` (over windows; None for one window),
-        ``window``, ``windows`` and ``tokens`` (that were predicted).
+        ``losses`` (of each window, in the order of the text), ``window``, ``windows`` and ``tokens`` (that were
+        predicted).
 
     Raises:
         BadInput: The text is shorter than one window.
@@ -103,6 +105,7 @@ def perplexity(
         "value": torch.tensor(mean, dtype=torch.float64).exp().item(),  # infinite rather than an error
         "loss": mean,
         "loss_stderr": math.sqrt(variance / count) if count > 1 else None,
+        "losses": [round(loss, LOSS_DIGITS) for loss in losses],
         "window": window,
         "windows": count,
         "tokens": count * (window - 1),
