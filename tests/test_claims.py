@@ -201,6 +201,13 @@ def test_the_claims_file_is_whole_and_covers_every_paper():
     assert by_id["lors-memory-lora"] == "lors.train_peak ≤ lora.train_peak, within 2 %"
 
 
+def test_times_of_profiles_with_random_zeros_bear_on_the_claims_about_time(tmp_path):
+    of = next(claim for claim in read_claims() if claim.id == "lors-time-spp-gc")
+    profile = {"mode": "profile", "pruner": "random"}
+    runs = result("lors", step_ms=(80.0, 82.0, 84.0), **profile), result("spp_gc", **profile)
+    assert judged(tmp_path, of, *runs).verdict == REPRODUCED
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
