@@ -69,7 +69,7 @@ def judge(claim: Claim, rows: pd.DataFrame) -> Finding:
     states = [pair.state for pair in pairs]
     verdict = WRONG if FAILS in states else UNCLEAR if OPEN in states else REPRODUCED
     counts = [f"{state} in {states.count(state)}" for state in (HOLDS, FAILS, OPEN) if state in states]
-    return Finding(claim, verdict, f"{', '.join(counts)} of {len(states)}", tuple(pairs))
+    return Finding(claim, verdict, f"{', '.join(counts)} of {len(states)}", pairs)
 
 
 def judge_all(table: pd.DataFrame) -> list[Finding]:

@@ -90,7 +90,7 @@ def _filtered(rows: pd.DataFrame, side: Side) -> pd.DataFrame:
     return rows if "end_state" in side else rows[rows.headline.astype(bool)]
 
 
-def evidence(claim: Claim, sides: list[pd.DataFrame]) -> list[Evidence]:
+def evidence(claim: Claim, sides: list[pd.DataFrame]) -> tuple[Evidence, ...]:
     """Every pair of rows that bears on a claim, judged.
 
     Args:
@@ -98,7 +98,7 @@ def evidence(claim: Claim, sides: list[pd.DataFrame]) -> list[Evidence]:
         sides: What `rows_of` returns, none of them empty.
     """
     pairs = list(_all_pairs(claim, sides))
-    return [_judged(claim, *pair, len(pairs)) for pair in pairs]
+    return tuple(_judged(claim, *pair, len(pairs)) for pair in pairs)
 
 
 def _all_pairs(claim: Claim, sides: list[pd.DataFrame]) -> Iterator[Pair]:

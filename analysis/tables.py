@@ -50,8 +50,7 @@ def run(options: argparse.Namespace) -> int:
     text = render.markdown(shown)
     for suffix, content in (("md", text), ("csv", render.comma_separated(tables)), ("tex", render.latex(shown))):
         (output / f"tables.{suffix}").write_text(content, encoding="utf-8")
-    pairs = pairwise([(table.title, group) for table, group in zip(tables, groups, strict=True)])
-    pairs.to_csv(output / "differences.csv", index=False, float_format="%.4g", lineterminator="\n")
+    pairwise(groups).to_csv(output / "differences.csv", index=False, float_format="%.4g", lineterminator="\n")
     print(text)
     return 0
 
