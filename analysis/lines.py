@@ -104,7 +104,7 @@ def _is_swept(key: str, lines: list[Line]) -> bool:
 
 
 def contenders(lines: list[Line], *, trainings: bool = False) -> list[Line]:
-    """One line of a plot for each training. Where a method has several, the labels say by which choices they differ.
+    """One line of a plot for each training. Where several have one label, it says by which choices they differ.
 
     Args:
         lines: Of one table.
@@ -118,7 +118,10 @@ def contenders(lines: list[Line], *, trainings: bool = False) -> list[Line]:
     kept = [line for line in trained if chosen[line.method, _identity(line)] is line]
     if trainings:
         kept = [replace(line, label=name_of(line.method), end_state=None) for line in kept]
-    return [replace(line, label=f"{line.label}{told_apart(line, kept)}") for line in kept]
+    alike = defaultdict(list)
+    for line in kept:
+        alike[line.label].append(line)
+    return [replace(line, label=f"{line.label}{told_apart(line, alike[line.label])}") for line in kept]
 
 
 def told_apart(line: Line, lines: list[Line]) -> str:

@@ -162,6 +162,18 @@ def test_two_lines_of_one_method_are_told_apart_by_their_dashes_alone(tmp_path):
     assert first._dash_pattern != second._dash_pattern
 
 
+def test_lines_whose_end_states_tell_them_apart_are_not_told_apart_again(tmp_path):
+    lost = result("sora", accuracy=0.72, states=("adapter", "remasked"), config={"method.peft.keep_zeros": False})
+    lost["zeros"] |= {"after_merge": None, "lost": None, "gained": None}
+    lost["variants"]["remasked"] |= {"eval": scores(0.68, 1.0)}
+    lost["variants"]["remasked"]["zeros"] |= {"after_merge": 0.5, "lost": 0, "gained": 0}
+    write(tmp_path, lost, result("sora", accuracy=0.71, config={"method.peft.keep_zeros": True}))
+    (figure,) = drawn(cost_plots.pareto_memory, tmp_path).values()
+    assert set(lines_in(figure.axes[0])) == {"SoRA, re-masked", "SoRA"}
+    (figure,) = drawn(quality_plots.loss_curves, tmp_path).values()
+    assert set(lines_in(figure.axes[0])) == {"SoRA (keep zeros no)", "SoRA (keep zeros yes)"}
+
+
 def test_machines_are_not_mixed_over_sparsities(tmp_path):
     write(tmp_path, result("lors"), result("lors", sparsity=0.7, environment={"device": "another"}))
     with pytest.raises(ValueError, match=r"device: A CPU, another.*--mix"):
