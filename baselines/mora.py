@@ -189,8 +189,8 @@ def masked_linear(x: Tensor, weight: Tensor, bias: Tensor | None, updates: Seque
 def dead_entries(weight: Tensor, maps: Maps) -> int:
     """Number of entries of S that no surviving position of W (out x in) depends on."""
     # The gradient of S for a random gradient of the update: exactly zero for those, and for no other.
-    generator = torch.Generator().manual_seed(0)
-    upstream = torch.randn(weight.shape, generator=generator).to(weight.device) * (weight != 0)
+    generator = torch.Generator(weight.device).manual_seed(0)
+    upstream = torch.randn(weight.shape, generator=generator, device=weight.device) * (weight != 0)
     with torch.enable_grad():
         S = torch.zeros(maps.q, maps.q, device=weight.device, requires_grad=True)
         (gradient,) = torch.autograd.grad(maps.expand(S), S, upstream)
@@ -260,6 +260,9 @@ def log_dead_entries(model: nn.Module, batches: Iterable[Mapping[str, Tensor]] =
     total = sum(layer.maps(layer.active_adapters[0]).q ** 2 for layer in layers)
     log.info("MoRA: %d of %d entries of its matrices touch no surviving weight", dead, total)
     return model
+
+
+log_dead_entries.reads_values = True
 
 
 MORA = register("MORA", MoraConfig, MoraModel, prefix=MoraModel.prefix)

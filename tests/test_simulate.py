@@ -97,6 +97,12 @@ def test_every_setting_as_measured_on_a_cpu(config, overrides) -> None:
     assert found["peak_phase"] == measured["peak_phase"]
 
 
+def test_nothing_is_told_of_values_that_are_not_there(config, caplog) -> None:
+    with caplog.at_level("INFO", "lors"):
+        simulated_step(config("method=mora"))
+    assert caplog.messages == []
+
+
 def test_the_peak_is_found_where_it_is(config) -> None:
     """With hardly any tokens, LoRS is highest while it goes back through a merged weight."""
     found = simulated_step(config("method=lors", "train.batch_size=1", "train.sequence_length=2"))["memory"]
