@@ -226,7 +226,7 @@ def select(model: nn.Module, number: int) -> list[XgbLoraLinear]:
 
 
 def first_booster(model: nn.Module, batches: Iterable[Mapping[str, Tensor]] = (), seed: int = 0) -> nn.Module:
-    """``Method.prepare`` of XGBLoRA: booster 0, so that what is counted and measured is that of a training step.
+    """``Method.prepare`` of XGBLoRA: booster 0 and every W_t, so that what is measured is any step, not the first one.
 
     Args:
         model: A model wrapped by ``XgbLoraModel``.
@@ -234,6 +234,8 @@ def first_booster(model: nn.Module, batches: Iterable[Mapping[str, Tensor]] = ()
         seed: Not used: the draw has the seed of the config.
     """
     select(model, 0)
+    for layer in _layers(model).values():
+        layer.boosted_weight(layer.active_adapters)
     return model
 
 

@@ -103,6 +103,16 @@ def test_nothing_is_told_of_values_that_are_not_there(config, caplog) -> None:
     assert caplog.messages == []
 
 
+def test_the_second_copy_of_the_weights_is_not_taken_for_activations(config) -> None:
+    """XGBLoRA's W_t lives as long as the model."""
+    found = {method: simulated_step(config(f"method={method}"))["memory"] for method in ("xgblora", "lora")}
+    linears = 2 * HIDDEN * HIDDEN + 2 * KEYS * HIDDEN + 3 * FFN * HIDDEN
+    assert found["xgblora"]["peak_phase"] == found["lora"]["peak_phase"]
+    difference = {name: found["xgblora"]["breakdown"][name] - found["lora"]["breakdown"][name] for name in CATEGORIES}
+    assert difference["other"] == 4 * LAYERS * linears
+    assert difference["activations"] < 0, "the layers that no booster trains keep less"
+
+
 def test_the_peak_is_found_where_it_is(config) -> None:
     """With hardly any tokens, LoRS is highest while it goes back through a merged weight."""
     found = simulated_step(config("method=lors", "train.batch_size=1", "train.sequence_length=2"))["memory"]

@@ -134,7 +134,7 @@ def training_step(
 def state_kept(model: nn.Module) -> Iterator[None]:
     """Undo, bit for bit, what a step changes: trained parameters, buffers, gradients, modes, random state."""
     changed = [p for p in model.parameters() if p.requires_grad] + list(model.buffers())
-    values = [tensor.detach().clone() for tensor in changed]
+    values = [(tensor.detach().clone(), tensor._version) for tensor in changed]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
     for parameter, _ in gradients:
@@ -145,8 +145,9 @@ def state_kept(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         with torch.no_grad():
-            for tensor, value in zip(changed, values, strict=True):
-                tensor.copy_(value)
+            for tensor, (value, version) in zip(changed, values, strict=True):
+                if tensor._version != version:  # a write would tell a cache of something made from it to start anew
+                    tensor.copy_(value)
         for parameter, gradient in gradients:
             parameter.grad = gradient
         for module, training in modes:
