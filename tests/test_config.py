@@ -26,8 +26,8 @@ NEEDS = {
     ("data", "text"): ["data.path=a/corpus"],
     ("prune", "none"): ["sparsity=0"],
 }
-# Methods to which adapter.r does not apply: a booster is of rank 1.
-OWN_RANK = {"xgblora": 1}
+# Methods to which adapter.r and adapter.alpha do not apply: a booster is of rank 1, at a scale of its own.
+OWN_RANK, OWN_ALPHA = {"xgblora": 1}, {"xgblora": 2}
 # Published sizes; the head is counted, as none of these ties it to the embeddings.
 PARAMETERS = {
     "tinyllama_1b": 1_100_048_384,
@@ -68,7 +68,8 @@ def test_every_method_builds(composed, option: str) -> None:
     assert method.name == option
     rank = getattr(method.peft, "r", 4)
     assert rank == OWN_RANK.get(option, 4), "adapter.r is shared by all methods"
-    assert getattr(method.peft, "lora_alpha", 8) == 8, "adapter.alpha is shared by all methods"
+    alpha = getattr(method.peft, "lora_alpha", 8)
+    assert alpha == OWN_ALPHA.get(option, 8), "adapter.alpha is shared by all methods"
 
 
 @pytest.mark.parametrize("name", sorted(PARAMETERS))
