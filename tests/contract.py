@@ -53,8 +53,8 @@ ADAPTERS = having(lambda method: method.peft is not None)
 LAYERWISE = having(lambda method: method.peft is not None and method.merges != ("adapter",))
 # Methods that start from another function than the pruned model, and the option that makes them start from it.
 ELSEWHERE = {"sherl": ["method.peft.start=identity"]}
-# Methods whose rank is not adapter.r.
-OWN_RANK = {"xgblora": 1}
+# Methods to which adapter.r and adapter.alpha do not apply: a booster is of rank 1, at a scale of its own.
+OWN_RANK, OWN_ALPHA = {"xgblora": 1}, {"xgblora": 2}
 
 
 def pruned(pattern: str = "unstructured", dtype: torch.dtype = torch.float32) -> PreTrainedModel:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from contract import OWN_ALPHA, OWN_RANK
 from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -26,8 +27,6 @@ NEEDS = {
     ("data", "text"): ["data.path=a/corpus"],
     ("prune", "none"): ["sparsity=0"],
 }
-# Methods to which adapter.r and adapter.alpha do not apply: a booster is of rank 1, at a scale of its own.
-OWN_RANK, OWN_ALPHA = {"xgblora": 1}, {"xgblora": 2}
 # Published sizes; the head is counted, as none of these ties it to the embeddings.
 PARAMETERS = {
     "tinyllama_1b": 1_100_048_384,

@@ -19,6 +19,7 @@ from contract import (
     FILES,
     LAYERWISE,
     NAMES,
+    OWN_ALPHA,
     OWN_RANK,
     TRAINED,
     R,
@@ -64,7 +65,7 @@ def test_the_shared_settings_and_single_fields_reach_the_config(name):
         assert peft.r == OWN_RANK.get(name, R)
         assert method_of(name, "method.peft.r=2").peft.r == 2
     if hasattr(peft, "lora_alpha"):
-        assert peft.lora_alpha == ALPHA
+        assert peft.lora_alpha == OWN_ALPHA.get(name, ALPHA)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
