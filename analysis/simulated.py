@@ -1,6 +1,6 @@
 """Peak memory of simulated training steps: table, figure, the card they fit on, and the authors' A6000 as a check.
 
-Reads the results of ``mode=simulate`` (`python run.py -m experiment=efficiency_simulated`) and writes
+Reads the results of ``mode=simulate`` (`experiment=efficiency_simulated` and `methods_simulated`) and writes
 ``simulated.csv``, ``simulated.md``, ``simulated.png`` and ``simulated.pdf``. A card holds a step if its peak and
 `HEADROOM` fit: the simulation counts tensors, and a process needs more than those.
 """

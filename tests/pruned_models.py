@@ -21,6 +21,7 @@ SHAPE = {
     "initializer_range": 0.1,  # so that the layers matter beside the residual stream
 }
 IDS = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(0))
+KINDS = {"bitmap": "unstructured", "n:m": "2:4"}  # storage -> the pattern of the model that it is tried on
 
 
 def pruned_model(

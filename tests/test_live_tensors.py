@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lors.harness.data import Collator, random_data
-from lors.harness.live_step import live_tensor_forward, live_tensor_step
+from lors.harness.live_step import live_tensor_forward, live_tensor_step, state_kept
 from lors.harness.live_tensors import CATEGORIES, LiveTensors
 from lors.harness.meter import Meter, count_flops, training_memory
 from lors.harness.method import Method, adapt
@@ -330,3 +330,15 @@ def test_flops_inside_custom_functions_and_checkpoints_count():
     # Two forward, four backward, and the first of the two again.
     assert flops == pytest.approx(7 * product, abs=product)
     assert flops % product == 0
+
+
+def test_a_kept_state_is_restored_and_what_nobody_wrote_to_is_not_written_to():
+    model = nn.BatchNorm1d(2)
+    model.bias.requires_grad_(False)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with state_kept(model), torch.no_grad():
+        model.weight.add_(1)
+        model.running_mean.add_(1)
+        untouched = model.running_var._version
+    assert model.running_var._version == untouched
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

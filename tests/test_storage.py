@@ -9,13 +9,12 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from pruned_models import KINDS
 from torch import Tensor, nn
 
 from lors.kernels import decode, layout, pack
 from lors.sparsity import random_support
 from lors.storage import CompressedLinear, best_layout, compress_linear, decompress_linear
-
-KINDS = {"bitmap": "unstructured", "n:m": "2:4"}  # storage -> the pattern of the model that it is tried on
 
 
 def bits_of(tensor: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from pruned_models import IDS, adapted_model, logits, lors_layers, pruned_model, weights
+from pruned_models import IDS, KINDS, adapted_model, logits, lors_layers, pruned_model, weights
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -17,8 +17,6 @@ from lors.blocks import decoder_linears
 from lors.harness.live_tensors import LiveTensors
 from lors.sparsity import sparsity_of
 from lors.storage import CompressedLinear, count_weights
-
-KINDS = {"bitmap": "unstructured", "n:m": "2:4"}  # storage -> the pattern of the model that it is tried on
 
 
 def test_storage_must_be_known() -> None:
