@@ -82,7 +82,8 @@ class Claim:
 def name_of(side: Side) -> str:
     """A side in words: the method, its end state or pruner, and the options that set it apart."""
     options = [str(side[key]) for key in ("pruner", "end_state") if key in side]
-    options += [f"init={side['method.peft.init']}"] if side.get("method.peft.init") == "kaiming" else []
+    options += ["init=kaiming"] if side.get("method.peft.init") == "kaiming" else []
+    options += ["keep_zeros=false"] if side.get("method.peft.keep_zeros") is False else []
     return side["method"] + (f"[{', '.join(options)}]" if options else "")
 
 

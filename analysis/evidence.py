@@ -22,7 +22,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.claim_file import COSTS, SCORES, Claim, Side
-from analysis.groups import CHOICES, IGNORED, IGNORED_WITHOUT_DATA, OF_CONTROLS, flat
+from analysis.groups import CHOICES, IGNORED, IGNORED_WITHOUT_DATA, OF_CONTROLS, flat, repeats_shared
 from analysis.results import CONTROLS, MACHINE
 from analysis.statistics import ALPHA, Sample, difference
 
@@ -60,7 +60,11 @@ def prepared(table: pd.DataFrame) -> pd.DataFrame:
     """
     rows = table[table.status == "ok"]
     values = [flat(config) for config in rows.config]
-    chosen = [{key: value for key, value in of_row.items() if _below(key, CHOICES)} for of_row in values]
+    repeated = {key for key in set().union(*values) if repeats_shared(key, values)}
+    chosen = [
+        {key: value for key, value in of_row.items() if _below(key, CHOICES) and key not in repeated}
+        for of_row in values
+    ]
     shared = [{key: value for key, value in of_row.items() if not _below(key, ("method",))} for of_row in chosen]
     protocol = [_protocol(of_row, mode) for of_row, mode in zip(values, rows["mode"], strict=True)]
     return rows.assign(

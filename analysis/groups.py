@@ -21,7 +21,7 @@ import pandas as pd
 
 from analysis.results import CONTROLS, MACHINE
 
-__all__ = ["AXES", "Group", "check_one_machine", "flat", "groups_of", "sortable", "varying"]
+__all__ = ["AXES", "Group", "check_one_machine", "flat", "groups_of", "repeats_shared", "sortable", "varying"]
 
 AXES = ("mode", "model", "pruner", "pattern", "sparsity", "label")
 # Config values that say where and how a job runs, that are an axis, or that another value says already.
@@ -101,8 +101,8 @@ def groups_of(table: pd.DataFrame, *, mix: bool = False) -> list[Group]:
 def varying(configs: Iterable[Values]) -> list[str]:
     """Keys in which flat configs differ, in the order of the config.
 
-    What belongs to one method, pruner or the like is compared within it. A key of a method that repeats the shared
-    adapter setting is left out.
+    What belongs to one method, pruner or the like is compared within it. A key of a method that repeats a shared one is
+    left out.
     """
     configs = list(configs)
     seen: dict[str, dict[Any, set[str]]] = defaultdict(lambda: defaultdict(set))
@@ -112,7 +112,18 @@ def varying(configs: Iterable[Values]) -> list[str]:
             if key in config or owner is None:
                 seen[key][config.get(owner)].add(_text(config.get(key)))
     different = [key for key, by_owner in seen.items() if any(len(values) > 1 for values in by_owner.values())]
-    return [key for key in different if not _is(key, IGNORED) and not _repeats_adapter(key, configs)]
+    return [key for key in different if not _is(key, IGNORED) and not repeats_shared(key, configs)]
+
+
+def repeats_shared(key: str, configs: Iterable[Values]) -> bool:
+    """Whether a method's own key always has the value of a shared one, of which it is an interpolation.
+
+    The shared ones are those of `adapter` and, for a seed, that of the run.
+    """
+    own = [config for config in configs if key in config]
+    shared = {name for config in own for name in config if name.startswith("adapter.")}
+    shared |= {"seed"} if key.endswith(".seed") else set()
+    return key.startswith("method.") and any(all(c[key] == c.get(name) for c in own) for name in shared)
 
 
 def sortable(value: Any) -> tuple[bool, float, str]:
@@ -207,10 +218,3 @@ def _text(value: Any) -> str:
 def _is(key: str, names: Iterable[str]) -> bool:
     """Whether a dotted key is one of `names` or lies below it."""
     return any(key == name or key.startswith(f"{name}.") for name in names)
-
-
-def _repeats_adapter(key: str, configs: list[Values]) -> bool:
-    """Whether a method's own key always has the value of one shared key, of which it is an interpolation."""
-    own = [config for config in configs if key in config]
-    shared = {name for config in own for name in config if name.startswith("adapter.")}
-    return key.startswith("method.") and any(all(c[key] == c.get(name) for c in own) for name in shared)

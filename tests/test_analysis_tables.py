@@ -325,6 +325,18 @@ def test_varying_compares_within_a_method_and_ignores_what_repeats_the_adapter()
     assert varying([flat(lors), flat(lors) | {"train.new": 1}]) == ["train.new"]
 
 
+def test_a_seed_of_a_method_is_a_choice_only_if_it_is_not_that_of_the_run(tmp_path):
+    def rows(folder, *own_seeds):
+        configs = [{"method.peft.seed": own} for own in own_seeds]
+        write(folder, *(result("xgblora", seed=seed, config=config) for seed, config in enumerate(configs)))
+        (table,) = build(load([folder]))
+        return [row.n for row in table.rows if row.role == "method"]
+
+    assert rows(tmp_path / "follows", 0, 1, 2) == [3]
+    assert rows(tmp_path / "fixed", 7, 7, 7) == [3]
+    assert rows(tmp_path / "apart", 0, 0, 7) == [2, 1]
+
+
 def test_the_reference_results_make_tables():
     groups = groups_of(load(["runs/reference/margins"]))
     assert any(len(group.runs) and len(group.tuned_dense) and len(group.controls) == 2 for group in groups)

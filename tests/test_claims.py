@@ -136,6 +136,12 @@ def test_an_option_sets_two_variants_of_a_method_apart(tmp_path):
     assert judged(tmp_path, of, *runs).verdict == REPRODUCED
 
 
+def test_a_seed_that_a_method_takes_from_the_run_is_no_variant(tmp_path):
+    own = [result("xgblora", seed=seed, accuracy=0.8, config={"method.peft.seed": seed}) for seed in range(3)]
+    found = judged(tmp_path, claim(left={"method": "xgblora"}), *own, *seeds("spp", (0.7, 0.7, 0.7)))
+    assert found.verdict == REPRODUCED and len(found.evidence) == 1
+
+
 def test_end_states_are_told_apart_and_the_first_is_the_headline(tmp_path):
     run = result("lora", states=("adapter", "dense"), lost=900)
     assert judged(
@@ -197,7 +203,8 @@ def test_the_claims_file_is_whole_and_covers_every_paper():
     assert all(f"{name} (arXiv" in papers for name in names.split())
     assert all(claim.comparison != "-" or claim.not_testable for claim in known)
     by_id = {claim.id: claim.comparison for claim in known}
-    assert by_id["lora-mini-size"] == "lora_mini.trainable ≤ 0.05 × lora.trainable"
+    assert by_id["lora-mini-size"] == "lora_mini[keep_zeros=false].trainable ≤ 0.05 × lora.trainable"
+    assert by_id["sora-accuracy"] == "sora[adapter, keep_zeros=false].accuracy ≥ lora[adapter].accuracy"
     assert by_id["lors-memory-lora"] == "lors.train_peak ≤ lora.train_peak, within 2 %"
 
 
