@@ -2,7 +2,8 @@
 
 Two rows of results are a pair if they lie in one *cell*: same mode, model, pruner and sparsity, same data, recipe and
 scoring, same machine. If a side was run with several choices (rank, learning rate, options), its rows with most seeds
-count, and if these are several, those whose shared choices agree with the other side's. With tolerance t a pair
+count, and if these are several, those whose shared choices agree with the other side's; learning rates too, unless each
+side has a single one, that found for it. With tolerance t a pair
 
 - *holds* if the claim is true beyond noise. For scores: left + t > right at the two-sided level of
   `analysis.statistics`, which knows seeds and items. For costs, of which every run shows its own range (p10 to p90 of
@@ -32,6 +33,7 @@ HOLDS, FAILS, OPEN = "holds", "fails", "open"
 AXES = ("mode", "model", "pruner", "label")
 # Parts of the config that a pair of trained runs shares; rank, learning rate and the method's own options may differ.
 SHARED = ("model", "prune", "data", "train", "eval")
+RATES = ("train.learning_rate", "train.minimum_learning_rate")
 Pair = tuple[pd.DataFrame, pd.DataFrame | None]
 
 
@@ -56,7 +58,8 @@ def prepared(table: pd.DataFrame) -> pd.DataFrame:
     """The finished rows of `results.load`, with what pairs are found by, worked out once for all claims.
 
     Columns added: `values` (the flat config), `protocol` (text by part of the config: what two sides must share),
-    `choices` and `shared` (texts: all that was chosen, and what of it every method has: rank, scale, learning rate).
+    `choices`, `shared` and `rate` (texts: all that was chosen; what of it every method has, as rank and scale; and the
+    learning rate).
     """
     rows = table[table.status == "ok"]
     values = [flat(config) for config in rows.config]
@@ -65,10 +68,12 @@ def prepared(table: pd.DataFrame) -> pd.DataFrame:
         {key: value for key, value in of_row.items() if _below(key, CHOICES) and key not in repeated}
         for of_row in values
     ]
-    shared = [{key: value for key, value in of_row.items() if not _below(key, ("method",))} for of_row in chosen]
+    shared = [{key: value for key, value in of_row.items() if not _below(key, ("method", *RATES))} for of_row in chosen]
+    rates = [{key: of_row.get(key) for key in RATES} for of_row in values]
     protocol = [_protocol(of_row, mode) for of_row, mode in zip(values, rows["mode"], strict=True)]
+    texts = {"choices": chosen, "shared": shared, "rate": rates}
     return rows.assign(
-        values=values, protocol=protocol, choices=list(map(_text, chosen)), shared=list(map(_text, shared))
+        values=values, protocol=protocol, **{name: list(map(_text, column)) for name, column in texts.items()}
     )
 
 
@@ -140,9 +145,12 @@ def _variants(rows: pd.DataFrame) -> list[pd.DataFrame]:
 
 def _pairs(left: pd.DataFrame, right: pd.DataFrame) -> list[Pair]:
     lefts, rights = _variants(left), _variants(right)
-    single = len(lefts) == len(rights) == 1
-    control = {left.method.iloc[0], right.method.iloc[0]} & set(CONTROLS)
-    return [(a, b) for a in lefts for b in rights if single or control or a.shared.iloc[0] == b.shared.iloc[0]]
+    pairs = [(a, b) for a in lefts for b in rights]
+    if len(pairs) == 1 or {left.method.iloc[0], right.method.iloc[0]} & set(CONTROLS):
+        return pairs
+    tuned = all(len({rows.rate.iloc[0] for rows in side}) == 1 for side in (lefts, rights))
+    agree = ("shared",) if tuned else ("shared", "rate")
+    return [(a, b) for a, b in pairs if all(a[name].iloc[0] == b[name].iloc[0] for name in agree)]
 
 
 def _judged(claim: Claim, left: pd.DataFrame, right: pd.DataFrame | None, pairs: int) -> Evidence:

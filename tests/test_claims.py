@@ -127,6 +127,15 @@ def test_tuned_learning_rates_may_differ_and_swept_ones_are_paired(tmp_path):
     assert found.verdict == WRONG
 
 
+def test_a_rate_found_for_a_method_is_compared_with_all_options_of_the_other(tmp_path):
+    ours = seeds("lors", (0.8, 0.8, 0.8), config={"train.learning_rate": 1e-2})
+    options = [{"method.peft.init": "kaiming"}, {"method.peft.init": "gradient"}]
+    theirs = [run for config in options for run in seeds("spp", (0.7, 0.7, 0.7), config=config)]
+    assert len(judged(tmp_path, claim(), *ours, *theirs).evidence) == 2
+    wider = seeds("spp", (0.7, 0.7, 0.7), config={"adapter.r": 32})
+    assert len(judged(tmp_path, claim(), *wider).evidence) == 2
+
+
 def test_an_option_sets_two_variants_of_a_method_apart(tmp_path):
     of = claim(
         left={"method": "lors", "method.peft.init": "gradient"}, right={"method": "lors", "method.peft.init": "kaiming"}
