@@ -193,6 +193,7 @@ def _recovery(lines: list[Line], controls: dict[str, Sample], pruned: float, los
     axes.set_yticks(range(len(lines)), [line.label for line in lines])
     axes.set_ylim(len(lines) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
+    axes.margins(x=0.1)  # so that the last number below the axis is whole
     axes.set_xlabel("share of the pruning loss won back (%)")
     return finish(figure, [axes])
 
