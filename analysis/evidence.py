@@ -2,8 +2,8 @@
 
 Two rows of results are a pair if they lie in one *cell*: same mode, model, pruner and sparsity, same data, recipe and
 scoring, same machine. If a side was run with several choices (rank, learning rate, options), its rows with most seeds
-count, and if these are several, those whose shared choices agree with the other side's; learning rates too, unless each
-side has a single one, that found for it. With tolerance t a pair
+count, and if these are several, those whose shared choices agree with the other side's. A learning rate that is the
+only one of its side was tuned for it and need not agree. With tolerance t a pair
 
 - *holds* if the claim is true beyond noise. For scores: left + t > right at the two-sided level of
   `analysis.statistics`, which knows seeds and items. For costs, of which every run shows its own range (p10 to p90 of
