@@ -1,8 +1,8 @@
 """What the benchmark runs: one linear, one decoder block and one whole step of every method, on the same weights.
 
 A variant is a method of ``conf/method`` and, for LoRS, how the merged weight T = W + M (.) (s B A) is made. Every
-method that trains may be asked for by its name: it has its own optimizer and penalty, and the ranks of the config. By
-default:
+method that trains may be asked for by its name: it has its own optimizer, callbacks and penalty, and the ranks of the
+config. By default:
 
 ===============  ============================================================================================
 frozen           the pruned model without adapter: the floor
@@ -16,8 +16,9 @@ spp, spp_gc      SPP, plain and checkpointed
 ===============  ============================================================================================
 
 All variants share one set of frozen weights, except the packed ones and those of full fine-tuning. What is trained is
-filled with small random numbers, because zeros could be faster than they are in a training. A linear or a block that a
-method does not train (SHERL, the blocks that a booster of XGBLoRA leaves out) is not timed.
+filled with small random numbers, because zeros could be faster than they are in a training, and callbacks are told that
+half of the training is over (the noise of Flat-LoRA grows from zero). A linear or a block that a method does not train
+(SHERL, the blocks that a booster of XGBLoRA leaves out) is not timed.
 """
 
 from __future__ import annotations
@@ -38,13 +39,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 
 import lors.functional
+from analysis.bench_training import Training
 from lors.blocks import decoder_blocks
-from lors.harness.live_step import training_step
-from lors.harness.live_tensors import LiveTensors
 from lors.harness.loss import batch_loss
 from lors.harness.method import PRECISIONS, Method, adapt, without_values
 from lors.harness.models import random_model
-from lors.harness.recipe import gradient_clipping, make_optimizer
 from lors.kernels import AUTO, SEMI_STRUCTURED, PackedWeight, decode
 from lors.storage import CompressedLinear
 
@@ -73,9 +72,6 @@ MERGES = ("lors_three_pass", "lors", "lors_compressed")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # Llama-2's feed-forward width over its width, 11008 / 4096, and the width of its heads.
 FEED_FORWARD, HEAD = 2.6875, 128
-RECIPE = OmegaConf.create(
-    {"learning_rate": 1e-4, "betas": [0.9, 0.999], "weight_decay": 0.0, "max_grad_norm": 1.0, "warmup_steps": 0}
-)
 
 
 @dataclass(frozen=True)
@@ -147,10 +143,10 @@ def build(setting: Setting, levels: list[str], variants: list[str], seed: int = 
     models = {variant: _adapted(base, setting, variant) for variant in variants}
     makers = {"merge": _merge, "linear": _linear, "block": _block, "step": _step}
     return [
-        Case(level, variant, _within(variant, makers[level](*models[variant], setting)))
+        Case(level, variant, _within(variant, makers[level](models[variant], setting)))
         for level in levels
         for variant in variants
-        if _has(level, variant, models[variant][1])
+        if _has(level, variant, models[variant].model)
     ]
 
 
@@ -169,8 +165,8 @@ def three_pass_merge(weight: PackedWeight, A: Tensor, B: Tensor, scaling: float,
     return T.mul_(W != 0)
 
 
-def _adapted(base: nn.Module, setting: Setting, variant: str) -> tuple[Method, nn.Module]:
-    """The method, and a copy of the model that shares its weights, wrapped."""
+def _adapted(base: nn.Module, setting: Setting, variant: str) -> Training:
+    """The training of a copy of the model that shares its weights, wrapped."""
     name, options = VARIANTS.get(variant, (variant, {}))
     method = without_values(_method(name, setting.r, options))
     shared = {} if method.peft is None and method.trains else {id(weight): weight for weight in base.parameters()}
@@ -180,7 +176,7 @@ def _adapted(base: nn.Module, setting: Setting, variant: str) -> tuple[Method, n
         if parameter.requires_grad:
             values = torch.randn(parameter.shape, generator=generator) / 100
             parameter.data.copy_(values)
-    return method, adapted.train()
+    return Training(method, adapted.train())
 
 
 def _method(name: str, r: int, options: Mapping[str, object]) -> Method:
@@ -210,9 +206,9 @@ def _within(variant: str, run: Callable[[], None]) -> Callable[[], None]:
     return inside
 
 
-def _merge(method: Method, model: nn.Module, setting: Setting) -> Callable[[], None]:
+def _merge(training: Training, setting: Setting) -> Callable[[], None]:
     """T of the output projection of attention, in the compute type."""
-    layer = _projection(model)
+    layer = _projection(training.model)
     base = layer.get_base_layer()
     W = base.packed if isinstance(base, CompressedLinear) else base.weight
     A, B, scaling = layer.lors_A["default"], layer.lors_B["default"], layer.scaling["default"]
@@ -220,14 +216,15 @@ def _merge(method: Method, model: nn.Module, setting: Setting) -> Callable[[], N
     return lambda: lors.functional.merged_weight(W, A, B, scaling, dtype)
 
 
-def _linear(method: Method, model: nn.Module, setting: Setting) -> Callable[[], None]:
+def _linear(training: Training, setting: Setting) -> Callable[[], None]:
     """The output projection of attention, width x width."""
-    layer = _projection(model)
-    return _forward_and_backward(model, layer, _hidden(setting), setting)
+    layer = _projection(training.model)
+    return _forward_and_backward(training.model, layer, _hidden(setting), setting)
 
 
-def _block(method: Method, model: nn.Module, setting: Setting) -> Callable[[], None]:
+def _block(training: Training, setting: Setting) -> Callable[[], None]:
     """The first decoder block."""
+    model = training.model
     x = _hidden(setting).unsqueeze(0)
     inner = (model.get_base_model() if isinstance(model, PeftModel) else model).model
     positions = torch.arange(setting.tokens, device=setting.device).unsqueeze(0)
@@ -235,8 +232,9 @@ def _block(method: Method, model: nn.Module, setting: Setting) -> Callable[[], N
     return _forward_and_backward(model, partial(_first_block(model), position_embeddings=angles), x, setting)
 
 
-def _step(method: Method, model: nn.Module, setting: Setting) -> Callable[[], None]:
-    """A whole training step: embedding to loss and back, clipping, optimizer."""
+def _step(training: Training, setting: Setting) -> Callable[[], None]:
+    """A whole training step: embedding to loss and back, clipping, optimizer, and the callbacks of the method."""
+    model = training.model
     tokens = torch.randint(setting.shape.vocab_size, (1, setting.tokens), generator=torch.Generator().manual_seed(0))
     tokens = tokens.to(setting.device)
     batch = {"input_ids": tokens, "labels": tokens, "attention_mask": torch.ones_like(tokens)}
@@ -247,17 +245,8 @@ def _step(method: Method, model: nn.Module, setting: Setting) -> Callable[[], No
         for name in ("q_proj", "k_proj", "v_proj"):
             _first_block(model).self_attn.get_submodule(name).register_forward_hook(_ask_for_gradient)
         return lambda: batch_loss(model, batch, autocast=autocast).backward()
-    optimizer = make_optimizer(model, RECIPE, method)
-    return lambda: training_step(
-        LiveTensors(),  # not entered, so it counts nothing
-        model=model,
-        batch=batch,
-        optimizer=optimizer,
-        penalty=method.penalty,
-        micro_batches=1,
-        max_grad_norm=gradient_clipping(RECIPE, method),
-        autocast=autocast,
-    )
+    training.make_optimizer()
+    return lambda: training.step(batch, autocast=autocast)
 
 
 def _ask_for_gradient(module: nn.Module, inputs: tuple, output: Tensor) -> None:
