@@ -14,16 +14,15 @@ only one of its side was tuned for it and need not agree. With tolerance t a pai
 - is *open* otherwise, or if a single seed shows no spread to judge by.
 """
 
-import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
 
 from analysis.claim_file import COSTS, SCORES, Claim, Side
-from analysis.groups import CHOICES, IGNORED, IGNORED_WITHOUT_DATA, OF_CONTROLS, flat, repeats_shared
+from analysis.groups import CHOICES, IGNORED, IGNORED_WITHOUT_DATA, OF_CONTROLS, below, flat, repeats_shared, text_of
 from analysis.results import CONTROLS, MACHINE
 from analysis.statistics import ALPHA, Sample, difference
 
@@ -65,22 +64,22 @@ def prepared(table: pd.DataFrame) -> pd.DataFrame:
     values = [flat(config) for config in rows.config]
     repeated = {key for key in set().union(*values) if repeats_shared(key, values)}
     chosen = [
-        {key: value for key, value in of_row.items() if _below(key, CHOICES) and key not in repeated}
+        {key: value for key, value in of_row.items() if below(key, CHOICES) and key not in repeated}
         for of_row in values
     ]
-    shared = [{key: value for key, value in of_row.items() if not _below(key, ("method", *RATES))} for of_row in chosen]
+    shared = [{key: value for key, value in of_row.items() if not below(key, ("method", *RATES))} for of_row in chosen]
     rates = [{key: of_row.get(key) for key in RATES} for of_row in values]
     protocol = [_protocol(of_row, mode) for of_row, mode in zip(values, rows["mode"], strict=True)]
     texts = {"choices": chosen, "shared": shared, "rate": rates}
     return rows.assign(
-        values=values, protocol=protocol, **{name: list(map(_text, column)) for name, column in texts.items()}
+        values=values, protocol=protocol, **{name: list(map(text_of, column)) for name, column in texts.items()}
     )
 
 
 def _protocol(values: Mapping[str, Any], mode: str) -> dict[str, str]:
     ignored = IGNORED + CHOICES + (IGNORED_WITHOUT_DATA if mode != "run" else ())
-    kept = {key: value for key, value in values.items() if not _below(key, ignored)}
-    return {part: _text({key: value for key, value in kept.items() if _below(key, (part,))}) for part in SHARED}
+    kept = {key: value for key, value in values.items() if not below(key, ignored)}
+    return {part: text_of({key: value for key, value in kept.items() if below(key, (part,))}) for part in SHARED}
 
 
 def rows_of(claim: Claim, rows: pd.DataFrame) -> list[pd.DataFrame]:
@@ -224,12 +223,3 @@ def _shown(sample: Sample) -> str:
     if sample.fixed:
         return f"{sample.mean:.4g} (no seed)"
     return f"{sample.mean:.4g}" + (f" ± {sample.std:.2g}" if sample.n > 1 else "") + f" (n {sample.n})"
-
-
-def _below(key: str, names: Iterable[str]) -> bool:
-    """Whether a dotted key is one of `names` or lies below it."""
-    return any(key == name or key.startswith(f"{name}.") for name in names)
-
-
-def _text(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, default=str)

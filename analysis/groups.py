@@ -21,7 +21,18 @@ import pandas as pd
 
 from analysis.results import CONTROLS, MACHINE
 
-__all__ = ["AXES", "Group", "check_one_machine", "flat", "groups_of", "repeats_shared", "sortable", "varying"]
+__all__ = [
+    "AXES",
+    "Group",
+    "below",
+    "check_one_machine",
+    "flat",
+    "groups_of",
+    "repeats_shared",
+    "sortable",
+    "text_of",
+    "varying",
+]
 
 AXES = ("mode", "model", "pruner", "pattern", "sparsity", "label")
 # Config values that say where and how a job runs, that are an axis, or that another value says already.
@@ -83,8 +94,8 @@ def groups_of(table: pd.DataFrame, *, mix: bool = False) -> list[Group]:
     trained, controls = table[~is_control], table[is_control & (table["mode"] == "run")]
     groups = []
     for _, runs in trained.groupby("mode", sort=False):
-        keys = [key for key in varying(runs["values"]) if not _is(key, CHOICES)]
-        sorted_in = [_text(_picked(values, keys)) for values in runs["values"]]
+        keys = [key for key in varying(runs["values"]) if not below(key, CHOICES)]
+        sorted_in = [text_of(_picked(values, keys)) for values in runs["values"]]
         for _, same in runs.groupby([*AXES, pd.Series(sorted_in, runs.index)], sort=False):
             groups.append(_group(same.iloc[0], same, runs, controls, keys, mix))
     # The dense model with the same fine-tuning is a control of the others, and a table only where there are none.
@@ -110,9 +121,9 @@ def varying(configs: Iterable[Values]) -> list[str]:
         owner = OWNERS.get(key.split(".")[0])
         for config in configs:
             if key in config or owner is None:
-                seen[key][config.get(owner)].add(_text(config.get(key)))
+                seen[key][config.get(owner)].add(text_of(config.get(key)))
     different = [key for key, by_owner in seen.items() if any(len(values) > 1 for values in by_owner.values())]
-    return [key for key in different if not _is(key, IGNORED) and not repeats_shared(key, configs)]
+    return [key for key in different if not below(key, IGNORED) and not repeats_shared(key, configs)]
 
 
 def repeats_shared(key: str, configs: Iterable[Values]) -> bool:
@@ -137,9 +148,9 @@ def _group(
 ) -> Group:
     """The table that `head` stands in: its controls are those of the same protocol (and, unless mixed, machine)."""
     same_protocol = [key for key in keys if not key.startswith("prune.")]
-    wanted = _text(_picked(head["values"], same_protocol))
+    wanted = text_of(_picked(head["values"], same_protocol))
     dense = trained[(trained.pruner == "none") & (trained.model == head.model)]
-    dense = _where(dense, lambda row: _text(_picked(row["values"], same_protocol)) == wanted)
+    dense = _where(dense, lambda row: text_of(_picked(row["values"], same_protocol)) == wanted)
     if head.pruner == "none" or head["mode"] != "run":
         dense = dense.iloc[:0]
     controls = _where(controls, lambda row: _is_control_of(row, head))
@@ -163,9 +174,9 @@ def _values(row: pd.Series) -> Values:
     """The flat config as far as it can matter for this row, and the machine."""
     config = flat(row.config)
     if row.method in CONTROLS:
-        config = {key: value for key, value in config.items() if _is(key, OF_CONTROLS[row.method])}
+        config = {key: value for key, value in config.items() if below(key, OF_CONTROLS[row.method])}
     elif row["mode"] != "run":
-        config = {key: value for key, value in config.items() if not _is(key, IGNORED_WITHOUT_DATA)}
+        config = {key: value for key, value in config.items() if not below(key, IGNORED_WITHOUT_DATA)}
     return config | {name: row[name] for name in MACHINE}
 
 
@@ -183,8 +194,8 @@ def _is_control_of(control: pd.Series, head: pd.Series) -> bool:
         return False
     if control.method == "pruned" and (control.pruner, control.label) != (head.pruner, head.label):
         return False
-    own = [key for key in control["values"] if _is(key, OF_CONTROLS[control.method]) and not _is(key, IGNORED)]
-    return _text(_picked(control["values"], own)) == _text(_picked(head["values"], own))
+    own = [key for key in control["values"] if below(key, OF_CONTROLS[control.method]) and not below(key, IGNORED)]
+    return text_of(_picked(control["values"], own)) == text_of(_picked(head["values"], own))
 
 
 def check_one_machine(runs: pd.DataFrame) -> None:
@@ -211,10 +222,11 @@ def _picked(values: Values, keys: Iterable[str]) -> dict[str, Any]:
     return {key: values.get(key) for key in keys}
 
 
-def _text(value: Any) -> str:
+def text_of(value: Any) -> str:
+    """A value of a config as a text; equal values have equal texts."""
     return json.dumps(value, sort_keys=True, default=str)
 
 
-def _is(key: str, names: Iterable[str]) -> bool:
+def below(key: str, names: Iterable[str]) -> bool:
     """Whether a dotted key is one of `names` or lies below it."""
     return any(key == name or key.startswith(f"{name}.") for name in names)
