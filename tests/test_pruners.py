@@ -13,6 +13,8 @@ from torch import Tensor
 
 from lors.prune import gram_matrix, prune_magnitude, prune_sparsegpt, prune_wanda, squared_norms
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 
 def lowest_by_hand(W: Tensor, score: Tensor, groups: list[list[tuple[int, int]]], count: int) -> Tensor:
     """Prune `count` entries per group in plain Python: zeros first, then by score, then in storage order."""
@@ -119,7 +121,7 @@ def all_pruners(W: Tensor, X: Tensor, sparsity: float | None, pattern: str) -> d
     }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_dtype_layout_and_input_are_left_alone(dtype):
     W, X = correlated(rows=12, width=8, tokens=30)
     W = W.T.contiguous().T.to(dtype)  # not contiguous
@@ -132,6 +134,52 @@ def test_dtype_layout_and_input_are_left_alone(dtype):
             assert torch.equal(pruned, torch.where(pruned != 0, W, 0))
         same = all_pruners(W.contiguous(), X, None, "2:4")[name]
         assert torch.equal(pruned, same)
+
+
+TARGETS = [
+    *((sparsity, "unstructured") for sparsity in (0.0, 0.3, 0.5, 0.7, 0.95)),
+    *((None, pattern) for pattern in ("1:2", "2:4", "1:4", "4:8", "3:8")),
+]
+
+
+def comparison_groups(name: str, W: Tensor, pattern: str, sparsity: float | None) -> tuple[Tensor, int]:
+    """A view of W with a row for each group in which a pruner keeps count, and how many it prunes of each."""
+    if pattern != "unstructured":
+        n, m = map(int, pattern.split(":"))
+        return W.reshape(-1, m), m - n
+    groups = W if name == "wanda" else W.reshape(1, -1)
+    return groups, int(groups.shape[1] * sparsity)
+
+
+@pytest.mark.parametrize("first", ["magnitude", "wanda", "sparsegpt"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pruning_what_is_pruned_keeps_its_zeros(first, dtype):
+    """Every pruner and target after every other: the old zeros stay, and there are as many as asked for, or as there
+    were if that is more."""
+    for seed, before in enumerate(TARGETS):
+        W, X = correlated(rows=5, width=16, tokens=12, seed=seed)
+        X[:, seed % 16] = 0.0
+        W = all_pruners(W.to(dtype), X, *before)[first]
+        for after in TARGETS:
+            for name, pruned in all_pruners(W, X, *after).items():
+                assert not pruned[W == 0].any(), (before, name, after)
+                assert not torch.signbit(pruned[pruned == 0]).any()
+                groups, count = comparison_groups(name, pruned, after[1], after[0])
+                old, _ = comparison_groups(name, W, after[1], after[0])
+                assert torch.equal((groups == 0).sum(1), (old == 0).sum(1).clamp(min=count)), (before, name, after)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES])
+@pytest.mark.parametrize(("sparsity", "pattern"), [(0.3, "unstructured"), (None, "2:4")])
+def test_no_zero_is_negative(dtype, sparsity, pattern):
+    """Of weights so small that a part of what the adjustment makes of them underflows, and of zeros of either sign."""
+    W, X = correlated(rows=24, width=32, tokens=40)
+    W = (W.double() * torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps).to(dtype)
+    W[0] = -0.0
+    assert torch.signbit(W[W == 0]).any()
+    for name, pruned in all_pruners(W, X, sparsity, pattern).items():
+        assert (pruned != 0).any(), name
+        assert not torch.signbit(pruned[pruned == 0]).any(), name
 
 
 def test_no_sparsity_changes_nothing():

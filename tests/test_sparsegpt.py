@@ -21,17 +21,18 @@ def sparsegpt_by_hand(W: Tensor, X: Tensor, pattern: str, sparsity: float | None
     inverses = [torch.linalg.inv(H[j:, j:]) for j in range(width)]
     cost = torch.stack([inverse[0, 0] for inverse in inverses])
     n, m = map(int, pattern.split(":")) if pattern != "unstructured" else (0, block)
-    pruned = torch.zeros_like(W, dtype=torch.bool)
+    old = W == 0
+    pruned = old.clone()
     for j in range(width):
         if j % m == 0:
-            saliency = W[:, j : j + m].square() / cost[j : j + m]
+            stop = min(j + m, width)
+            here = pruned[:, j:stop]
+            saliency = (W[:, j:stop].square() / cost[j:stop]).masked_fill(here, -1.0)
             if pattern == "unstructured":
-                stop = min(j + m, width)
-                count = int(rows * stop * sparsity) - int(rows * j * sparsity)
-                rank = saliency.flatten().argsort().argsort().view_as(saliency)
-                pruned[:, j:stop] = rank < count
+                due = due_by_hand(old, sparsity, stop) - due_by_hand(old, sparsity, j)
+                here |= saliency.flatten().argsort().argsort().view_as(saliency) < due
             else:
-                pruned[:, j : j + m].scatter_(1, saliency.argsort(1)[:, : m - n], True)
+                here |= saliency.argsort(1).argsort(1) < m - n
         for i in range(rows):
             if pruned[i, j]:
                 W[i, j:] -= W[i, j].clone() / cost[j] * inverses[j][0]
@@ -39,6 +40,14 @@ def sparsegpt_by_hand(W: Tensor, X: Tensor, pattern: str, sparsity: float | None
     return W
 
 
+def due_by_hand(old: Tensor, sparsity: float, stop: int) -> int:
+    """Zeros in the columns before ``stop``: the old ones, and of the free entries the part that is missing."""
+    missing = max(0, old.numel() * sparsity - int(old.sum()))
+    before = int(old[:, :stop].sum())
+    return before + int(missing / int((~old).sum()) * (len(old) * stop - before) + 1e-9)
+
+
+@pytest.mark.parametrize("zeros", [0.0, 0.3, 0.6])
 @pytest.mark.parametrize(
     ("pattern", "sparsity", "block"),
     [
@@ -51,8 +60,10 @@ def sparsegpt_by_hand(W: Tensor, X: Tensor, pattern: str, sparsity: float | None
         ("5:8", None, 8),
     ],
 )
-def test_sparsegpt_is_optimal_brain_surgeon(pattern, sparsity, block):
+def test_sparsegpt_is_optimal_brain_surgeon(pattern, sparsity, block, zeros):
+    """Also of a weight that has been pruned before: its zeros are removed, once more, like any other entry."""
     W, X = correlated(rows=6, width=24, tokens=40)
+    W = prune_magnitude(W, sparsity=zeros, pattern="unstructured")
     expected = sparsegpt_by_hand(W, X, pattern, sparsity, block)
     target = {"sparsity": sparsity, "pattern": pattern, "block_size": block}
     exact = prune_sparsegpt(W.double(), X.double().T @ X.double(), **target)
@@ -61,6 +72,32 @@ def test_sparsegpt_is_optimal_brain_surgeon(pattern, sparsity, block):
     single = prune_sparsegpt(W, gram_matrix(X), **target)
     assert torch.equal(single == 0, expected == 0)
     torch.testing.assert_close(single, expected.float(), rtol=1e-3, atol=1e-4)
+
+
+def test_an_old_zero_leaves_the_best_weight_there_is():
+    """All that is pruned lies left of all that stays, so the sweep is exact: the least squares under the zeros.
+
+    The second column is an old zero that the removal of the first makes non-zero.
+    """
+    W, X = correlated(rows=5, width=8, tokens=40)
+    W[:, 0] *= 1e-3  # goes first
+    W[:, 1] = 0.0
+    gram = X.double().T @ X.double()
+    pruned = prune_sparsegpt(W.double(), gram, sparsity=2 / 8, pattern="unstructured", block_size=8)
+    H = gram + 0.01 * gram.diagonal().mean() * torch.eye(8, dtype=torch.float64)
+    # min tr (w - W) H (w - W)^T with w = 0 in the first two columns
+    best = torch.cat([torch.zeros(5, 2), W.double() @ H[:, 2:] @ torch.linalg.inv(H[2:, 2:])], dim=1)
+    torch.testing.assert_close(pruned, best, rtol=1e-9, atol=1e-9)
+    assert torch.equal(pruned == 0, best == 0)
+
+
+def test_what_is_missing_goes_evenly_over_what_is_left():
+    W, X = correlated(rows=20, width=40, tokens=60)
+    W[:, :10] = 0.0
+    W[:10, 10:20] = 0.0
+    pruned = prune_sparsegpt(W, gram_matrix(X), sparsity=0.6, pattern="unstructured", block_size=10)
+    # 300 of 800 are zero and 180 are missing: 36 of every 100 of the 500 that are left.
+    assert [int((block == 0).sum()) for block in pruned.split(10, dim=1)] == [200, 136, 72, 72]
 
 
 @REPEATABLE
@@ -88,7 +125,7 @@ def test_sparsegpt_survives_ties_zeros_and_dead_inputs(problem, block):
     assert pruned.isfinite().all()
     assert follows_pattern(pruned, pattern)
     assert not torch.signbit(pruned[pruned == 0]).any()
-    assert not pruned[(W == 0).all(1)].any()  # an empty row stays empty
+    assert not pruned[W == 0].any()
     if sparsity is not None:
         assert int((pruned == 0).sum()) >= int(W.numel() * sparsity)
 

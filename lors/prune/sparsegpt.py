@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -44,15 +45,20 @@ def prune_sparsegpt(
 ) -> Tensor:
     """Prune W and adjust the entries that stay, so that X W^T changes little.
 
+    Zeros of W stay zeros, and count. The adjustment may make one non-zero on the way; it is then removed when
+    its column is reached, and made up for like any other entry.
+
     Saliencies are those of the weight adjusted so far. Equal ones go in storage order, dead inputs
     (gram_jj = 0) before live ones, zeros of W before those.
 
     Args:
         W: ``[out, in]``.
         gram: X^T X, ``[in, in]``, as ``gram_matrix`` gives it.
-        sparsity: Unstructured: exactly int(numel * sparsity) entries go, evenly over the blocks; those of
-            lowest saliency among all rows and the columns of a block.
-        pattern: ``n:m``: m - n of every group of m go, chosen when its first column is reached.
+        sparsity: Unstructured: exactly int(numel * sparsity) entries go, unless W has more zeros. What is missing
+            goes in equal parts of the non-zeros of every block; those of lowest saliency among all rows and the
+            columns of a block.
+        pattern: ``n:m``: m - n of every group of m go, chosen when its first column is reached; more if a group
+            has more zeros.
         block_size: Columns that are updated at once. With n:m it changes the speed, not the result.
         damping: Added to the diagonal of X^T X, in units of its mean over live inputs. Raised, with a
             warning, if the matrix is singular.
@@ -76,43 +82,67 @@ def prune_sparsegpt(
         raise ValueError("the gram matrix of the inputs is not finite")
     exact = torch.promote_types(torch.promote_types(W.dtype, gram.dtype), torch.float32)
     R, dead = _inverse_factor(gram.to(exact), damping)
-    pruned = _sweep(W.to(exact, copy=True), R, dead, sparsity, pattern, block_size).to(W.dtype)
+    pruned = W.to(exact, copy=True)
+    _sweep(pruned, R, dead, sparsity, pattern, block_size)
+    pruned = pruned.to(W.dtype)
     if not pruned.isfinite().all():
         raise ValueError(f"the adjusted weight does not fit in {W.dtype}")
-    return pruned
+    return pruned.masked_fill_(pruned == 0, 0.0)  # last, since the cast may round to -0.0
 
 
-def _sweep(W: Tensor, R: Tensor, dead: Tensor, sparsity: float, pattern: str, block_size: int) -> Tensor:
+def _sweep(W: Tensor, R: Tensor, dead: Tensor, sparsity: float, pattern: str, block_size: int) -> None:
     """Prune the columns of W (out x in) in place from left to right; R is in x in, dead (in,)."""
-    rows, width = W.shape
+    width = W.shape[1]
+    pruned = W == 0  # and more as the sweep chooses
     kept = parse_pattern(pattern)
-    if kept is not None:
+    if kept is None:
+        due = _zeros_due(pruned, sparsity)
+    else:
         block_size = math.ceil(block_size / kept[1]) * kept[1]  # a group must not straddle two blocks
     for start in range(0, width, block_size):
         stop = min(start + block_size, width)
-        w, r = W[:, start:stop], R[start:stop, start:stop]
+        w, r, gone = W[:, start:stop], R[start:stop, start:stop], pruned[:, start:stop]
         error = torch.zeros_like(w)  # column j: what was removed, in units of R_jj
         if kept is None:
-            # Counted from the left edge, so that rounding down does not add up over the blocks.
-            count = int(rows * stop * sparsity) - int(rows * start * sparsity)
-            pruned = lowest(_saliency(w, r, dead[start:stop]).flatten(), count).view_as(w)
-        else:
-            pruned = torch.zeros_like(w, dtype=torch.bool)
+            saliency = _saliency(w, r, dead[start:stop], gone).flatten()
+            gone |= lowest(saliency, due(stop) - due(start)).view_as(w)
         for j in range(stop - start):
             if kept is not None and j % kept[1] == 0:
                 group = slice(j, j + kept[1])
-                saliency = _saliency(w[:, group], r[group, group], dead[start:stop][group])
-                pruned[:, group] = lowest_per_group(saliency, pattern)
-            error[:, j] = torch.where(pruned[:, j], w[:, j] / r[j, j], 0.0)
+                saliency = _saliency(w[:, group], r[group, group], dead[start:stop][group], gone[:, group])
+                gone[:, group] |= lowest_per_group(saliency, pattern)
+            # An old zero too: what the columns before have made of it goes to the columns behind.
+            error[:, j] = torch.where(gone[:, j], w[:, j] / r[j, j], 0.0)
             w[:, j:] -= torch.outer(error[:, j], r[j, j:])
-        w.masked_fill_(pruned, 0.0)  # exactly: the update itself leaves rounding behind
+        w.masked_fill_(gone, 0.0)  # exactly: the update itself leaves rounding behind
         W[:, stop:] -= error @ R[start:stop, stop:]
-    return W.masked_fill_(W == 0, 0.0)  # a -0.0 that stays becomes 0.0
 
 
-def _saliency(w: Tensor, r: Tensor, dead: Tensor) -> Tensor:
-    """|w_ij| / R_jj, the root of the cost of removing w_ij; 0 for a dead input, -1 for a zero weight."""
-    return (w.abs() / r.diagonal()).masked_fill(dead, 0.0).masked_fill(w == 0, -1.0)
+def _zeros_due(zero: Tensor, sparsity: float) -> Callable[[int], int]:
+    """Function: how many zeros the columns before a given one are to have; ``zero`` (out x in) marks the old ones."""
+    rows, width = zero.shape
+    before = [0, *zero.sum(0).cumsum(0).tolist()]  # old zeros, by column
+    free = zero.numel() - before[width]
+    missing = max(0, int(zero.numel() * sparsity) - before[width])
+    # Of the entries that are free: missing / free but for rounding, and the sparsity itself if there is no old zero.
+    share = max(0.0, sparsity - (1 - sparsity) * before[width] / max(1, free))
+
+    def due(column: int) -> int:
+        # Counted from the left edge, so that rounding down does not add up over the blocks.
+        new = int((rows * column - before[column]) * share) if column < width else missing
+        return before[column] + min(new, missing)
+
+    return due
+
+
+def _saliency(w: Tensor, r: Tensor, dead: Tensor, gone: Tensor) -> Tensor:
+    """|w_ij| / R_jj, the root of the cost of removing w_ij.
+
+    Ahead of all costs, and in this order, come an old zero, what the adjustment has made exactly zero, and a dead
+    input.
+    """
+    cost = w.abs() / r.diagonal()
+    return cost.masked_fill(dead, 0.0).masked_fill(w == 0, -1.0).masked_fill(gone, -2.0)
 
 
 def _inverse_factor(H: Tensor, damping: float) -> tuple[Tensor, Tensor]:
