@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import lors
 from lors.functional import masked_linear
 from lors.kernels import PackedWeight, compiled, decode, eager, forced, implementation, layout, merge, native, ops, pack
+from lors.kernels.layout import values_at
 from lors.storage import compress_linear
 
 CPU = torch.device("cpu")
@@ -49,6 +52,72 @@ def assert_one_rounding(T: Tensor, W: Tensor, A: Tensor, B: Tensor, sloppy: floa
     allowed = sloppy * torch.finfo(T.dtype).eps * exact.abs() + (len(A) + 2) * SUMMED[T.dtype] * size
     assert ((T.double() - exact).abs() <= allowed).all()
     assert not T[W == 0].any()
+
+
+def every_number(dtype: torch.dtype, n: int = 1, m: int = 2) -> Tensor:
+    """A weight (out x 256), n of every m stored, with all numbers of a 16-bit type in it.
+
+    Of float32, all upper halves with three lower halves each. So there are zeros of either sign, subnormal numbers,
+    infinities, and NaN, quiet and signalling, of either sign and with every payload.
+    """
+    upper = torch.arange(-(2**15), 2**15)
+    if dtype is torch.float32:
+        lower = torch.randint(2, 2**16, upper.shape, generator=torch.Generator().manual_seed(0))
+        numbers = torch.cat([upper << 16, (upper << 16) + 1, (upper << 16) + lower]).to(torch.int32)
+    else:
+        numbers = upper.to(torch.int16)
+    groups = -(-len(numbers) * m // (n * 256)) * 256 // m
+    W = torch.zeros(groups, m, dtype=numbers.dtype)  # as whole numbers, which nothing converts
+    places = (torch.arange(n) * (m // n) + torch.arange(groups)[:, None]) % m
+    W[torch.arange(groups)[:, None], places] = numbers.repeat(-(-groups * n // len(numbers)))[: groups * n].view(-1, n)
+    return W.view(-1, 256).view(dtype)
+
+
+def bits(W: Tensor) -> Tensor:
+    """What lies in memory, -0.0 taken for 0.0."""
+    return layout.bits_of(torch.where(W == 0, 0.0, W))
+
+
+ALL_LAYOUTS = ["bitmap", *(f"{n}:{m}" for m in layout.GROUPS for n in range(1, m))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_number_comes_back_bit_for_bit(dtype: torch.dtype) -> None:
+    """From every layout: whoever decodes it, and if the values are taken from the weight again."""
+    decoders = {eager.decode, compiled.decode}
+    if dtype in native.TYPES and native.available():
+        decoders.add(native.decode)
+    for kind in ALL_LAYOUTS:
+        W = every_number(dtype, *(layout.group_shape(kind)[:2] if ":" in kind else ()))
+        packed = pack(W, kind)
+        for unpack in decoders:
+            assert torch.equal(layout.bits_of(unpack(packed)), bits(W)), (kind, unpack)
+        assert torch.equal(layout.bits_of(values_at(packed, W)), layout.bits_of(packed.parts[0])), kind
+
+
+def assert_every_number_is_merged(merged: Callable[..., Tensor], W: Tensor, kind: str, out: torch.dtype) -> None:
+    """An update of nothing leaves W, rounded to the type of T, and a NaN a NaN."""
+    T = merged(pack(W, kind), torch.ones(1, W.shape[1]), torch.zeros(len(W), 1), SCALING, out)
+    number = ~W.isnan()
+    assert torch.equal(T.isnan(), ~number), (kind, out)
+    expected = torch.where(W == 0, 0.0, W).to(out)
+    assert torch.equal(layout.bits_of(T)[number], layout.bits_of(expected)[number]), (kind, out)
+
+
+@pytest.mark.parametrize("name", ["eager", NATIVE])
+def test_every_number_is_merged(name: str) -> None:
+    merged, types = (native.merge, native.TYPES) if name == "native" else (eager.merge, (*native.TYPES, torch.float16))
+    for dtype, kind in product(types, ["dense", *ALL_LAYOUTS]):
+        W = every_number(dtype, *(layout.group_shape(kind)[:2] if ":" in kind else ()))
+        for out in types:
+            assert_every_number_is_merged(merged, W, kind, out)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_every_number_is_merged_by_the_compiled_pass() -> None:
+    """It sees blocks of W, whatever the layout."""
+    assert_every_number_is_merged(compiled.merge, every_number(torch.bfloat16), "dense", torch.bfloat16)
+    assert not compiled._unavailable
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -100,8 +169,10 @@ def test_nothing_gets_through_where_the_weight_is_zero(name: str) -> None:
     A, B = torch.tensor([[float("inf"), float("nan"), 2.0, float("inf")]]), torch.ones(1, 1)
     with forced(name):
         T = merge(pack(W, "dense"), A, B, 1.0, torch.bfloat16)
+        without_rank = merge(pack(W, "dense"), A[:0], B[:, :0], 1.0, torch.bfloat16)
     assert T.tolist() == [[0.0, 0.0, 3.0, float("inf")]]
-    assert not torch.signbit(T[0, :2]).any()
+    assert without_rank.tolist() == [[0.0, 0.0, 1.0, 1.0]]
+    assert not torch.signbit(T[0, :2]).any() and not torch.signbit(without_rank).any()
 
 
 @pytest.mark.parametrize("name", ["eager", "compiled", NATIVE])

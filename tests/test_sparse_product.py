@@ -48,7 +48,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 def scripted_times(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Milliseconds that the next measurements take, the sparse product before the dense one."""
     script: list[float] = []
-    monkeypatch.setattr(sparse_product, "_milliseconds", lambda call: script.pop(0))
+    monkeypatch.setattr(sparse_product, "milliseconds", lambda call, device: script.pop(0))
     return script
 
 
@@ -83,11 +83,25 @@ def test_the_faster_product_is_chosen_once_for_each_shape(stand_in, scripted_tim
     assert not scripted_times
 
 
-def test_kernels_that_fail_are_not_faster(stand_in, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(call: object) -> float:
-        raise RuntimeError("not supported on this architecture\nin three places")
+def test_nothing_is_measured_while_a_graph_is_captured(
+    stand_in, scripted_times, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, T = problem()["x"], problem()["weight"]
+    scripted_times += [1.0, 2.0]
+    monkeypatch.setattr(sparse_product, "capturing", lambda device: True)
+    assert torch.equal(product(x, T, None, "auto"), linear(x, T))
+    assert not stand_in and len(scripted_times) == 2
+    monkeypatch.setattr(sparse_product, "capturing", lambda device: False)
+    product(x, T, None, "auto")
+    assert len(stand_in) == 1
 
-    monkeypatch.setattr(sparse_product, "_milliseconds", fail)
+
+@pytest.mark.parametrize("kind", [RuntimeError, AssertionError])
+def test_kernels_that_fail_are_not_faster(kind, stand_in, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(call: object, device: torch.device) -> float:
+        raise kind("not supported on this architecture\nin three places")
+
+    monkeypatch.setattr(sparse_product, "milliseconds", fail)
     x, T = problem()["x"], problem()["weight"]
     with pytest.warns(UserWarning, match=r"no 2:4 product for \(128, 64\), .* \(not supported on this architecture\)$"):
         assert torch.equal(product(x, T, None, "auto"), linear(x, T))

@@ -156,7 +156,8 @@ def merge(weight: PackedWeight, A: Tensor, B: Tensor, scaling: float, dtype: tor
     T = torch.empty(weight.shape, dtype=dtype, device=A.device)
     exact = A.itemsize == B.itemsize == 2  # TF32 has the digits of float16 and the exponents of bfloat16
     precision = "tf32" if exact else "ieee" if dtype == torch.float32 else "tf32x3"
-    _launch(weight, T, A.contiguous(), B.contiguous(), scaling, A.shape[0], precision)
+    # A step at least: without a rank it is a merge all the same, with its mask.
+    _launch(weight, T, A.contiguous(), B.contiguous(), scaling, max(1, triton.cdiv(A.shape[0], RANKS)), precision)
     return T
 
 
@@ -168,35 +169,37 @@ def decode(weight: PackedWeight) -> Tensor:
     return W
 
 
-def _launch(weight: PackedWeight, T: Tensor, A: Tensor, B: Tensor, scaling: float, r: int, precision: str) -> None:
-    """Fill T; r = 0 only decodes."""
+def _launch(weight: PackedWeight, T: Tensor, A: Tensor, B: Tensor, scaling: float, steps: int, precision: str) -> None:
+    """Fill T with so many steps over the ranks; 0 only decodes."""
     height, width = weight.shape
     values, places, offsets = (*(part.contiguous() for part in weight.parts), *weight.parts[:1] * 2)[:3]
     if not T.numel():
         return
     grouped = weight.layout not in (DENSE, BITMAP)
     n, m, bits = group_shape(weight.layout) if grouped else (1, 1, 1)
-    _merge_kernel[triton.cdiv(height, ROWS), triton.cdiv(width, SPAN)](
-        T,
-        values,
-        places,
-        offsets,
-        A,
-        B,
-        float(scaling),
-        height,
-        width,
-        r,
-        width // m * n if grouped else width,
-        places.shape[1] if weight.layout != DENSE else 0,
-        LAYOUT=2 if grouped else int(weight.layout == BITMAP),
-        N=n,
-        M=m,
-        BITS=bits,
-        STEPS=triton.cdiv(r, RANKS),
-        PRECISION=precision,
-        ROWS=ROWS,
-        COLUMNS=COLUMNS,
-        SPAN=SPAN,
-        RANKS=RANKS,
-    )
+    launch = _merge_kernel[triton.cdiv(height, ROWS), triton.cdiv(width, SPAN)]
+    with torch.cuda.device_of(T):  # Triton launches on the current device, which may be another one
+        launch(
+            T,
+            values,
+            places,
+            offsets,
+            A,
+            B,
+            float(scaling),
+            height,
+            width,
+            A.shape[0],
+            width // m * n if grouped else width,
+            places.shape[1] if weight.layout != DENSE else 0,
+            LAYOUT=2 if grouped else int(weight.layout == BITMAP),
+            N=n,
+            M=m,
+            BITS=bits,
+            STEPS=steps,
+            PRECISION=precision,
+            ROWS=ROWS,
+            COLUMNS=COLUMNS,
+            SPAN=SPAN,
+            RANKS=RANKS,
+        )

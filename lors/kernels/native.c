@@ -7,8 +7,8 @@
  *   LAYOUT_BITMAP    bit k of places[row * pitch + j]: whether column 8 j + k is stored; values from offsets[row] on
  *   LAYOUT_GROUPS    n values of every m columns, the column of each in BITS bits of places, the first in the lowest
  *
- * r = 0 only decodes. native.py compiles and calls this file, cuts A into panels of COLUMNS and fills A and B up with
- * zeros, so that every product is a whole one.
+ * r = 0 only decodes, into the type of the values. native.py compiles and calls this file, cuts A into panels of
+ * COLUMNS and fills A and B up with zeros, so that every product is a whole one.
  */
 
 #include <stdint.h>
@@ -50,6 +50,14 @@ static inline float of_bfloat16(uint16_t x)
     float y;
     memcpy(&y, &bits, 4);
     return y;
+}
+
+/* The way back, bit for bit. */
+static inline uint16_t upper_half(float x)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return bits >> 16;
 }
 
 /* To the nearest, ties to even; a NaN stays one, and quiet. */
@@ -197,7 +205,7 @@ void merge(const problem *p)
                         W[j] = W[j] != 0.0f ? W[j] + sums[row][j] : 0.0f;
                 if (p->T_is_bfloat16)
                     for (int j = 0; j < count; j++)
-                        ((uint16_t *)p->T)[at + j] = to_bfloat16(W[j]);
+                        ((uint16_t *)p->T)[at + j] = r ? to_bfloat16(W[j]) : upper_half(W[j]);
                 else
                     memcpy((float *)p->T + at, W, count * sizeof(float));
             }

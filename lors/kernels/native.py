@@ -1,29 +1,46 @@
 """The merge on a CPU in C (``native.c``): W is read and decoded once, summed in registers, and T written once.
 
-The C compiler of the machine builds it at the first use, for this very processor, in about a second; the library is
-kept in ``$XDG_CACHE_HOME/lors`` or ``~/.cache/lors``. It runs on the threads of torch, whose OpenMP library it shares.
-Sums are float32, so weights and T are float32 or bfloat16. Where it cannot be built, or does not compute what
-``eager.py`` computes, a notice says so once and another implementation is taken.
+The C compiler of the machine builds it at the first use, for this very processor, in about a second. It runs on the
+threads of torch, whose OpenMP library it shares. Sums are float32, so weights and T are float32 or bfloat16. Where it
+cannot be built, or does not compute what ``eager.py`` computes, a notice says so once and another implementation is
+taken.
+
+The library is kept in ``$XDG_CACHE_HOME/lors/kernels`` or ``~/.cache/lors/kernels``, and never loaded on faith: a
+truncated one would kill the process, a foreign one could do anything.
+
+=========================  ======================================================================================
+native-<key>.sha256        the digest of the library for a key: of source, options, compiler and processor
+native-<digest>.so         the library of that digest
+=========================  ======================================================================================
+
+Each file is moved to its place in one step, the library first, so a digest never names a library that is not there yet,
+however many processes build at once. Both are read without following a link, and only if they and the folder are this
+user's and nobody else may write to them. A folder that is not is left alone, and what is built is then used once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import os
 import platform
+import re
 import shutil
+import stat
 import subprocess
+import sys
 import tempfile
 import warnings
+from itertools import product
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lors.kernels import eager
-from lors.kernels.layout import BITMAP, DENSE, PackedWeight, group_shape, pack
+from lors.kernels import check
+from lors.kernels.layout import BITMAP, DENSE, PackedWeight, group_shape
 
 __all__ = ["TYPES", "available", "decode", "merge"]
 
@@ -33,6 +50,7 @@ SOURCE = Path(__file__).with_name("native.c")
 ROWS, COLUMNS = 4, 64
 LAYOUTS = {DENSE: 0, BITMAP: 1}  # else 2
 OPTIONS = ("-O3", "-march=native", "-shared", "-fPIC")
+OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 class _Problem(ctypes.Structure):
@@ -48,12 +66,13 @@ class _Problem(ctypes.Structure):
 
 def merge(weight: PackedWeight, A: Tensor, B: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
     """As ``eager.merge``, for ``TYPES``."""
-    (height, r), width = B.shape, A.shape[1]
-    T = torch.empty(height, width, dtype=dtype)
+    (height, rank), width = B.shape, A.shape[1]
+    T = torch.empty(height, width, dtype=dtype, device="cpu")  # neither type nor device may be torch's default
     columns, rows = (size + -size % of for size, of in ((width, COLUMNS), (height, ROWS)))
-    padded_A, padded_B = torch.zeros(r, columns), torch.zeros(rows, r)
-    padded_A[:, :width] = A
-    torch.mul(B.float(), scaling, out=padded_B[:height])
+    r = max(1, rank)  # without a rank it is a merge all the same, with its mask and its rounding
+    padded_A, padded_B = (torch.zeros(size, dtype=torch.float32, device="cpu") for size in ((r, columns), (rows, r)))
+    padded_A[:rank, :width] = A
+    padded_B[:height, :rank] = B.float() * scaling
     panels = padded_A.view(r, columns // COLUMNS, COLUMNS).transpose(0, 1).contiguous()
     _run(weight, T, panels, padded_B, r)
     return T
@@ -61,7 +80,7 @@ def merge(weight: PackedWeight, A: Tensor, B: Tensor, scaling: float, dtype: tor
 
 def decode(weight: PackedWeight) -> Tensor:
     """As ``eager.decode``."""
-    W = torch.empty(weight.shape, dtype=weight.dtype)
+    W = torch.empty(weight.shape, dtype=weight.dtype, device="cpu")
     _run(weight, W, None, None, 0)
     return W
 
@@ -73,7 +92,10 @@ def available() -> bool:
         return False
     try:
         _library()
-        _check()
+        for types in product(TYPES, repeat=4):
+            check.same_numbers(sys.modules[__name__], torch.device("cpu"), *types)
+        for dtype in TYPES:
+            check.same_numbers(sys.modules[__name__], torch.device("cpu"), dtype)
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         reason = str(error).strip().partition("\n")[0]
         warnings.warn(f"lors: no merge in C, a slower one is taken ({reason})", stacklevel=2)
@@ -112,18 +134,6 @@ def _run(weight: PackedWeight, T: Tensor, panels: Tensor | None, B: Tensor | Non
     _library().merge(ctypes.byref(problem))
 
 
-def _check() -> None:
-    """Against the eager merge, every layout and both types; sums of small whole numbers are exact."""
-    generator = torch.Generator().manual_seed(0)
-    W, A, B = (torch.randint(-3, 4, shape, generator=generator).float() for shape in ((7, 136), (3, 136), (7, 3)))
-    W.view(7, -1, 4)[..., ::2] = 0
-    for layout in (*LAYOUTS, "2:4"):
-        for dtype in TYPES:
-            packed = pack(W.to(dtype), layout)
-            if not torch.equal(merge(packed, A, B, 1.0, dtype), eager.merge(packed, A, B, 1.0, dtype)):
-                raise RuntimeError(f"native.c computes something else here, {layout} {dtype}")
-
-
 @functools.cache
 def _library() -> ctypes.CDLL:
     """Built for this source, compiler and processor, unless that has been done before.
@@ -137,24 +147,82 @@ def _library() -> ctypes.CDLL:
         raise OSError("no C compiler: neither $CC nor cc")
     version = _output([compiler, "--version"])
     what = "\0".join((SOURCE.read_text(encoding="utf-8"), " ".join(OPTIONS), version, _processor()))
-    name = hashlib.sha256(what.encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lors" / "kernels"
-    file = folder / f"native-{name}.so"
-    if file.exists():
-        return ctypes.CDLL(str(file))
+    folder = _folder()
+    record = folder and folder / f"native-{_digest(what.encode())[:16]}.sha256"
+    if record and os.path.lexists(record):
+        try:
+            return ctypes.CDLL(str(_kept(record)))
+        except OSError as error:
+            warnings.warn(f"lors: the merge in C is built again: {error}", stacklevel=2)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         work = tempfile.TemporaryDirectory(dir=folder)
-    except OSError:  # nothing is kept, then
+    except OSError:  # a folder that takes no file
         work = tempfile.TemporaryDirectory()
-        file = None
     with work:
         built = Path(work.name) / "native.so"
         _build(compiler, built)
         library = ctypes.CDLL(str(built))
-        if file is not None:
-            os.replace(built, file)
+        if record:
+            with contextlib.suppress(OSError):  # it is used all the same
+                _keep(built, record)
     return library
+
+
+def _folder() -> Path | None:
+    """Where libraries are kept; None if that is not, or cannot be made, a folder that only this user writes to."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lors" / "kernels"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.lstat()
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+            return None
+        if status.st_mode & OTHERS_WRITE:
+            folder.chmod(0o700)
+    except OSError:
+        return None
+    return folder
+
+
+def _kept(record: Path) -> Path:
+    """The library that a record names, if it is what was built.
+
+    Raises:
+        OSError: It is not, or one of the two files cannot be trusted.
+    """
+    digest = _read(record).decode(errors="replace")
+    if not re.fullmatch("[0-9a-f]{64}", digest):
+        raise OSError(f"{record} holds no digest")
+    library = record.with_name(f"native-{digest}.so")
+    if _digest(_read(library)) != digest:
+        raise OSError(f"{library} is damaged")
+    return library
+
+
+def _keep(built: Path, record: Path) -> None:
+    """Move a library to where its record, written afterwards, says."""
+    digest = _digest(built.read_bytes())
+    noted = built.with_suffix(".sha256")
+    noted.write_text(digest)
+    for file, place in ((built, record.with_name(f"native-{digest}.so")), (noted, record)):
+        file.chmod(0o600)
+        file.replace(place)
+
+
+def _read(file: Path) -> bytes:
+    """The content of a plain file that is this user's own.
+
+    Raises:
+        OSError: It is a link, something other than a file, someone else's, or others may write to it.
+    """
+    with open(os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as opened:  # a pipe must not block
+        status = os.fstat(opened.fileno())
+        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & OTHERS_WRITE:
+            raise OSError(f"{file} is not a file that only this user writes to")
+        return opened.read()
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _build(compiler: str, file: Path) -> None:

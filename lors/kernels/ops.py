@@ -13,8 +13,9 @@ native      ``native.py``: one pass in C that reads W and writes T          like
 triton      ``gpu.py``: one kernel that reads W and writes T                CUDA with Triton, not in float64
 ==========  ==============================================================  =======================================
 
-A compilation takes a second or more, hence the bound: a small model never compiles. The environment variable
-``LORS_KERNELS`` or ``forced`` chooses otherwise.
+A compilation takes a second or more, hence the bound: a small model never compiles. What is in C or Triton has to pass
+``check.py`` on the machine that it is to run on. The environment variable ``LORS_KERNELS`` or ``forced`` chooses
+otherwise, and Triton then without a check.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from lors.kernels import compiled, eager, native
+from lors.kernels import check, compiled, eager, native
 from lors.kernels.layout import PackedWeight
 
 __all__ = ["COMPILE_FROM", "IMPLEMENTATIONS", "decode", "forced", "implementation", "library", "merge"]
@@ -81,6 +82,11 @@ def forced(name: str) -> Iterator[None]:
 def implementation(device: torch.device, elements: int, *dtypes: torch.dtype) -> str:
     """Which implementation runs for a weight of so many elements on a device.
 
+    Args:
+        device: Where.
+        elements: out times in.
+        dtypes: Of the weight; for a merge also of A, B and T.
+
     Raises:
         ValueError: ``LORS_KERNELS`` is none of ``IMPLEMENTATIONS``, or asks for one that cannot run here.
     """
@@ -99,7 +105,7 @@ def implementation(device: torch.device, elements: int, *dtypes: torch.dtype) ->
         )
     if name != "auto":
         return name
-    if device.type == "cuda" and triton:
+    if device.type == "cuda" and triton and check.triton_passes(device, *dtypes):
         return "triton"
     if device.type != "cpu" or elements < COMPILE_FROM:
         return "eager"
@@ -130,9 +136,9 @@ library.define("linear_2_4(Tensor x, Tensor T, Tensor? bias, bool forced) -> Ten
 @torch.library.impl(library, "merge", "CompositeExplicitAutograd")
 def _merge(weight: list[Tensor], layout: str, A: Tensor, B: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
     packed = PackedWeight(layout, tuple(weight), (B.shape[0], A.shape[1]))
-    chosen = implementation(A.device, A.shape[1] * B.shape[0], packed.dtype, A.dtype, B.dtype, dtype)
     # What the sums are made in is decided here, not by autocast.
     with torch.no_grad(), torch.autocast(A.device.type, enabled=False):
+        chosen = implementation(A.device, A.shape[1] * B.shape[0], packed.dtype, A.dtype, B.dtype, dtype)
         return _module(chosen).merge(packed, A, B, scaling, dtype)
 
 

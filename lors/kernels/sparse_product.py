@@ -11,7 +11,6 @@ The operator ``lors::linear_2_4`` is one operation for compilers, fake tensors a
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from torch.nn.functional import linear
 from torch.sparse import to_sparse_semi_structured
 from torch.utils.flop_counter import register_flop_formula
 
+from lors.kernels.check import capturing, milliseconds
 from lors.kernels.layout import DENSE
 from lors.kernels.ops import library
 
@@ -31,7 +31,6 @@ PRODUCTS = (DENSE, SEMI_STRUCTURED, AUTO)
 # What both of torch's backends take: rows and columns of T.
 MULTIPLE = 64
 CAPABILITY = (8, 0)  # the first with 2:4 tensor cores
-WARM_UP, SAMPLES = 3, 10
 # (device, type, out, in, rows of X rounded up to a power of two) -> whether the sparse product is faster.
 _faster: dict[tuple[torch.device, torch.dtype, int, int, int], bool] = {}
 
@@ -98,29 +97,19 @@ def _sparse(X: Tensor, T: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _is_faster(X: Tensor, T: Tensor, bias: Tensor | None) -> bool:
-    """Measured on these very tensors at the first call for their shape; kernels that fail are not faster."""
+    """Measured on these very tensors at the first call for their shape; kernels that fail are not faster.
+
+    While a CUDA graph is captured nothing can be measured: the answer is no then, and not kept.
+    """
     key = (T.device, T.dtype, *T.shape, 1 << (len(X) - 1).bit_length())
     if key not in _faster:
+        if capturing(T.device):
+            return False
         try:
-            sparse = _milliseconds(lambda: _sparse(X, T, bias))
-            _faster[key] = sparse < _milliseconds(lambda: linear(X, T, bias))
-        except RuntimeError as error:  # not built for this device or these shapes
+            sparse = milliseconds(lambda: _sparse(X, T, bias), T.device)
+            _faster[key] = sparse < milliseconds(lambda: linear(X, T, bias), T.device)
+        except Exception as error:  # not built for this device or these shapes: what is raised has no common type
             _faster[key] = False
             reason = str(error).strip().partition("\n")[0]
             warnings.warn(f"lors: no 2:4 product for {tuple(T.shape)}, the dense one is taken ({reason})", stacklevel=2)
     return _faster[key]
-
-
-def _milliseconds(call: Callable[[], Tensor]) -> float:
-    """Median of a call on the GPU."""
-    for _ in range(WARM_UP):
-        call()
-    times = []
-    for _ in range(SAMPLES):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return sorted(times)[SAMPLES // 2]
