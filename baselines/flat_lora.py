@@ -42,7 +42,8 @@ from baselines.sqft import masked_product
 from lors.harness.randomness import generator_of
 from lors.low_rank import LowRankConfig, LowRankLinear
 from lors.plugin import register
-from lors.sparse_tuner import SparseTunerModel, check_choice, check_flag
+from lors.sparse_config import check_choice, check_flag
+from lors.sparse_tuner import SparseTunerModel
 
 __all__ = [
     "FlatLoraConfig",
@@ -140,7 +141,7 @@ class FlatLoraLinear(LowRankLinear):
             y = y + scaling * (branch - branch.detach()).to(y.dtype)
         for name in names:
             if name not in masked:
-                y = torch.add(y, self._branch(x, name).to(y.dtype), alpha=self.scaling[name])
+                y = y + self.branch(x, name).to(y.dtype)
         return y
 
     @property
@@ -173,7 +174,7 @@ def _noisy_linear(
     """X (W + s M (.) (B A) + E)^t + bias, ``[..., in]`` to ``[..., out]``, in the type of W; no update without A."""
     T = weight
     if A is not None:
-        T = torch.add(T, masked_product(weight, A.to(weight.dtype), B.to(weight.dtype)), alpha=scaling)
+        T = T + masked_product(weight, A.to(weight.dtype), B.to(weight.dtype), scaling)
     return linear(x.to(weight.dtype), T + noise.sample(weight), bias)
 
 

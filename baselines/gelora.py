@@ -33,7 +33,8 @@ from torch import Tensor, nn
 from lors.blocks import decoder_blocks
 from lors.low_rank import LowRankConfig, LowRankLinear
 from lors.plugin import register
-from lors.sparse_tuner import SparseTunerModel, check_choice
+from lors.sparse_config import check_choice
+from lors.sparse_tuner import SparseTunerModel
 
 __all__ = [
     "GeLoraConfig",

@@ -22,6 +22,9 @@ by singular values that are out of date by then.
 U, V and S have the fixed width r_max; what is beyond the rank is zero, gets zero gradients, and changes nothing. On a
 pruned weight the update is M (.) (s U S V^t), M = (W != 0), unless ``keep_zeros=False``.
 
+In data-parallel training the probes are no parameters, whose gradients would be averaged for them: the integrator takes
+the mean of theirs over the processes, so that all replicas make the same step.
+
     Trainer(model, callbacks=[GeometricIntegrator()])
 """
 
@@ -33,13 +36,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lors.low_rank import LowRankConfig, LowRankLinear
+from lors.placement import execution_device
 from lors.plugin import register
-from lors.sparse_tuner import SparseTunerModel, active_layers, check_choice, check_flag
+from lors.sparse_config import check_choice, check_flag
+from lors.sparse_tuner import SparseTunerModel, active_layers
 
 __all__ = [
     "GeoLoraConfig",
@@ -121,6 +127,7 @@ class GeoLoraLinear(LowRankLinear):
     adapter_layer_names = ("geolora_S",)
     bases = ("geolora_U", "geolora_V", "geolora_rank")
     other_param_names = (*LowRankLinear.other_param_names, *bases)
+    sums_by_concatenation = False  # the bases of a sum are not orthonormal
 
     def update_layer(self, adapter_name: str, config: GeoLoraConfig, r: int, scaling: float) -> None:
         """Add an adapter with random bases and S = 0."""
@@ -130,7 +137,8 @@ class GeoLoraLinear(LowRankLinear):
             self.probes: dict[str, tuple[Tensor, Tensor]] = {}
         super().update_layer(adapter_name, config, r, scaling)
         # After S has got the type of W: orthonormal columns need float32 whatever that is.
-        device, width = self.get_base_layer().weight.device, self._width(adapter_name)
+        base, width = self.get_base_layer(), self._width(adapter_name)
+        device = execution_device(base) or base.weight.device
         for part, side in (("geolora_U", self.out_features), ("geolora_V", self.in_features)):
             Q = torch.linalg.qr(torch.randn(side, width, device=device)).Q
             getattr(self, part)[adapter_name] = _padded(Q[:, :r], side, width)
@@ -162,12 +170,12 @@ class GeoLoraLinear(LowRankLinear):
 
     @torch.no_grad()
     def integrate(self, name: str, eta: float) -> None:
-        """One step of the parallel integrator from the gradients of the probes.
+        """One step of the parallel integrator from the gradients of the probes, all processes together.
 
         That of S is not used: the Trainer may have clipped it, and U^t G V is U^t G_K.
         """
         U, S, V = self._parts(name)
-        G_K, G_L = (probe.grad[:, : len(S)] for probe in self.probes[name])
+        G_K, G_L = (_mean_gradient(probe)[:, : len(S)] for probe in self.probes[name])
         self._store(name, *augmented(U, S, V, G_K, G_L, eta, self._width(name)))
 
     @torch.no_grad()
@@ -331,6 +339,18 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
 def _forget(optimizer: torch.optim.Optimizer, layer: GeoLoraLinear, name: str) -> None:
     if layer.options[name].reset_moments:
         optimizer.state.pop(layer.geolora_S[name], None)
+
+
+def _mean_gradient(probe: Tensor) -> Tensor:
+    """Gradient of a probe, the mean over the processes of a data-parallel training.
+
+    It is zero where no token has come by, in this process or in all of them: every process takes part.
+    """
+    gradient = torch.zeros_like(probe) if probe.grad is None else probe.grad
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(gradient)
+        gradient /= dist.get_world_size()
+    return gradient
 
 
 def _padded(matrix: Tensor, rows: int, columns: int) -> Tensor:

@@ -27,8 +27,10 @@ import torch
 from torch import Tensor, nn
 
 from lors.low_rank import LowRankConfig, LowRankLinear, kaiming_uniform
+from lors.placement import execution_device, whole
 from lors.plugin import register
-from lors.sparse_tuner import SparseTunerModel, check_choice, check_flag
+from lors.sparse_config import check_choice, check_flag
+from lors.sparse_tuner import SparseTunerModel
 
 __all__ = ["LoraMiniConfig", "LoraMiniLinear", "LoraMiniModel", "OuterFactors"]
 
@@ -137,6 +139,7 @@ class LoraMiniLinear(LowRankLinear):
 
     adapter_layer_names = ("mini_A_t", "mini_B_t")
     other_param_names = (*LowRankLinear.other_param_names, "mini_outer")
+    sums_by_concatenation = False  # the outer factors are those of one adapter
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -160,6 +163,7 @@ class LoraMiniLinear(LowRankLinear):
             shared: Factors of other layers of the model by what they belong to; added to.
         """
         config, W = self.options[name], self.get_base_layer().weight
+        device = execution_device(self.base_layer) or W.device
         a, b = config.inner_widths(self.in_features, self.out_features)
         sides = {"A_o": (self.in_features, a, 1.0), "B_o": (self.out_features, b, math.sqrt(self.out_features / b))}
         found = []
@@ -168,18 +172,19 @@ class LoraMiniLinear(LowRankLinear):
             if owner not in shared:
                 matrix, checksum = self._outer(side, width, inner, config.outer, f"{config.outer_seed}:{owner}")
                 matrix = (scale * matrix if side == "B_o" else matrix.t()).contiguous()
-                shared[owner] = matrix.to(W.device, W.dtype), checksum
+                shared[owner] = matrix.to(device, W.dtype), checksum
             found.append(shared[owner])
         (A_o, first), (B_o, second) = found
         self.mini_outer[name] = OuterFactors(A_o, B_o, f"{first:08x}{second:08x}", config.save_outer)
 
     def _outer(self, side: str, width: int, inner: int, kind: str, seed: str) -> tuple[Tensor, int]:
         """One outer factor as width x inner, with columns of norm about 1, and its checksum."""
-        W = self.get_base_layer().weight.detach()
-        if W.is_meta:
-            return W.new_empty(width, inner), 0
+        base = self.get_base_layer()
+        if base.weight.is_meta and execution_device(base) is None:
+            return base.weight.new_empty(width, inner), 0
         if kind == "svd":
-            U, _, V = torch.linalg.svd(W.float(), full_matrices=False)
+            with whole(base):
+                U, _, V = torch.linalg.svd(base.weight.detach().float(), full_matrices=False)
             return (U if side == "B_o" else V.t())[:, :inner], 0
         return draw(width, inner, kind, seed)
 
@@ -196,10 +201,14 @@ class LoraMiniModel(SparseTunerModel):
     tuner_layer_cls = LoraMiniLinear
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As every tuner; then the outer factors are compared with the checksum of a saved adapter."""
+        """As every tuner, with factors that layers may share."""
         self._shared: dict[str, tuple[Tensor, int]] = {}
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         del self._shared
+
+    def _injected(self, adapter_name: str) -> None:
+        """Compare the outer factors with the checksum of a saved adapter, besides what every tuner does."""
+        super()._injected(adapter_name)
         self._check_outer(self.peft_config[adapter_name], adapter_name)
 
     def _create_and_replace(
@@ -215,9 +224,12 @@ class LoraMiniModel(SparseTunerModel):
         super()._create_and_replace(peft_config, adapter_name, target, target_name, parent, current_key, **kwargs)
         layer = getattr(parent, target_name)
         layer.set_outer(adapter_name, current_key, self._shared)
-        W = layer.get_base_layer().weight
-        if peft_config.rescale_by_density and peft_config.keep_zeros and not W.is_meta:
-            layer.scaling[adapter_name] *= math.sqrt(W.numel() / max(1, int(W.count_nonzero())))
+        base = layer.get_base_layer()
+        in_memory = not base.weight.is_meta or execution_device(base) is not None
+        if peft_config.rescale_by_density and peft_config.keep_zeros and in_memory:
+            with whole(base):
+                W = base.weight
+                layer.scaling[adapter_name] *= math.sqrt(W.numel() / max(1, int(W.count_nonzero())))
 
     def _check_target(self, config: LoraMiniConfig, name: str, module: nn.Module) -> None:
         """Refuse inner widths that do not fit, besides what no method can adapt."""
@@ -236,7 +248,7 @@ class LoraMiniModel(SparseTunerModel):
         """Note what the outer factors were drawn from, or hold it against what the config has noted."""
         layers = [(key, part) for key, part in self.named_modules() if isinstance(part, LoraMiniLinear)]
         layers = [(key, part) for key, part in layers if adapter_name in part.mini_outer]
-        drawn = config.outer != "svd" and not any(part.weight.is_meta for _, part in layers)
+        drawn = config.outer != "svd" and all(part.mini_outer[adapter_name].checksum for _, part in layers)
         if config.save_outer or not drawn:
             return
         text = " ".join(part.mini_outer[adapter_name].checksum for _, part in layers)

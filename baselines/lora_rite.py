@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lors.sparse_tuner import check_choice
+from lors.sparse_config import check_choice
 
 __all__ = ["LoraRite", "lora_pairs", "lora_rite"]
 

@@ -34,7 +34,8 @@ from torch.nn.functional import dropout, linear
 from torch.utils.checkpoint import checkpoint
 
 from lors.plugin import register
-from lors.sparse_tuner import SparseLinear, SparseTunerModel, UnscaledTunerConfig, check_choice, check_dropout
+from lors.sparse_config import UnscaledTunerConfig, check_choice, check_dropout
+from lors.sparse_tuner import SparseLinear, SparseTunerModel
 
 __all__ = ["Maps", "MoraConfig", "MoraLinear", "MoraModel", "dead_entries", "log_dead_entries"]
 
@@ -222,7 +223,7 @@ class MoraLinear(SparseLinear):
             inputs = x, base.weight, base.bias, masked
             y = checkpoint(masked_linear, *inputs, use_reentrant=False, preserve_rng_state=False)
         else:
-            y = base(x)
+            y = self.base_output(x)
         for name in names:
             if not self.options[name].keep_zeros:
                 S, p = self.mora_S[name], self.options[name].dropout if self.training else 0.0

@@ -31,7 +31,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from lors.harness.randomness import generator_of
 from lors.low_rank import LowRankConfig, LowRankLinear, kaiming_uniform
 from lors.plugin import register
-from lors.sparse_tuner import SparseTunerModel, active_layers, check_choice, check_flag
+from lors.sparse_config import check_choice, check_flag
+from lors.sparse_tuner import SparseTunerModel, active_layers
 
 __all__ = [
     "GradientMask",

@@ -24,7 +24,8 @@ The authors have no decoder-only model; which blocks are features here is our ma
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,10 +34,11 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.functional import dropout, linear
+from torch.utils.hooks import RemovableHandle
 
 from lors.blocks import decoder_blocks
 from lors.plugin import register
-from lors.sparse_tuner import check_choice, check_dropout
+from lors.sparse_config import check_choice, check_dropout
 
 __all__ = ["SherlBlock", "SherlConfig", "SherlModel", "SherlNorm", "aggregated"]
 
@@ -148,6 +150,14 @@ class SherlPart(nn.Module, BaseTunerLayer):
         """Always a ``ValueError``: SHERL changes no weight."""
         raise ValueError("SHERL has no merge: its side network stays beside the model; use the adapted model")
 
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """What is wrapped, as it was; called by PEFT."""
+        if merge:
+            self.merge(safe_merge, adapter_names)
+        return self.base_layer
+
     def adapter(self) -> str | None:
         """The adapter that is in force here; ``ValueError`` if there is more than one."""
         names = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.options]
@@ -192,6 +202,7 @@ class SherlBlock(SherlPart):
         # Blocks whose inputs are the features, by adapter; and those inputs, while a forward pass is under way.
         self.inputs_of: dict[str, list[int]] = {}
         self.seen: dict[int, Tensor] = {}
+        self.taps: dict[int, RemovableHandle] = {}  # the hooks on those blocks
         self.width = width
         self.update_layer(adapter_name, config, blocks)
 
@@ -199,8 +210,9 @@ class SherlBlock(SherlPart):
         """Add an adapter and tap the blocks that it needs."""
         inputs = [0, *(index + 1 for index in config.features(len(blocks)))]  # what leaves a block enters the next
         self.place = len(blocks) - config.late_layers
-        for index in {*inputs} - {self.place, *(i for known in self.inputs_of.values() for i in known)}:
-            blocks[index].register_forward_pre_hook(_Tap(self.seen, index), with_kwargs=True)
+        for index in {*inputs} - {self.place, *self.taps}:
+            tap = _Tap(self.seen, index)
+            self.taps[index] = blocks[index].register_forward_pre_hook(tap, with_kwargs=True)
         self.options[adapter_name] = config
         self.inputs_of[adapter_name] = inputs
         example = next(self.base_layer.parameters())
@@ -210,6 +222,20 @@ class SherlBlock(SherlPart):
                 start.normal_(std=config.init_std)
             getattr(self, name)[adapter_name] = nn.Parameter(start.to(example.device, example.dtype))
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As in PEFT; blocks that no other adapter needs are tapped no longer."""
+        super().delete_adapter(adapter_name)
+        self._untap({index for inputs in self.inputs_of.values() for index in inputs})
+
+    def unload_and_optionally_merge_module(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """The block as it was, none of the others tapped; called by PEFT."""
+        self._untap(set())
+        return super().unload_and_optionally_merge_module(*args, **kwargs)
+
+    def _untap(self, needed: set[int]) -> None:
+        for index in self.taps.keys() - needed:
+            self.taps.pop(index).remove()
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The base block, on the fused features in place of ``hidden_states``."""
@@ -291,6 +317,23 @@ class SherlModel(BaseTuner):
 
     prefix = "sherl_"
     tuner_layer_cls = SherlPart
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Always a ``ValueError``: side networks cannot be summed."""
+        raise ValueError("add_weighted_adapter: SHERL has no update of a weight, so its adapters have no sum")
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        setattr(parent, child_name, new_module)  # PEFT looks for the weight of a block
+
+    def _check_merge_allowed(self) -> None:
+        raise ValueError("SHERL has no merge: its side network stays beside the model; use the adapted model")
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Iterator[None]:
+        """Called by PEFT around a forward pass, with its arguments."""
+        if adapter_names is not None:
+            raise ValueError("adapter_names: SHERL has one side path for a whole batch; use set_adapter")
+        yield
 
     def _prepare_adapter_config(self, peft_config: SherlConfig, model_config: dict) -> SherlConfig:
         return peft_config

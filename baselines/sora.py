@@ -32,7 +32,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from lors.low_rank import LowRankConfig, LowRankLinear
 from lors.plugin import register
-from lors.sparse_tuner import SparseTunerModel, check_choice
+from lors.sparse_config import check_choice
+from lors.sparse_tuner import SparseTunerModel
 
 __all__ = [
     "ProximalAdamW",
@@ -76,6 +77,13 @@ class SoraLinear(LowRankLinear):
         """A and B diag(g)."""
         B = self.sora_B[name]
         return self.sora_A[name], B * self.sora_gate[name].to(B.dtype)
+
+    @torch.no_grad()
+    def set_factors(self, name: str, A: Tensor, B: Tensor) -> None:
+        """Give an adapter the update s B A, with gates of 1."""
+        gate = self.sora_gate[name]
+        for part, value in zip((self.sora_A, self.sora_B, self.sora_gate), (A, B, torch.ones_like(gate)), strict=True):
+            part[name].data = value.to(gate.device, value.dtype, copy=True)
 
     @torch.no_grad()
     def exported(self, name: str) -> tuple[Tensor, Tensor]:

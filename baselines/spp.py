@@ -41,7 +41,8 @@ from torch.nn.functional import dropout, linear
 from torch.utils.checkpoint import checkpoint
 
 from lors.plugin import register
-from lors.sparse_tuner import SparseLinear, SparseTunerConfig, SparseTunerModel, check_choice, check_dropout
+from lors.sparse_config import SparseTunerConfig, check_choice, check_dropout
+from lors.sparse_tuner import SparseLinear, SparseTunerModel
 
 __all__ = ["SppConfig", "SppLinear", "SppModel", "blockwise_update", "plain_update", "scaled_weight"]
 
@@ -55,12 +56,13 @@ def scaled_weight(weight: Tensor, w: Tensor, c: Tensor) -> Tensor:
     return expanded * c * weight
 
 
-def plain_update(x: Tensor, weight: Tensor, w: Tensor, c: Tensor, p: float = 0.0) -> Tensor:
-    """drop(X) (E(w) (.) c (.) W)^t, ``[..., in]`` to ``[..., out]``, without s; p is the dropout."""
-    return linear(dropout(x, p), scaled_weight(weight, w, c))
+def plain_update(x: Tensor, weight: Tensor, w: Tensor, c: Tensor, scaling: float = 1.0, p: float = 0.0) -> Tensor:
+    """drop(X) (s E(w) (.) c (.) W)^t, ``[..., in]`` to ``[..., out]``; p is the dropout."""
+    # In place: nothing more is kept. Not torch.add(y, update, alpha=s): compiled on a CPU it forgets s.
+    return linear(dropout(x, p), scaled_weight(weight, w, c).mul_(scaling))
 
 
-def blockwise_update(x: Tensor, weight: Tensor, w: Tensor, c: Tensor, p: float = 0.0) -> Tensor:
+def blockwise_update(x: Tensor, weight: Tensor, w: Tensor, c: Tensor, scaling: float = 1.0, p: float = 0.0) -> Tensor:
     """The same as ``plain_update`` without an out x in temporary.
 
     Row i of block g is c_i sum_j x_j w_gj W_ij, so the factor w_g can scale the input instead of the weight.
@@ -68,7 +70,7 @@ def blockwise_update(x: Tensor, weight: Tensor, w: Tensor, c: Tensor, p: float =
     x = dropout(x, p)
     blocks = weight.chunk(w.shape[0], dim=0)  # r blocks of out / r rows
     products = [linear(x * w_g, W_g) for w_g, W_g in zip(w, blocks, strict=True)]
-    return torch.cat(products, dim=-1) * c.squeeze(1)
+    return (torch.cat(products, dim=-1) * c.squeeze(1)).mul_(scaling)
 
 
 @dataclass
@@ -104,9 +106,9 @@ class SppLinear(SparseLinear):
 
     def adapted(self, x: Tensor, names: Sequence[str]) -> Tensor:
         """X W^t + bias + s * update, the updates of all ``names`` added."""
-        y = self.base_layer(x)
+        y = self.base_output(x)
         for name in names:
-            y = torch.add(y, self._update(x, name), alpha=self.scaling[name])
+            y = y + self._update(x, name)
         return y
 
     def delta_weight(self, weight: Tensor, name: str) -> Tensor:
@@ -116,7 +118,7 @@ class SppLinear(SparseLinear):
 
     def _update(self, x: Tensor, name: str) -> Tensor:
         weight = self.get_base_layer().weight
-        factors = self.spp_w[name].to(weight.dtype), self.spp_c[name].to(weight.dtype)
+        factors = self.spp_w[name].to(weight.dtype), self.spp_c[name].to(weight.dtype), self.scaling[name]
         organisation = self.options[name].organisation
         p = self.options[name].dropout if self.training else 0.0
         if organisation == "blockwise":

@@ -29,36 +29,38 @@ Not here: the search over ranks (NLS) and the quantised variants of SQFT.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import dropout, linear
 from torch.utils.checkpoint import checkpoint
 
+from lors.low_rank import LowRankLinear
 from lors.plugin import register
-from lors.sparse_tuner import SparseLinear, SparseTunerConfig, SparseTunerModel, check_choice, check_dropout
+from lors.sparse_config import SparseTunerConfig, check_choice, check_dropout
+from lors.sparse_tuner import SparseTunerModel
 
 __all__ = ["SqftConfig", "SqftLinear", "SqftModel", "fused_linear", "masked_product", "update"]
 
 FORMS = ("two_products", "fused")
 
 
-def masked_product(weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """M (.) (B A), out x in, with M = (W != 0) from W (out x in), A (r x in) and B (out x r)."""
-    return (B @ A) * (weight != 0)
+def masked_product(weight: Tensor, A: Tensor, B: Tensor, scaling: float = 1.0) -> Tensor:
+    """s M (.) (B A), out x in, with M = (W != 0) from W (out x in), A (r x in) and B (out x r)."""
+    return ((B @ A) * (weight != 0)).mul_(scaling)  # in place: nothing more is kept for the backward pass
 
 
-def update(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, p: float = 0.0) -> Tensor:
-    """drop(X) (M (.) (B A))^t, ``[..., in]`` to ``[..., out]``, without the scale s; p is the dropout."""
-    return linear(dropout(x, p), masked_product(weight, A, B))
+def update(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scaling: float = 1.0, p: float = 0.0) -> Tensor:
+    """drop(X) (s M (.) (B A))^t, ``[..., in]`` to ``[..., out]``; p is the dropout."""
+    return linear(dropout(x, p), masked_product(weight, A, B, scaling))
 
 
 def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     """X (W + s M (.) (B A))^t + bias, ``[..., in]`` to ``[..., out]``."""
-    return linear(x, torch.add(weight, masked_product(weight, A, B), alpha=scaling), bias)
+    # Not torch.add(weight, update, alpha=s): compiled on a CPU it forgets s.
+    return linear(x, weight + masked_product(weight, A, B, scaling), bias)
 
 
 @dataclass
@@ -92,33 +94,27 @@ class SqftConfig(SparseTunerConfig):
             )
 
 
-class SqftLinear(SparseLinear):
+class SqftLinear(LowRankLinear):
     """A linear layer with SparsePEFT adapters: ``sqft_A[name]`` is r x in, ``sqft_B[name]`` is out x r."""
 
     adapter_layer_names = ("sqft_A", "sqft_B")
-
-    def initial_factors(self, name: str) -> tuple[Tensor, Tensor]:
-        """A Kaiming uniform, in +- 1 / sqrt(in); B zero."""
-        r = self.r[name]
-        A = torch.empty(r, self.in_features)
-        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-        return A, torch.zeros(self.out_features, r)
 
     def adapted(self, x: Tensor, names: Sequence[str]) -> Tensor:
         """X W^t + bias, the first adapter fused with it if of that form; one more product for each other."""
         apart = list(names)
         fused = self.options[names[0]].form == "fused"
-        y = self._fused(x, apart.pop(0)) if fused else self.base_layer(x)
+        y = self._fused(x, apart.pop(0)) if fused else self.base_output(x)
         for name in apart:
-            y = torch.add(y, self._update(x, name), alpha=self.scaling[name])
+            y = y + self._update(x, name)
         return y
 
     def delta_weight(self, weight: Tensor, name: str) -> Tensor:
         """s M (.) (B A)."""
-        return masked_product(weight, *self._factors(name, weight.dtype)).mul_(self.scaling[name])
+        return masked_product(weight, *self._factors(name, weight.dtype), self.scaling[name])
 
     def _factors(self, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        return self.sqft_A[name].to(dtype), self.sqft_B[name].to(dtype)
+        A, B = self.factors(name)
+        return A.to(dtype), B.to(dtype)
 
     def _fused(self, x: Tensor, name: str) -> Tensor:
         base = self.get_base_layer()
@@ -130,7 +126,7 @@ class SqftLinear(SparseLinear):
     def _update(self, x: Tensor, name: str) -> Tensor:
         weight = self.get_base_layer().weight
         p = self.options[name].dropout if self.training else 0.0
-        inputs = x, weight, *self._factors(name, weight.dtype), p
+        inputs = x, weight, *self._factors(name, weight.dtype), self.scaling[name], p
         if self.options[name].checkpoint:
             # The dropout is drawn again too, from the saved state of the generator: not even drop(X) is kept.
             return checkpoint(update, *inputs, use_reentrant=False, preserve_rng_state=p > 0)

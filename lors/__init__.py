@@ -1,10 +1,12 @@
 """LoRS: fine-tune a pruned language model with a low-rank adapter, and keep its zeros (arXiv 2501.08582).
 
-Importing this package registers LoRS with PEFT. It needs torch, transformers and peft, nothing else.
+Importing this package registers LoRS with PEFT, which cannot load an adapter of it before. It needs torch, transformers
+and peft, nothing else.
 """
 
 from lors.functional import masked_linear
 from lors.initialization import initialize
 from lors.tuner import LorsConfig, LorsLinear, LorsModel, compress
 
+__version__ = "0.1.0"
 __all__ = ["LorsConfig", "LorsLinear", "LorsModel", "compress", "initialize", "masked_linear"]

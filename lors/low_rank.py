@@ -27,9 +27,10 @@ from torch.nn.functional import dropout, linear
 
 from lors.functional import masked_linear
 from lors.kernels import DENSE, PackedWeight
-from lors.sparse_tuner import SparseLinear, SparseTunerConfig, check_dropout, check_flag
+from lors.sparse_config import SparseTunerConfig, check_dropout, check_flag
+from lors.sparse_tuner import SparseLinear
 
-__all__ = ["LowRankConfig", "LowRankLinear", "kaiming_uniform"]
+__all__ = ["LowRankConfig", "LowRankLinear", "frozen", "kaiming_uniform"]
 
 
 @dataclass
@@ -67,13 +68,23 @@ class LowRankLinear(SparseLinear):
     """A linear layer with low-rank adapters.
 
     ``adapter_layer_names`` names A and B; a subclass with other parameters makes A and B from them in
-    ``factors``.
+    ``factors``. If the sum of two adapters is not the concatenation of their A and B, it says so:
+    ``sums_by_concatenation = False``.
     """
+
+    sums_by_concatenation = True
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """A (r x in) and B (out x r) of an adapter, without the scale."""
         A, B = (getattr(self, part)[name] for part in self.adapter_layer_names)
         return A, B
+
+    @torch.no_grad()
+    def set_factors(self, name: str, A: Tensor, B: Tensor) -> None:
+        """Give an adapter the update s B A, A r x in and B out x r; of methods that ``sums_by_concatenation`` alone."""
+        for part, value in zip(self.adapter_layer_names, (A, B), strict=True):
+            held = getattr(self, part)[name]
+            held.data = value.to(held.device, value.dtype, copy=True)
 
     def initial_factors(self, name: str) -> tuple[Tensor, ...]:
         """A Kaiming uniform, in +- 1 / sqrt(in), as in LoRA; B zero."""
@@ -82,7 +93,6 @@ class LowRankLinear(SparseLinear):
 
     def adapted(self, x: Tensor, names: Sequence[str]) -> Tensor:
         """One masked linear layer for all adapters that keep the zeros, one branch beside it for each other."""
-        base = self.get_base_layer()
         masked = [name for name in names if self.options[name].keep_zeros]
         if masked:
             exact = any(self.options[name].exact_gradient for name in masked)
@@ -90,15 +100,15 @@ class LowRankLinear(SparseLinear):
                 x,
                 self._frozen_weight(),
                 *self._stacked(masked),
-                base.bias,
+                self.get_base_layer().bias,
                 exact_gradient=exact,
                 forward_product=self._forward_product(masked[0]),
             )
         else:
-            y = base(x)
+            y = self.base_output(x)
         for name in names:
             if name not in masked:
-                y = torch.add(y, self._branch(x, name).to(y.dtype), alpha=self.scaling[name])
+                y = y + self.branch(x, name).to(y.dtype)
         return y
 
     def delta_weight(self, weight: Tensor, name: str) -> Tensor:
@@ -109,17 +119,18 @@ class LowRankLinear(SparseLinear):
 
     def _frozen_weight(self) -> Tensor | PackedWeight:
         """W as ``masked_linear`` takes it."""
-        return self.get_base_layer().weight
+        return frozen(self.get_base_layer().weight)
 
     def _forward_product(self, name: str) -> str:
         """How the product with the merged weight is computed; the first active adapter decides."""
         return DENSE
 
-    def _branch(self, x: Tensor, name: str) -> Tensor:
-        """(drop(X) A^t) B^t."""
+    def branch(self, x: Tensor, name: str) -> Tensor:
+        """s (drop(X) A^t) B^t, in the type of the factors."""
         A, B = self.factors(name)
         p = self.options[name].dropout if self.training else 0.0
-        return linear(linear(dropout(x.to(A.dtype), p), A), B)
+        # The scale on the smallest of the operands. Not torch.add(y, u, alpha=s): compiled on a CPU it forgets s.
+        return linear(linear(dropout(x.to(A.dtype), p), A) * self.scaling[name], B)
 
     def _stacked(self, names: Sequence[str]) -> tuple[Tensor, Tensor, float]:
         """A, B and s of the sum of the adapters ``names``; several are stacked, their scales moved into B."""
@@ -129,6 +140,11 @@ class LowRankLinear(SparseLinear):
         A = torch.cat([A for A, _ in factors], dim=0)  # (r1 + r2) x in
         B = torch.cat([self.scaling[name] * B for name, (_, B) in zip(names, factors, strict=True)], dim=1)
         return A, B, 1.0
+
+
+def frozen(weight: Tensor) -> Tensor:
+    """A weight that is no leaf, detached: a view of FSDP1's flat parameter asks for a gradient if any part does."""
+    return weight if weight.is_leaf else weight.detach()
 
 
 def kaiming_uniform(rows: int, columns: int) -> Tensor:

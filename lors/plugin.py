@@ -8,6 +8,9 @@ foreign method is an ordinary one.
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from huggingface_hub import ModelCard
 from peft import PeftConfig
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
@@ -17,7 +20,7 @@ from peft.mapping import (
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import PeftType, register_peft_method
 
-__all__ = ["register"]
+__all__ = ["register", "say_import"]
 
 
 def register(name: str, config_cls: type[PeftConfig], model_cls: type[BaseTuner], prefix: str) -> PeftType:
@@ -53,6 +56,27 @@ def register(name: str, config_cls: type[PeftConfig], model_cls: type[BaseTuner]
     # PEFT wants the name in lower case here, and derives the member from it.
     register_peft_method(name=name.lower(), config_cls=config_cls, model_cls=model_cls, prefix=prefix)
     return member
+
+
+def say_import(config_cls: type[PeftConfig], folder: str | Path) -> None:
+    """Make the first line of an adapter's model card say which package registers its method.
+
+    PEFT knows a method only once its package is imported, and fails with ``KeyError`` before: none of our code runs
+    then, so the card has to say it.
+
+    Args:
+        config_cls: Config of the method; its package is the one to import.
+        folder: Where the adapter is saved, with the card that PEFT has written, if it has.
+    """
+    package = config_cls.__module__.partition(".")[0]
+    line = f"`import {package}` before PEFT loads this adapter: the import registers its method."
+    file = Path(folder) / "README.md"
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    if line in text:
+        return
+    card = ModelCard(text, ignore_metadata_errors=True)
+    card.text = f"{line}\n\n{card.text.lstrip()}"
+    card.save(file)
 
 
 def _register_again(member: PeftType, config_cls: type, model_cls: type, prefix: str) -> PeftType:

@@ -2,135 +2,52 @@
 
 A targeted layer has a frozen pruned weight W (out x in) and, per adapter, a few small trainable factors from
 which a method makes its change delta W, zero wherever W is zero (or anywhere, in a method that can be asked to
-let the zeros go: ``keep_zeros=False``). This module does what does not depend on the method: the config fields
-that PEFT users know and their checks, the life of adapters in a layer (add, activate, disable, merge, unmerge,
-delete), and the replacement of layers in a model. A method gives a config with its own fields, the factors, the
-forward pass and delta W; see ``SparseLinear``, and ``lors.low_rank`` for all methods with delta W = s B A.
+let the zeros go: ``keep_zeros=False``). This module does what does not depend on the method: the life of adapters in
+a layer (add, activate, disable, merge, unmerge, delete), and the replacement of layers in a model. A method gives a
+config (``lors.sparse_config``) with its own fields, the factors, the forward pass and delta W; see ``SparseLinear``,
+and ``lors.low_rank`` for all methods with delta W = s B A.
 
 Several active adapters add up: W + delta W_1 + delta W_2. A merge is float32 arithmetic on the original W
 with one rounding, whatever the order and number of adapters, and the original is kept until the unmerge.
+
+An adapted layer computes from W itself. What hangs on the layer underneath works as it will after a merge all the
+same: its hooks, accelerate's among them, see the input of the layer and its adapted output. What replaces the
+computation of a layer is refused (``lors.blocks.linear_fault``), before anything is changed.
 """
 
 from __future__ import annotations
 
-import math
+import copy
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
-from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+    check_adapters_to_merge,
+)
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
-from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
+from torch.nn.modules import module as module_hooks
 
+from lors import mixing
+from lors.blocks import linear_fault
+from lors.first_backward import FirstBackward
+from lors.injection import FEW_ZEROS, as_before_on_error, check_callers, check_names, left_out
+from lors.placement import execution_device, full, whole, write
+from lors.shared_weights import untie_adapted
+from lors.sparse_config import UnscaledTunerConfig
 from lors.sparsity import masked_merge
+from lors.support import Support, support_of
 
-__all__ = [
-    "SparseLinear",
-    "SparseTunerConfig",
-    "SparseTunerModel",
-    "UnscaledTunerConfig",
-    "active_layers",
-    "check_choice",
-    "check_dropout",
-    "check_flag",
-]
+__all__ = ["SparseLinear", "SparseTunerModel", "active_layers"]
 
 L = TypeVar("L", bound="SparseLinear")
-
-
-@dataclass
-class UnscaledTunerConfig(PeftConfig):
-    """Fields shared by all methods; a bad value raises ``ValueError``. A subclass sets ``peft_type``.
-
-    A method that can also fill the zeros declares ``keep_zeros`` as a field, with the default True.
-    """
-
-    keep_zeros: ClassVar[bool] = True
-
-    r: int = field(default=16, metadata={"help": "Rank of the update, or the number of rows of its factor."})
-    target_modules: list[str] | str | None = field(
-        default=INCLUDE_LINEAR_LAYERS_SHORTHAND,
-        metadata={
-            "help": "Names (or their endings) of the linear layers to adapt, or one regular expression, or "
-            "'all-linear' (default): every linear layer but the output head."
-        },
-    )
-    exclude_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Names, or one regular expression, of layers not to adapt."}
-    )
-    layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Indices of the blocks to adapt; needs target_modules to be a list."}
-    )
-    layers_pattern: list[str] | str | None = field(
-        default=None,
-        metadata={"help": "Name of the model's list of blocks, if layers_to_transform cannot tell it by itself."},
-    )
-    rank_pattern: dict = field(
-        default_factory=dict,
-        metadata={"help": "Layer name or regular expression -> rank, for layers whose rank is not r."},
-    )
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Further modules to train in full and to save with the adapter."}
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.rank_pattern = self.rank_pattern or {}
-        check_flag("keep_zeros", self.keep_zeros)
-        for name, r in {"r": self.r, **_labelled("rank_pattern", self.rank_pattern)}.items():
-            if not isinstance(r, int) or isinstance(r, bool) or r < 1:
-                raise ValueError(f"{name}={r!r}: the rank must be a positive integer")
-        if self.target_modules is None:
-            self.target_modules = INCLUDE_LINEAR_LAYERS_SHORTHAND
-        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
-            raise ValueError(
-                f"layers_to_transform={self.layers_to_transform!r}: has no effect with "
-                f"target_modules={self.target_modules!r}; give target_modules as a list of names"
-            )
-        if self.layers_pattern is not None and self.layers_to_transform is None:
-            raise ValueError(f"layers_pattern={self.layers_pattern!r}: needs layers_to_transform")
-        # Sets, as PEFT's own configs have: it looks every module of the model up in them.
-        if isinstance(self.target_modules, list | tuple):
-            self.target_modules = set(self.target_modules)
-        if isinstance(self.exclude_modules, list | tuple):
-            self.exclude_modules = set(self.exclude_modules)
-
-    def layer_settings(self, name: str) -> tuple[int, float]:
-        """Rank r of a layer, after ``rank_pattern``, and the scale of its update, 1."""
-        return self.rank_pattern.get(get_pattern_key(self.rank_pattern.keys(), name), self.r), 1.0
-
-
-@dataclass
-class SparseTunerConfig(UnscaledTunerConfig):
-    """The same for a method whose update has a scale, s = lora_alpha / r."""
-
-    lora_alpha: float = field(
-        default=16, metadata={"help": "Numerator of the scale of the update, s = lora_alpha / r."}
-    )
-    alpha_pattern: dict = field(
-        default_factory=dict,
-        metadata={"help": "Layer name or regular expression -> alpha, for layers whose alpha is not lora_alpha."},
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.alpha_pattern = self.alpha_pattern or {}
-        for name, alpha in {
-            "lora_alpha": self.lora_alpha,
-            **_labelled("alpha_pattern", self.alpha_pattern),
-        }.items():
-            if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha < math.inf:
-                raise ValueError(f"{name}={alpha!r}: alpha must be a positive number")
-
-    def layer_settings(self, name: str) -> tuple[int, float]:
-        """Rank r and scale s = alpha / r of a layer, after ``rank_pattern`` and ``alpha_pattern``."""
-        r, _ = super().layer_settings(name)
-        alpha = self.alpha_pattern.get(get_pattern_key(self.alpha_pattern.keys(), name), self.lora_alpha)
-        return r, alpha / r
 
 
 class SparseLinear(nn.Module, BaseTunerLayer):
@@ -172,6 +89,10 @@ class SparseLinear(nn.Module, BaseTunerLayer):
         """delta W of one adapter, scale included: out x in, in the type of ``weight``, the original W."""
         raise NotImplementedError
 
+    def expects_gradient(self, name: str) -> bool:
+        """Whether a backward pass should reach the adapter ``name`` now; a method may train one layer at a time."""
+        return True
+
     def update_layer(self, adapter_name: str, config: UnscaledTunerConfig, r: int, scaling: float) -> None:
         """Add the adapter ``adapter_name``, with factors in the type and on the device of W."""
         self.r[adapter_name] = r
@@ -179,24 +100,59 @@ class SparseLinear(nn.Module, BaseTunerLayer):
         self.options[adapter_name] = config
         for name, factor in zip(self.adapter_layer_names, self.initial_factors(adapter_name), strict=True):
             getattr(self, name)[adapter_name] = nn.Parameter(factor)
-        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self._move_adapter_to_device_of_base_layer(adapter_name, execution_device(self.base_layer))
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``[..., in]`` to ``[..., out]``."""
+    def forward(self, x: Tensor, adapter_names: Sequence[str] | None = None) -> Tensor:
+        """Map ``[..., in]`` to ``[..., out]``.
+
+        Args:
+            x: The input.
+            adapter_names: An adapter for each row of ``x``, ``__base__`` for none, in place of the active ones.
+
+        Raises:
+            ValueError: ``adapter_names`` has another length than ``x``, or an adapter is merged.
+        """
         if self.disable_adapters and self.merged:
             self.unmerge()
+        if adapter_names is not None and not self.disable_adapters:
+            mixing.check_rows(self, x, adapter_names)
+            return self._call(partial(mixing.mixed, self, adapter_names), x)
         names = self._own(self.active_adapters)
         if self.disable_adapters or self.merged or not names:
             return self.base_layer(x)
-        return self.adapted(x, names)
+        return self._call(lambda inputs: self.adapted(inputs, names), x)
+
+    def base_output(self, x: Tensor) -> Tensor:
+        """X W^t + bias, past the hooks of the base layer: those run around the whole computation."""
+        base = self.get_base_layer()
+        return type(base).forward(base, x)
+
+    def _call(self, compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Call the base layer with ``compute`` in place of its forward function, so that its hooks run around it."""
+        base = self.base_layer
+        hooked_by_accelerate = hasattr(base, "_hf_hook")
+        if not (hooked_by_accelerate or _has_hooks(base)):
+            return compute(x)
+        place, attributes = "_old_forward" if hooked_by_accelerate else "forward", vars(base)
+        missing = object()
+        before = attributes.get(place, missing)
+        attributes[place] = compute
+        try:
+            return base(x)
+        finally:
+            if before is missing:
+                del attributes[place]
+            else:
+                attributes[place] = before
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write W + delta W into the base layer: float32 arithmetic, one rounding to the type of W.
 
         The original W is kept beside the merged one until ``unmerge``. A later merge of another adapter
         starts from it, so neither the zeros nor the arithmetic depend on the order. An adapter with
-        ``keep_zeros=False`` fills the zeros.
+        ``keep_zeros=False`` fills the zeros. A weight that is sharded by FSDP2 is gathered for it; all processes have
+        to merge together.
 
         Args:
             safe_merge: Refuse a result that is not finite, and leave W as it was.
@@ -208,28 +164,40 @@ class SparseLinear(nn.Module, BaseTunerLayer):
         names = self._own(check_adapters_to_merge(self, adapter_names))
         if not names:
             return
+        merged = self.merged_weight([*self.merged_adapters, *names])
+        if safe_merge:
+            _check_finite(merged, names)
+        with whole(self):
+            values = self._as_stored(merged)
         stored = self._stored()
-        original = stored.data if self._stored_before_merge is None else self._stored_before_merge
-        W = self._dense(original)
-        precise = W.to(torch.promote_types(W.dtype, torch.float32))
-        with torch.no_grad(), torch.autocast(W.device.type, enabled=False):
-            together = [*self.merged_adapters, *names]
-            delta = sum(self.delta_weight(precise, name) for name in together)
-            keep = all(self.options[name].keep_zeros for name in together)
-            merged = masked_merge(W, delta) if keep else (precise + delta).to(W.dtype)
-        if safe_merge and not torch.isfinite(merged).all():
-            raise ValueError(f"adapter_names={names}: the merged weight has an infinity or a NaN; nothing was merged")
-        self._stored_before_merge = original
-        stored.data = self._as_stored(merged)
+        if self._stored_before_merge is None:
+            self._stored_before_merge = stored.detach().clone()
+        write(stored, values)
         self.merged_adapters.extend(names)
+
+    @torch.no_grad()
+    def merged_weight(self, names: Sequence[str]) -> Tensor:
+        """W + delta W of the adapters ``names``, out x in in the type of the original W, whole; changes nothing."""
+        with whole(self):
+            W = self.original_weight()
+            precise = W.to(torch.promote_types(W.dtype, torch.float32))
+            with torch.autocast(W.device.type, enabled=False):
+                delta = sum(self.delta_weight(precise, name) for name in names)
+                keep = all(self.options[name].keep_zeros for name in names)
+                return masked_merge(W, delta) if keep else (precise + delta).to(W.dtype)
+
+    def original_weight(self) -> Tensor:
+        """W as it was before any merge, out x in, dense; inside ``lors.placement.whole`` if it is not in memory."""
+        before = self._stored_before_merge
+        stored = self._stored().detach() if before is None else full(before)
+        return self._dense(stored.to(self._stored().device))
 
     def unmerge(self) -> None:
         """Put the original weight back, bit for bit."""
         if not self.merged:
             warnings.warn("No adapter is merged, nothing to unmerge.", stacklevel=2)
             return
-        stored = self._stored()
-        stored.data = self._stored_before_merge.to(stored.device, stored.dtype)
+        write(self._stored(), self._stored_before_merge)
         self._stored_before_merge = None
         self.merged_adapters.clear()
 
@@ -264,11 +232,12 @@ class SparseTunerModel(BaseTuner):
     a forward pass of their own that its layers can have beneath them.
 
     Raises:
-        ValueError: A target is not a plain floating-point ``nn.Linear`` in memory, or its rank does not fit
-        it.
+        ValueError: A target is no linear layer that can be adapted (``lors.blocks.linear_fault``), is not called as
+            one, or its rank does not fit it; a name that matches nothing. The model is then as it was before.
     """
 
     other_base_layers: tuple[type[nn.Linear], ...] = ()
+    _first_backward: FirstBackward | None = None
 
     @staticmethod
     def check_rank(name: str, layer: nn.Linear, r: int) -> None:
@@ -277,15 +246,107 @@ class SparseTunerModel(BaseTuner):
         if r > widest:
             raise ValueError(
                 f"r={r}: larger than a side of {name!r} ({layer.in_features} -> {layer.out_features}); "
-                f"at most {widest}, or a smaller rank for it in rank_pattern"
+                f"at most {widest}: a smaller rank for it in rank_pattern, or put it into exclude_modules"
             )
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Put the adapter on all its targets, or leave the model as it is.
+
+        The model has a config of its own from then on: what is noted in it does not reach the next model that the same
+        config is used for.
+        """
+        if not self.peft_config[adapter_name].inference_mode:  # else it was loaded for this model, and PEFT keeps it
+            self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
+        names_before = list(self.targeted_module_names)
+        try:
+            with as_before_on_error(model, adapter_name):
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
+                self._injected(adapter_name)
+        except Exception:
+            self.targeted_module_names = names_before
+            raise
+        for line in left_out(model, self.prefix):
+            warnings.warn(f"{self.peft_config[adapter_name].peft_type.value}: {line}", stacklevel=4)
+
+    def adapted_layers(self, *adapter_names: str) -> dict[str, SparseLinear]:
+        """The layers that have one of the adapters, by name in the model without adapters."""
+        return {
+            name: part
+            for name, part in self.model.named_modules()
+            if isinstance(part, SparseLinear) and part._own(adapter_names)
+        }
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """As in PEFT; the next backward pass is watched for adapters that it does not reach."""
+        super().set_adapter(adapter_name, inference_mode)
+        if self._first_backward is not None:
+            self._first_backward.stop()
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        factors = {}
+        for key, layer in self.adapted_layers(*names).items():
+            held = [
+                getattr(layer, part)[name]
+                for name in layer._own(names)
+                for part in layer.adapter_layer_names
+                if layer.expects_gradient(name)
+            ]
+            factors[key] = [parameter for parameter in held if parameter.requires_grad and not parameter.is_meta]
+        self._first_backward = FirstBackward({key: held for key, held in factors.items() if held})
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """As in PEFT; with ``safe_merge`` all layers are looked at before the first is changed."""
+        self._check_merge(adapter_names, safe_merge)
+        super().merge_adapter(adapter_names)
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "cat",
+        **options: Any,
+    ) -> None:
+        """Add an adapter whose update is the weighted sum of others; see ``lors.mixing.add_weighted_adapter``."""
+        mixing.add_weighted_adapter(self, adapters, weights, adapter_name, combination_type, options)
+
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
+        """Called by PEFT around a forward pass, with its arguments."""
+        return mixing.adapter_for_each_row(self, **kwargs)
+
+    def _injected(self, adapter_name: str) -> None:
+        """What is to be done and checked once all layers have the adapter; an error takes it off again."""
+        config = self.peft_config[adapter_name]
+        layers = self.adapted_layers(adapter_name)
+        if not layers or any(
+            layer._stored().is_meta and not execution_device(layer.base_layer) for layer in layers.values()
+        ):
+            return
+        found = support_of({name: partial(_original_weight, layer) for name, layer in layers.items()})
+        if config.keep_zeros and found["sparsity"] < FEW_ZEROS and config.support is None:
+            warnings.warn(
+                f"{config.peft_type.value}: the adapted layers have no zero to keep (sparsity {found['sparsity']:g}); "
+                "prune the model first",
+                stacklevel=5,
+            )
+        expected, config.support = config.support, found
+        if config.keep_zeros and expected is not None and expected["sha256"] != found["sha256"]:
+            message = (
+                f"adapter {adapter_name!r} was made for a base with other zeros ({_described(expected)}; this one: "
+                f"{_described(found)}): its update means something else here; load it on its own base, or set "
+                "support=None in its config"
+            )
+            if config.other_support == "error":
+                raise ValueError(message)
+            warnings.warn(message, stacklevel=5)
+
     def _prepare_model(self, peft_config: UnscaledTunerConfig, model: nn.Module) -> None:
-        """Check all named targets before the first is replaced, so a refused config changes nothing."""
-        inside_adapters = tuple(f"{name}." for name, part in model.named_modules() if isinstance(part, BaseTunerLayer))
-        for name, module in model.named_modules():
-            if not name.startswith(inside_adapters) and self._check_target_module_exists(peft_config, name):
-                self._check_target(peft_config, name, module)
+        """Resolve 'all-linear', and check all names before the first layer is replaced."""
+        everywhere = peft_config.target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND
+        _maybe_include_all_linear_layers(peft_config, model)
+        if everywhere and peft_config.layers_to_transform is not None:  # PEFT picks blocks among endings of names only
+            peft_config.target_modules = {name.rpartition(".")[2] for name in peft_config.target_modules}
+        check_names(peft_config, model)
+        check_callers(peft_config, model)
 
     def _create_and_replace(
         self,
@@ -297,7 +358,7 @@ class SparseTunerModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        self._check_target(peft_config, current_key, target)  # 'all-linear' is resolved after _prepare_model
+        self._check_target(peft_config, current_key, target)
         r, scaling = peft_config.layer_settings(current_key)
         if isinstance(target, self.tuner_layer_cls):
             target.update_layer(adapter_name, peft_config, r, scaling)
@@ -307,42 +368,64 @@ class SparseTunerModel(BaseTuner):
             layer.requires_grad_(False)  # a further adapter is not trainable until it is made active
         self._replace_module(parent, target_name, layer, target)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # No more: a layer puts its adapters where they belong; PEFT would move them to where an offloaded weight is.
+        setattr(parent, child_name, new_module)
+
     def _check_target(self, config: UnscaledTunerConfig, name: str, module: nn.Module) -> None:
         layer = module.get_base_layer() if isinstance(module, self.tuner_layer_cls) else module
-        method = config.peft_type.value
-        plain = isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
-        if not plain and not isinstance(layer, self.other_base_layers):
-            raise ValueError(
-                f"target_modules: {name!r} is a {type(layer).__name__}; {method} adapts plain nn.Linear layers only"
-            )
-        if not layer.weight.is_floating_point():
-            raise ValueError(f"target_modules: the weight of {name!r} is {layer.weight.dtype}; {method} needs floats")
-        if getattr(getattr(layer, "_hf_hook", None), "offload", False):
-            raise ValueError(
-                f"target_modules: {name!r} is offloaded by accelerate; {method} reads the weight "
-                "itself, so it must stay on its device"
-            )
+        fault = linear_fault(layer)
+        if fault is None and getattr(type(layer), "computes_linear", False):
+            known = isinstance(layer, self.other_base_layers)
+            fault = None if known else f"is of type {type(layer).__name__}, which {config.peft_type.value} cannot adapt"
+        if fault is not None:
+            raise ValueError(f"target_modules: {name!r} {fault}")
         self.check_rank(name, layer, config.layer_settings(name)[0])
 
+    def _check_merge_allowed(self) -> None:
+        untie_adapted(self.model)
 
-def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
-    """Raise ``ValueError`` unless ``value`` is one of ``allowed``."""
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r}: must be one of {', '.join(allowed)}")
+    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        """Refuse unknown adapters and, if asked for, results that are not finite, before any layer is changed."""
+        unknown = [name for name in adapter_names or () if name not in self.peft_config]
+        if unknown:
+            raise ValueError(f"adapter_names={adapter_names}: there is no adapter {unknown[0]!r}")
+        for key, layer in self.adapted_layers(*self.peft_config).items() if safe_merge else ():
+            names = layer._own(layer.active_adapters if adapter_names is None else adapter_names)
+            together = [*layer.merged_adapters, *(name for name in names if name not in layer.merged_adapters)]
+            if together:
+                _check_finite(layer.merged_weight(together), names, f" of {key!r}")
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            self._check_merge(adapter_names, safe_merge)
+        return super()._unload_and_optionally_merge(merge, progressbar, False, adapter_names)
 
 
-def check_dropout(value: Any) -> None:
-    """Raise ``ValueError`` unless ``value`` is a probability below 1."""
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1:
-        raise ValueError(f"dropout={value!r}: must be a probability with 0 <= dropout < 1")
+def _check_finite(merged: Tensor, names: Sequence[str], of: str = "") -> None:
+    """Raise ``ValueError``, in the words of PEFT, unless a merged weight is finite."""
+    if not torch.isfinite(merged).all():
+        raise ValueError(
+            f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken: the weight{of} "
+            "would have an infinity or a NaN; nothing was merged"
+        )
 
 
-def check_flag(name: str, value: Any) -> None:
-    """Raise ``ValueError`` unless ``value`` is True or False."""
-    if not isinstance(value, bool):
-        raise ValueError(f"{name}={value!r}: must be True or False")
+def _has_hooks(layer: nn.Module) -> bool:
+    own = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    return bool(own) or module_hooks._has_any_global_hook()
 
 
-def _labelled(field_name: str, pattern: dict) -> dict[str, Any]:
-    """The entries of a pattern, named as a user would find them in an error."""
-    return {f"{field_name}[{name!r}]": value for name, value in pattern.items()}
+def _original_weight(layer: SparseLinear) -> Tensor:
+    with whole(layer):
+        return layer.original_weight()
+
+
+def _described(support: Support) -> str:
+    return f"sparsity {support['sparsity']:.3g}, {support['pattern']}, {support['sha256'][:8]}"

@@ -19,12 +19,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lors.functional import frozen_linear
 from lors.kernels import BITMAP, DENSE, PackedWeight, decode, pack
 from lors.kernels.layout import GROUPS, empty, values_at
+from lors.placement import full, whole
 from lors.sparsity import UNSTRUCTURED, resolve_sparsity
 
 __all__ = [
@@ -34,6 +37,7 @@ __all__ = [
     "compress_linear",
     "count_weights",
     "decompress_linear",
+    "dense_state_dict",
     "gradient_weight",
 ]
 
@@ -46,13 +50,16 @@ PARTS = {BITMAP: ("values", "bits", "offsets"), GROUPED: ("values", "codes")}
 class CompressedLinear(nn.Linear):
     """A linear layer with a packed, frozen weight. ``compress_linear`` turns a plain layer into one.
 
-    The parts are parameters without gradient, so they move, are cast, copied, saved and sharded with the model;
-    a cast touches the values only. ``weight`` is decoded afresh at every access and cannot be assigned to.
+    The values are a parameter without gradient, their places are buffers (FSDP1 takes no whole numbers as parameters):
+    they move, are copied and saved with the model, a cast touches the values only, and the values are sharded.
+    ``weight`` is decoded afresh at every access and cannot be assigned to. A state dict with a dense ``weight`` can be
+    loaded: it is packed again.
 
     Attributes:
         layout: ``bitmap`` or the n:m pattern.
     """
 
+    computes_linear = True  # see lors.blocks.linear_fault
     layout: str
     _plain_class: type[nn.Linear]  # what it was and will be again
     _like_weight: Tensor | None  # see gradient_weight
@@ -64,7 +71,7 @@ class CompressedLinear(nn.Linear):
     @property
     def packed(self) -> PackedWeight:
         """The weight as the kernels take it."""
-        parts = tuple(getattr(self, name) for name in self._part_names)
+        parts = tuple(full(getattr(self, name)) for name in self._part_names)
         return PackedWeight(self.layout, parts, (self.out_features, self.in_features))
 
     @property
@@ -84,8 +91,42 @@ class CompressedLinear(nn.Linear):
         """Map ``[..., in]`` to ``[..., out]``; the dense weight is made again in the backward pass."""
         return frozen_linear(x, self.packed, self.bias, self._like_weight)
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        W = state_dict.get(f"{prefix}weight")
+        if W is not None:
+            packed = pack(W.to(self.values.device, self.values.dtype), self.layout)
+            state_dict = state_dict | {
+                f"{prefix}{name}": part for name, part in zip(self._part_names, packed.parts, strict=True)
+            }
+            del state_dict[f"{prefix}weight"]
+            if packed.parts[0].shape != self.values.shape:  # a bitmap with another number of values
+                self.values = nn.Parameter(packed.parts[0].clone(), requires_grad=False)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, layout={self.layout}"
+
+
+def dense_state_dict(model: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    """A state-dict hook of a base model: asked for alone, it has the dense weights that it had before its adapters.
+
+    As a part of a larger model (PEFT saving an adapter) the packed parts stay, and so do those of a sharded layer.
+    """
+    if prefix:
+        return
+    weights = {
+        name: part
+        for name, part in model.named_modules()
+        if isinstance(part, CompressedLinear) and not isinstance(part.values, DTensor)
+    }
+    entries = list(state_dict.items())
+    state_dict.clear()
+    for key, value in entries:
+        name, _, part = key.rpartition(".")
+        if name not in weights or part not in weights[name]._part_names:
+            state_dict[key] = value
+        elif part == "values":
+            state_dict[f"{name}.weight"] = weights[name].weight
 
 
 def best_layout(weight: Tensor, storage: str) -> str:
@@ -141,22 +182,34 @@ def compress_linear(
     del linear.weight
     linear._plain_class, linear.__class__ = type(linear), CompressedLinear
     linear._like_weight, linear.layout = None, packed.layout
-    for name, part in zip(linear._part_names, packed.parts, strict=True):
-        # Past register_parameter, which accelerate makes create empty parameters while PEFT loads an adapter.
-        linear._parameters[name] = nn.Parameter(part, requires_grad=False)
+    values, *places = packed.parts
+    # Past register_parameter, which accelerate makes create empty parameters while PEFT loads an adapter.
+    linear._parameters["values"] = nn.Parameter(values, requires_grad=False)
+    linear._buffers.update(zip(linear._part_names[1:], places, strict=True))
 
 
-def decompress_linear(linear: nn.Linear) -> None:
-    """Undo ``compress_linear``: the layer has a dense weight again, which does not require a gradient."""
+def decompress_linear(linear: nn.Linear) -> nn.Linear:
+    """Undo ``compress_linear``: a layer with a dense weight, which does not require a gradient.
+
+    Returns:
+        The layer itself, with its hooks; if it is sharded another one, as FSDP2 goes on to put the parts into this one.
+    """
     if not isinstance(linear, CompressedLinear):
-        return
-    weight = nn.Parameter(linear.weight, requires_grad=False)
-    bias = linear._parameters.pop("bias")
+        return linear
+    with whole(linear):
+        weight = nn.Parameter(linear.weight, requires_grad=False)
+        bias = linear.bias
+    if isinstance(linear.values, DTensor):
+        sharded, linear = linear, nn.Module.__new__(type(linear))
+        linear.__dict__.update(sharded.__dict__)
+        linear._parameters, linear._buffers = dict(sharded._parameters), dict(sharded._buffers)
+    linear._parameters.pop("bias")
     for name in linear._part_names:
         delattr(linear, name)
     linear.__class__ = linear._plain_class
     del linear._plain_class, linear._like_weight, linear.layout
     linear.weight, linear.bias = weight, bias  # in the order of a plain layer
+    return linear
 
 
 def _without_content(weight: Tensor, storage: str, sparsity: float | None, pattern: str) -> PackedWeight:
@@ -191,6 +244,6 @@ def gradient_weight(linear: nn.Linear) -> Iterator[Tensor]:
 def count_weights(model: nn.Module) -> int:
     """Numbers in a model as if no weight of it were packed."""
     layers = [part for part in model.modules() if isinstance(part, CompressedLinear)]
-    packed = {id(part): 0 for layer in layers for part in layer.packed.parts}
+    packed = {id(layer.values) for layer in layers}
     plain = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in packed)
     return plain + sum(layer.out_features * layer.in_features for layer in layers)

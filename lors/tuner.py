@@ -24,11 +24,19 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from lors.kernels import AUTO, DENSE, PRODUCTS, SEMI_STRUCTURED, PackedWeight
-from lors.low_rank import LowRankLinear
+from lors.low_rank import LowRankLinear, frozen
 from lors.plugin import register
-from lors.sparse_tuner import SparseTunerConfig, SparseTunerModel, check_choice
+from lors.sparse_config import SparseTunerConfig, check_choice, check_flag
+from lors.sparse_tuner import SparseTunerModel
 from lors.sparsity import UNSTRUCTURED, follows_pattern
-from lors.storage import STORAGES, CompressedLinear, best_layout, compress_linear, decompress_linear
+from lors.storage import (
+    STORAGES,
+    CompressedLinear,
+    best_layout,
+    compress_linear,
+    decompress_linear,
+    dense_state_dict,
+)
 
 __all__ = ["LorsConfig", "LorsLinear", "LorsModel", "compress"]
 
@@ -94,8 +102,7 @@ class LorsConfig(SparseTunerConfig):
         check_choice("scaling", self.scaling, SCALINGS)
         check_choice("init", self.init, INITS)
         check_choice("bias", self.bias, BIASES)
-        if not isinstance(self.exact_gradient, bool):
-            raise ValueError(f"exact_gradient={self.exact_gradient!r}: must be True or False")
+        check_flag("exact_gradient", self.exact_gradient)
 
     def layer_settings(self, name: str) -> tuple[int, float]:
         """Rank r and scale s of the layer called ``name``, after ``rank_pattern`` and ``alpha_pattern``."""
@@ -125,8 +132,7 @@ class LorsLinear(LowRankLinear):
         """The layer without adapters, a plain dense ``nn.Linear``; called by PEFT."""
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        decompress_linear(self.base_layer)
-        return self.base_layer
+        return decompress_linear(self.base_layer)
 
     def _stored(self) -> nn.Parameter:
         base = self.get_base_layer()
@@ -142,7 +148,10 @@ class LorsLinear(LowRankLinear):
 
     def _frozen_weight(self) -> Tensor | PackedWeight:
         base = self.get_base_layer()
-        return base.packed if isinstance(base, CompressedLinear) else base.weight
+        if not isinstance(base, CompressedLinear):
+            return super()._frozen_weight()
+        values, *places = base.packed.parts
+        return base.packed._replace(parts=(frozen(values), *places))
 
     def _forward_product(self, name: str) -> str:
         chosen = self.options[name].forward_product
@@ -174,22 +183,20 @@ class LorsModel(SparseTunerModel):
                 f"target_modules: {name!r}: forward_product='2:4': the weight does not follow 2:4; use 'auto'"
             )
 
-    def _create_and_replace(
-        self,
-        peft_config: LorsConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
-    ) -> None:
-        super()._create_and_replace(
-            peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=parameter_name
-        )
-        base = getattr(parent, target_name).get_base_layer()
-        if peft_config.storage != "dense" and not next(base.parameters()).is_meta:
-            compress_linear(base, peft_config.storage)  # only now: PEFT looks at the weight of what it replaces
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """Read by DDP from the ``PeftModel`` around this one: what it need not send before every forward pass."""
+        layers = {name: part for name, part in self.model.named_modules() if isinstance(part, CompressedLinear)}
+        return [f"base_model.model.{name}.{key}" for name, part in layers.items() for key in part._buffers]
+
+    def _injected(self, adapter_name: str) -> None:
+        super()._injected(adapter_name)
+        storage = self.peft_config[adapter_name].storage
+        for layer in self.adapted_layers(adapter_name).values() if storage != "dense" else ():
+            if not layer._stored().is_meta:
+                compress_linear(layer.get_base_layer(), storage)
+        if dense_state_dict not in self.model._state_dict_hooks.values():
+            self.model.register_state_dict_post_hook(dense_state_dict)
 
 
 def compress(

@@ -45,5 +45,7 @@ def train_with(
         optimizer.step()
         callback.on_optimizer_step(args, control=None, **told)
         optimizer.zero_grad()
+        told["state"].global_step += 1
+        callback.on_step_end(args, control=None, **told)
     callback.on_train_end(args, control=None, **told)
     return losses

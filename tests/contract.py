@@ -11,11 +11,13 @@ from conftest import make_tiny_llama
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lors.blocks import decoder_linears
 from lors.harness.method import Method, adapt
+from lors.sparse_tuner import SparseTunerModel
 from lors.sparsity import random_support
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -51,8 +53,16 @@ TRAINED = having(lambda method: method.trains)
 ADAPTERS = having(lambda method: method.peft is not None)
 # Adapters of single linear layers, which all but a side network are.
 LAYERWISE = having(lambda method: method.peft is not None and method.merges != ("adapter",))
+# Our own tuners over linear layers, which promise more than PEFT's.
+OWN = having(
+    lambda method: (
+        method.peft is not None and issubclass(PEFT_TYPE_TO_TUNER_MAPPING[method.peft.peft_type], SparseTunerModel)
+    )
+)
 # Methods that start from another function than the pruned model, and the option that makes them start from it.
 ELSEWHERE = {"sherl": ["method.peft.start=identity"]}
+# Methods that train a part of their layers at a time: a factor may have no gradient for a while.
+PARTIAL = {"xgblora"}
 # Methods to which adapter.r and adapter.alpha do not apply: a booster is of rank 1, at a scale of its own.
 OWN_RANK, OWN_ALPHA = {"xgblora": 1}, {"xgblora": 2}
 

@@ -80,7 +80,7 @@ def refused(composed, tiny_checkpoint, tiny_sources, tmp_path, monkeypatch):
         ("eval.add_bos_token=null", "eval.add_bos_token=null: must be true or false"),
         ("adapter.r=0", "adapter.r=0: must be a whole number >= 1"),
         ("adapter.alpha=0", "adapter.alpha=0: must be a number > 0"),
-        ("adapter.targets=[]", "adapter.targets=[]: must be a non-empty list"),
+        ("adapter.targets=[]", "adapter.targets=[]: must be one of all-linear, or a non-empty list"),
         ("prune.samples=0", "prune.samples=0: must be a whole number >= 1 for prune=wanda"),
         ("prune.name=random", "prune.name=random: must be one of none, magnitude, wanda, sparsegpt"),
         ("data.kind=images", "data.kind=images: must be one of microworld, instruction, text"),

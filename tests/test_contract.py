@@ -19,6 +19,7 @@ from contract import (
     FILES,
     LAYERWISE,
     NAMES,
+    OWN,
     OWN_ALPHA,
     OWN_RANK,
     TRAINED,
@@ -33,7 +34,6 @@ from contract import (
     trained,
 )
 from peft import PeftModel, get_peft_model
-from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -41,13 +41,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lors.blocks import decoder_linears
 from lors.harness.method import Method, adapt, finish
-from lors.sparse_tuner import SparseTunerModel
 from lors.sparsity import supports, zero_report
-
-
-def is_own(method: Method) -> bool:
-    """Whether the tuner is one of this suite, which promises more than PEFT's."""
-    return method.peft is not None and issubclass(PEFT_TYPE_TO_TUNER_MAPPING[method.peft.peft_type], SparseTunerModel)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -133,7 +127,7 @@ def test_disabled_adapters_leave_the_base_model_bit_for_bit(name):
         assert torch.equal(logits(model), logits(pruned()))
 
 
-@pytest.mark.parametrize("name", having(is_own))
+@pytest.mark.parametrize("name", OWN)
 def test_unmerge_restores_the_original_weights_bit_for_bit(name):
     model = trained(method_of(name), pruned(dtype=torch.bfloat16), "bf16")
     expected = logits(model)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from contract import ROWS, TRAINED, batch, composed, logits, method_of, pruned, trainable
+from contract import PARTIAL, ROWS, TRAINED, batch, composed, logits, method_of, pruned, trainable
 from torch import nn
 from transformers import Trainer, TrainingArguments, default_data_collator
 
@@ -57,10 +57,11 @@ def test_bf16_autocast_through_the_trainer(name, tmp_path):
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(losses) == 3
     assert all(torch.isfinite(torch.tensor(losses)))
+    still = [key for key, value in trainable(model).items() if torch.equal(value, start[key])]
+    assert not still or (name in PARTIAL and len(still) < len(trainable(model)))
     for key, value in trainable(model).items():
         assert value.dtype == torch.float32, key
         assert value.isfinite().all(), key
-        assert not torch.equal(value, start[key]), key
     assert zero_report(before, finish(method, model, before, method.merges[0]), "unstructured")["lost"] == 0
 
 

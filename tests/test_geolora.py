@@ -9,6 +9,7 @@ import torch
 from callback_loop import pruned_layers, train_with
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from baselines.geolora import (
     GeoLoraConfig,
@@ -178,11 +179,14 @@ def test_a_cycle_has_one_integration_and_one_truncation_of_every_layer(monkeypat
     assert calls["truncate"] == [(step, layer) for step in truncations for layer in each]
 
 
-def test_an_integrator_step_moves_the_bases_by_the_learning_rate_and_leaves_the_optimizer_out():
+def test_an_integrator_step_moves_the_bases_by_the_present_rate_and_leaves_the_optimizer_out():
+    """The rate that a schedule has come to, neither the one that it began with nor that of another group."""
     model = adapted((OUT, IN), skipped_steps=0, coefficient_steps=5)
     layer, head = layers(model)[0], nn.Linear(OUT, 1).double()
     x = torch.randn(9, IN, dtype=torch.float64)
-    optimizer = torch.optim.AdamW([layer.geolora_S["default"], *head.parameters()], lr=0.05, weight_decay=0.1)
+    groups = [{"params": head.parameters()}, {"params": [layer.geolora_S["default"]], "lr": 0.2}]
+    optimizer = torch.optim.AdamW(groups, lr=0.1, weight_decay=0.1)
+    LambdaLR(optimizer, lambda step: 0.25)
     before, weight = product(layer), head.weight.detach().clone()
     W = (layer.weight + layer.scaling["default"] * (layer.weight != 0) * before).requires_grad_()
     head(x @ W.t()).square().mean().backward()
@@ -202,6 +206,19 @@ def test_an_integrator_step_moves_the_bases_by_the_learning_rate_and_leaves_the_
     assert torch.equal(layer.geolora_U["default"], bases[0])
     assert torch.equal(layer.geolora_V["default"], bases[1])
     assert not torch.allclose(product(layer), expected)
+
+
+def test_a_layer_that_no_token_has_reached_keeps_its_product():
+    """Its probes have no gradient; an expert may be idle for a step."""
+    model = adapted((OUT, IN), (OUT, IN), skipped_steps=0)
+    used, idle = layers(model)
+    before = [product(used), product(idle)]
+    x = torch.randn(9, IN, dtype=torch.float64)
+    optimizer = torch.optim.AdamW([layer.geolora_S["default"] for layer in layers(model)], lr=1e-2, weight_decay=0.1)
+    train_with(GeometricIntegrator(), model, optimizer, lambda: used(x).square().mean(), [0], of=9)
+    assert not torch.allclose(product(used), before[0])
+    torch.testing.assert_close(product(idle), before[1], **TIGHT)
+    assert_orthonormal(idle._parts("default")[0])
 
 
 def test_micro_batches_add_up_in_the_probes():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -346,3 +346,22 @@ def test_merged_adapter_is_refused() -> None:
     with pytest.raises(ValueError, match="merged adapter: unmerge it first"):
         lors.initialize(model, make_batches())
     assert all(torch.equal(weight, before[name]) for name, weight in weights(model).items())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda layer: layer.to("meta"), "offloaded or on the meta device"),
+        (lambda layer: setattr(layer.weight, "data", torch.empty(0)), r"sharded \(FSDP1, ZeRO-3\)"),
+    ],
+    ids=["meta", "sharded"],
+)
+def test_a_weight_that_is_not_whole_is_refused_before_anything_changes(change: Callable, message: str) -> None:
+    """FSDP2 is in test_distributed."""
+    model = fresh_model()
+    name, layer = list(lors_layers(model).items())[3]
+    change(layer.base_layer)
+    before = factors(model)
+    with pytest.raises(ValueError, match=rf"the weight of {name} is {message}: call lors.initialize before that"):
+        lors.initialize(model, make_batches())
+    assert all(torch.equal(A, before[name]) for name, A in factors(model).items())

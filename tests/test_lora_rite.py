@@ -90,6 +90,17 @@ def test_every_option_changes_the_path(options):
     assert gap(products(A0, B, 5, **options), products(A0, B, 5)) > 1e-4
 
 
+@pytest.mark.parametrize("lr", [1e-2, 1e-4])
+def test_weight_decay_is_decoupled_and_goes_with_the_rate(lr):
+    """Beside the preconditioned step each factor loses lr wd of what it was."""
+    decayed, plain = pair(A0, STARTS["random"]), pair(A0, STARTS["random"])
+    for factors, decay in ((decayed, 0.3), (plain, 0.0)):
+        set_gradients(*factors)
+        LoraRite([factors], lr=lr, weight_decay=decay).step()
+    for factor, without, start in zip(decayed, plain, (A0, STARTS["random"]), strict=True):
+        torch.testing.assert_close(factor.detach() - without.detach(), -lr * 0.3 * start, rtol=1e-9, atol=1e-15)
+
+
 def test_factors_turn_with_the_basis_and_the_steps_of_the_product_have_the_length_of_the_rate():
     one = pair(A0, STARTS["random"])
     two = pair(torch.linalg.solve(T, A0), STARTS["random"] @ T)

@@ -158,6 +158,23 @@ def test_merging_leaves_the_adapted_model_as_it_was_unless_in_place(tiny_llama) 
     assert torch.equal(logits(last), logits(merged))
 
 
+@pytest.mark.parametrize("variant", ["adapter", "remasked", "dense"])
+def test_modules_that_are_trained_in_full_end_in_the_format_of_the_model(tiny_llama, variant: str) -> None:
+    """In bf16_mixed the training has them in float32, beside a bfloat16 model."""
+    method = lora(peft=LoraConfig(r=4, target_modules=TARGETS, modules_to_save=["lm_head"], task_type="CAUSAL_LM"))
+    model = sparse(tiny_llama, torch.bfloat16)
+    before = supports(model)
+    adapted = adapt(method, model, precision="bf16_mixed")
+    head = adapted.get_base_model().lm_head.modules_to_save["default"].weight
+    assert head.dtype == torch.float32
+    head.data.add_(0.1)
+    wanted = head.detach().to(torch.bfloat16)
+    finished = finish(method, adapted.eval(), before, variant)
+    assert logits(finished).isfinite().all()
+    found = finished.lm_head.modules_to_save["default"] if variant == "adapter" else finished.lm_head
+    assert torch.equal(found.weight, wanted)
+
+
 def test_bad_end_states_and_methods_are_refused(tiny_llama) -> None:
     model = sparse(tiny_llama)
     with pytest.raises(ValueError, match="variant='folded': must be one of merged, adapter, remasked, dense"):

@@ -106,6 +106,7 @@ def test_a_run_from_end_to_end(tiny, capsys, no_network) -> None:
     assert set(result["time"]["phases"]) == {"load", "prune", "baselines", "init", "train", "merge", "evaluate"}
     assert result["flops"]["per_step"] > 0
     assert result["parameters"]["adapter_bytes"] == 4 * result["parameters"]["trainable"]
+    assert result["parameters"]["adapted_share"] == 1
     assert all(isinstance(value, float) for value in result["loss"].values())
     for scores in (result["eval"], result["baselines"]["dense"], result["baselines"]["pruned"]):
         assert set(scores["tasks"]) == {"arc_easy", "rte"}

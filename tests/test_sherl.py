@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from conftest import make_tiny_llama
@@ -10,7 +12,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import OPTConfig, OPTForCausalLM
 
-from baselines.sherl import SherlBlock, SherlConfig, SherlNorm, aggregated
+from baselines.sherl import SherlBlock, SherlConfig, SherlNorm, SherlPart, aggregated
 from lors.harness.live_step import live_tensor_step
 from lors.harness.meter import count_inference_flops
 from lors.harness.method import adapt
@@ -236,6 +238,46 @@ def test_no_merge_and_one_adapter_at_a_time():
     model.base_model.set_adapter(["default", "second"])
     with pytest.raises(ValueError, match="one active adapter at a time"):
         logits(model)
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(len(part._forward_pre_hooks) for part in model.modules())
+
+
+def test_it_can_be_unloaded_and_takes_its_hooks_along():
+    plain, model = base(), adapted(noise=0.1)
+    assert not torch.equal(logits(model), logits(plain))
+    with pytest.raises(ValueError, match="SHERL has no merge"):
+        model.merge_and_unload()
+    assert hooks(model) == 3
+    unloaded = model.unload()
+    assert hooks(unloaded) == 0
+    assert not any(isinstance(part, SherlPart) for part in unloaded.modules())
+    assert torch.equal(logits(unloaded), logits(plain))
+    again = get_peft_model(unloaded, SherlConfig())
+    assert hooks(again) == 3
+
+
+def test_a_deleted_adapter_takes_the_hooks_along_that_no_other_needs():
+    model = adapted(side_layers=[0, 1])
+    assert hooks(model) == 3
+    model.add_adapter("second", SherlConfig(side_layers=[1]))
+    copied = copy.deepcopy(model)
+    model.set_adapter("second")
+    model.delete_adapter("default")
+    assert hooks(model) == 2
+    assert hooks(copied) == 3
+    assert logits(model).isfinite().all()
+    copied.delete_adapter("second")
+    assert hooks(copied) == 3
+
+
+def test_several_adapters_in_one_pass_are_refused_in_one_line():
+    model = adapted()
+    with pytest.raises(ValueError, match="adapter_names: SHERL has one side path"):
+        model(input_ids=TOKENS, adapter_names=["default"] * len(TOKENS))
+    with pytest.raises(ValueError, match="add_weighted_adapter: SHERL has no update"):
+        model.add_weighted_adapter(["default"], [1.0], "sum")
 
 
 def test_a_method_of_the_suite_that_is_recorded_as_not_mergeable():

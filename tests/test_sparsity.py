@@ -265,11 +265,11 @@ def test_decoder_linears_of_llama():
 
 def test_layers_that_are_not_linear_are_refused():
     gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=32))
-    with pytest.raises(ValueError, match=r"transformer\.h\.0\.attn\.c_attn is a Conv1D: .*nn\.Linear"):
+    with pytest.raises(ValueError, match=r"transformer\.h\.0\.mlp\.c_fc is of type Conv1D, .*nn\.Linear"):
         decoder_linears(gpt2)
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     mixtral = MixtralForCausalLM(MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=2, vocab_size=32))
-    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.\w+ is a Mixtral"):
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.\w+ is of type Mixtral"):
         decoder_linears(mixtral)
     model = small_llama()
     packed = nn.Parameter(torch.zeros(16, 8, dtype=torch.uint8), requires_grad=False)

@@ -187,7 +187,7 @@ def test_r_must_divide_the_output_width_and_the_error_says_where():
         ({"dropout": 1.0}, "dropout=1.0: must be a probability"),
         ({"organisation": "gc"}, "organisation='gc': must be one of plain, checkpoint, blockwise"),
         ({"rank_pattern": {"q_proj": 0}}, r"rank_pattern\['q_proj'\]=0"),
-        ({"layers_to_transform": [0]}, "layers_to_transform"),
+        ({"layers_to_transform": [0], "target_modules": ".*q_proj"}, "layers_to_transform"),
         ({"layers_pattern": "layers", "target_modules": ["q_proj"]}, "needs layers_to_transform"),
     ],
 )
@@ -198,5 +198,5 @@ def test_a_bad_config_is_refused_in_one_line(fields, message):
 
 
 def test_only_plain_linear_layers_are_adapted():
-    with pytest.raises(ValueError, match=r"'emb' is a Embedding; SPP adapts plain"):
+    with pytest.raises(ValueError, match=r"'emb' is of type Embedding: allowed are nn.Linear"):
         get_peft_model(nn.ModuleDict({"emb": nn.Embedding(8, 12)}), SppConfig(r=4, target_modules=["emb"]))

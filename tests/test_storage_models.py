@@ -79,7 +79,7 @@ def test_the_weights_of_a_model_take_the_bytes_of_their_layout() -> None:
     assert count_weights(packed) == total
     bases = [layer.base_layer for layer in lors_layers(packed).values()]
     live = LiveTensors()
-    live.count((part for base in bases for part in base.parameters()), "weights")
+    live.count((part for base in bases for part in (*base.parameters(), *base.buffers())), "weights")
     assert live.now == sum(W.nbytes for W in weights(dense).values()) * 9 / 16
 
 
@@ -183,9 +183,10 @@ def test_training_needs_the_dense_weight_of_one_layer_only() -> None:
         layer.weight.data.mul_(torch.rand(size, size) < 0.5)
     names = [str(index) for index in range(depth)]
     model = get_peft_model(stack, lors.LorsConfig(r=1, target_modules=names, storage="bitmap"))
-    held = sum(parameter.nbytes for parameter in model.parameters())
+    tensors = [*model.parameters(), *model.buffers()]
+    held = sum(tensor.nbytes for tensor in tensors)
     live = LiveTensors()
-    live.count(model.parameters(), "weights")
+    live.count(tensors, "weights")
     with live:
         model(torch.ones(1, size)).sum().backward()
     dense = 4 * size * size

@@ -35,7 +35,6 @@ import lors
         ("lora_alpha", "16"),
         ("rank_pattern", {"q_proj": -1}),
         ("alpha_pattern", {"q_proj": None}),
-        ("layers_to_transform", [0]),
         ("layers_pattern", "layers"),
     ],
 )
@@ -92,6 +91,7 @@ def test_rank_and_alpha_patterns() -> None:
         ({"target_modules": ["q_proj", "down_proj"]}, 4, "layers.1.mlp.down_proj"),
         ({"target_modules": r".*\.1\..*(up|gate)_proj"}, 2, "layers.1.mlp.gate_proj"),
         ({"target_modules": ["q_proj"], "layers_to_transform": [1]}, 1, "layers.1.self_attn.q_proj"),
+        ({"layers_to_transform": [1]}, 7, "layers.1.mlp.up_proj"),
         ({"exclude_modules": ["q_proj", "k_proj"]}, 10, "layers.0.self_attn.v_proj"),
         ({"target_modules": ["lm_head"]}, 1, "lm_head"),
     ],
@@ -116,7 +116,7 @@ def test_targets_that_cannot_be_adapted_are_named_and_leave_the_model_alone() ->
     model.model.layers[0].mlp.gate_proj.weight = nn.Parameter(torch.ones(40, 32, dtype=torch.int8), requires_grad=False)
     before = [type(module) for module in model.modules()]
     for target, message in {
-        "embed_tokens": "'model.embed_tokens' is a Embedding",
+        "embed_tokens": "'model.embed_tokens' is of type Embedding",
         "input_layernorm": "LlamaRMSNorm",
         "up_proj": "Doubled",
         "gate_proj": "int8",
@@ -130,7 +130,7 @@ def test_targets_that_cannot_be_adapted_are_named_and_leave_the_model_alone() ->
 def test_convolutional_linear_of_gpt2_is_refused() -> None:
     ends = {"bos_token_id": 1, "eos_token_id": 2}
     model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=32, n_positions=16, **ends))
-    with pytest.raises(ValueError, match=r"'transformer\.h\.0\.attn\.c_attn' is a Conv1D"):
+    with pytest.raises(ValueError, match=r"'transformer\.h\.0\.attn\.c_attn' is of type Conv1D"):
         get_peft_model(model, lors.LorsConfig(r=4))
 
 
@@ -138,7 +138,7 @@ def test_layer_of_another_method_is_refused() -> None:
     model = get_peft_model(pruned_model(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
     with (
         pytest.warns(UserWarning, match="second time"),
-        pytest.raises(ValueError, match=r"adapts plain nn\.Linear"),
+        pytest.raises(ValueError, match=r"has an adapter of another method, peft\.tuners\.lora"),
     ):
         get_peft_model(model.base_model.model, lors.LorsConfig(r=4, target_modules=["q_proj"]))
 

@@ -30,8 +30,12 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND, AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from lors.blocks import decoder_linears
+from lors.shared_weights import note_untied_head, untie_adapted
 
 __all__ = [
     "PRECISIONS",
@@ -41,6 +45,7 @@ __all__ = [
     "adapt",
     "finish",
     "gradient_initialization",
+    "tuner_config",
     "without_values",
 ]
 
@@ -168,7 +173,7 @@ def adapt(
     adapted = model
     if method.peft is not None:
         # PEFT's default would make some adapters float32 and leave others in the format of the base weight.
-        adapted = get_peft_model(model, copy.deepcopy(method.peft), autocast_adapter_dtype=False)
+        adapted = get_peft_model(model, tuner_config(method, model), autocast_adapter_dtype=False)
         _cast_trainable(adapted, formats.trainable)
     else:
         model.to(formats.trainable)
@@ -178,6 +183,17 @@ def adapt(
             adapted = method.prepare(adapted, batches, seed)
     _check_freezing(method, adapted)
     return adapted
+
+
+def tuner_config(method: Method, model: PreTrainedModel) -> PeftConfig:
+    """The method's PEFT config for a model, a copy: ``all-linear`` is every linear layer of its decoder blocks.
+
+    PEFT would take linear layers outside of the blocks too, which are not pruned.
+    """
+    config = copy.deepcopy(method.peft)
+    if getattr(config, "target_modules", None) == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+        config.target_modules = set(decoder_linears(model))
+    return config
 
 
 def finish(
@@ -208,7 +224,10 @@ def finish(
     if variant not in VARIANTS:
         raise ValueError(f"variant={variant!r}: must be one of {', '.join(VARIANTS)}")
     if variant == "adapter":
-        return model.get_base_model() if isinstance(model, PeftModel) else model
+        if not isinstance(model, PeftModel):
+            return model
+        _round_saved_modules(model)
+        return model.get_base_model()
     result = model if in_place else copy.deepcopy(model)
     if isinstance(result, PeftModel):
         result = _merge_in_float32(result)
@@ -274,12 +293,24 @@ def _format_of(model: PreTrainedModel) -> torch.dtype:
 
 def _merge_in_float32(model: PeftModel) -> PreTrainedModel:
     """Merge layer by layer, so that at most one layer is alive in float32; the weights are rounded once."""
+    untie_adapted(model.get_base_model())
+    _round_saved_modules(model)
     for layer in [module for module in model.modules() if isinstance(module, BaseTunerLayer)]:
         dtype = layer.get_base_layer().weight.dtype
         layer.float()
         layer.merge()
         layer.get_base_layer().to(dtype)
-    return model.unload()
+    plain = model.unload()
+    note_untied_head(plain)
+    return plain
+
+
+def _round_saved_modules(model: PeftModel) -> None:
+    """Give what ``modules_to_save`` has trained the format of what it replaces: it is used without autocast."""
+    for wrapper in [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]:
+        original = next(wrapper.original_module.parameters(), None)
+        if original is not None:
+            wrapper.to(original.dtype)
 
 
 @torch.no_grad()

@@ -208,7 +208,12 @@ class Run:
             adapted = adapt(self.method, model, batches, cfg.seed, precision=cfg.train.precision)
         if peak.allocated is not None:
             self.result["memory"]["init_peak"] = peak.allocated
-        self.result["parameters"] = count_parameters(adapted)
+        self.result["parameters"] = counts = count_parameters(adapted)
+        if counts["adapted_share"] is not None and counts["adapted_share"] < 1:
+            log.warning(
+                "adapter.targets: %.0f %% of the weights in the decoder's linear layers have no adapter",
+                100 * (1 - counts["adapted_share"]),
+            )
         return adapted
 
     def _train(self, adapted: nn.Module) -> None:

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from lors.blocks import decoder_linears
 from lors.harness.environment import environment
 from lors.harness.method import Method
 from lors.sparsity import zero_report
@@ -85,14 +87,23 @@ def check_zeros(
     return {"requested": cfg.sparsity, **report, "mergeable": kept}
 
 
-def count_parameters(model: nn.Module) -> dict[str, int]:
-    """Numbers in the model and trainable ones, and the bytes of the trainable ones as they are saved."""
+def count_parameters(model: nn.Module) -> dict[str, int | float | None]:
+    """Numbers in the model and trainable ones, the bytes of the trainable ones as they are saved, and the share of the
+    weights of the decoder's linear layers that adapters of such layers are on; None without any."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return {
         "total": count_weights(model),
         "trainable": sum(parameter.numel() for parameter in trainable),
         "adapter_bytes": sum(parameter.numel() * parameter.element_size() for parameter in trainable),
+        "adapted_share": _adapted_share(model),
     }
+
+
+def _adapted_share(model: nn.Module) -> float | None:
+    layers = [part.get_base_layer() for part in model.modules() if isinstance(part, BaseTunerLayer)]
+    adapted = {id(layer) for layer in layers if isinstance(layer, nn.Linear)}
+    sizes = {id(layer): layer.in_features * layer.out_features for layer in decoder_linears(model).values()}
+    return sum(sizes[key] for key in adapted & sizes.keys()) / sum(sizes.values()) if adapted else None
 
 
 def held_out_loss(scores: Mapping[str, Any] | None) -> float | None:

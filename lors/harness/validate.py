@@ -8,7 +8,6 @@ weights.
 
 from __future__ import annotations
 
-import copy
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -21,10 +20,13 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from peft import get_peft_model
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from lors.blocks import decoder_linears
-from lors.harness.method import PRECISIONS, Method
+from lors.harness.method import PRECISIONS, Method, tuner_config
+from lors.injection import check_names
 from lors.prune import PRUNERS
 from lors.sparsity import check_width, parse_pattern, resolve_sparsity
 
@@ -57,6 +59,10 @@ def number(text: str, holds: Callable[[float], bool]) -> Rule:
 
 def or_null(rule: Rule) -> Rule:
     return Rule(f"{rule.allowed}, or null", lambda value: value is None or rule.holds(value))
+
+
+def either(first: Rule, second: Rule) -> Rule:
+    return Rule(f"{first.allowed}, or {second.allowed}", lambda value: first.holds(value) or second.holds(value))
 
 
 def list_of(rule: Rule, minimum: int = 0) -> Rule:
@@ -94,7 +100,7 @@ RULES: dict[str, Rule] = {
     "save_merged": FLAG,
     "adapter.r": whole(1),
     "adapter.alpha": POSITIVE,
-    "adapter.targets": list_of(TEXT, minimum=1),
+    "adapter.targets": either(one_of(INCLUDE_LINEAR_LAYERS_SHORTHAND), list_of(TEXT, minimum=1)),
     "method.init_rows": or_null(whole(1)),
     "method.max_grad_norm": or_null(NOT_NEGATIVE),
     "model.name": or_null(TEXT),
@@ -230,17 +236,21 @@ def check_fit(cfg: DictConfig, method: Method, shape: PretrainedConfig) -> None:
             raise BadInput(f"{one_line(error)} of {name}") from error
     if method.peft is None:
         return
-    rank = getattr(method.peft, "r", None)
+    rank, config = getattr(method.peft, "r", None), tuner_config(method, model)
+    try:
+        if config.target_modules is not None:
+            check_names(config, model)
+    except ValueError as error:
+        raise BadInput(f"method={cfg.method.name}: {one_line(error)}") from error
     for name, linear in linears.items():
         smaller = min(linear.in_features, linear.out_features)
-        if rank is not None and name.rpartition(".")[2] in cfg.adapter.targets and rank > smaller:
+        if rank is not None and check_target_module_exists(config, name) and rank > smaller:
             shape_text = f"{linear.out_features} x {linear.in_features}"
             raise BadInput(f"adapter.r={rank}: must be at most {smaller}, because {name} is {shape_text}")
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the wrapping; the wrapping that counts comes later
-            # A copy, because PEFT writes the name of the model into the config.
-            get_peft_model(model, copy.deepcopy(method.peft), autocast_adapter_dtype=False, low_cpu_mem_usage=True)
+            get_peft_model(model, config, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
     except ValueError as error:
         raise BadInput(f"method={cfg.method.name}: {one_line(error)}") from error
 

@@ -138,20 +138,33 @@ def _record(model: nn.Module, blocks: nn.ModuleList, calibration: Tensor) -> tup
     Returns the hidden states that enter the first block, per sample (1 x L x d), and the other arguments of
     every block, per block and sample. Equal tensors (all samples have one length, so nearly all are) are kept
     once.
+
+    Raises:
+        ValueError: The model computes something between its blocks, which the walk from block to block would miss.
     """
     hidden: list[Tensor] = []
     calls: list[list[Call]] = [[] for _ in blocks]
+    given: list[Tensor] = []  # the output of the block before
 
     def record(i: int, block: nn.Module, args: tuple, kwargs: dict) -> None:
         if not args:
             raise ValueError(f"{type(block).__name__} gets its hidden states by keyword: this model is not supported")
         if i == 0:
             hidden.append(args[0])
+        elif not torch.allclose(given.pop().to(args[0].device), args[0], rtol=0, atol=0, equal_nan=True):
+            raise ValueError(
+                f"block {i} of {type(model).__name__} does not get what the block before it gives: allowed are models "
+                "that compute nothing between their blocks"
+            )
         twin_args, twin_kwargs = calls[i][0] if calls[i] else ((), {})
         shared_args = _share(args[1:], twin_args)
         calls[i].append((shared_args, {key: _share(x, twin_kwargs.get(key)) for key, x in kwargs.items()}))
 
+    def note(block: nn.Module, args: tuple, output: Tensor | tuple) -> None:
+        given[:] = [output[0] if isinstance(output, tuple) else output]
+
     hooks = [block.register_forward_pre_hook(partial(record, i), with_kwargs=True) for i, block in enumerate(blocks)]
+    hooks += [block.register_forward_hook(note) for block in blocks]
     # Without the head, whose logits nobody reads.
     decoder = getattr(model, "base_model", model)
     try:

@@ -1,0 +1,70 @@
+"""What an adapter has to know of the zeros of its base: how many, in which pattern, and a fingerprint of where.
+
+The support of a weight W (out x in) is M = (W != 0). The fingerprint is the SHA-256 over the layers in the order of
+their names; of each its name, its shape and M, 8 columns to a byte, the first in the lowest bit, rows padded to whole
+bytes. So it depends neither on the type of the weights nor on how they are stored, nor on how they are sharded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import TypedDict
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+__all__ = ["Support", "packed_bits", "support_of"]
+
+# Patterns that are looked for: n weights kept of every m.
+GROUPS = (2, 4, 8, 16)
+BLOCK = 2**24  # weights worked on at a time
+
+
+class Support(TypedDict):
+    """The zeros of some layers together.
+
+    sparsity: Fraction of zeros. pattern: ``n:m`` if they follow it and are as many as it asks for, else
+    ``unstructured``. sha256: See the module's text.
+    """
+
+    sparsity: float
+    pattern: str
+    sha256: str
+
+
+def packed_bits(M: Tensor) -> Tensor:
+    """A boolean ``[rows, columns]`` as uint8 ``[rows, ceil(columns / 8)]``, column 8 j + k in bit k of byte j."""
+    powers = torch.tensor([1 << k for k in range(8)], dtype=torch.uint8, device=M.device)
+    return (pad(M, (0, -M.shape[1] % 8)).unflatten(1, (-1, 8)) * powers).sum(-1, dtype=torch.uint8)
+
+
+def support_of(weights: Mapping[str, Callable[[], Tensor]]) -> Support:
+    """The support of some layers.
+
+    Args:
+        weights: By name of the layer a function that returns W, ``[out, in]``; called in the order of the names, and
+            one weight is held at a time.
+    """
+    digest = hashlib.sha256()
+    nonzeros = total = 0
+    fullest = dict.fromkeys(GROUPS, 0)  # most non-zeros in a group of m
+    for name in sorted(weights):
+        W = weights[name]()
+        digest.update(f"{name}\0{W.shape[0]}x{W.shape[1]}\0".encode())
+        for rows in W.split(max(1, BLOCK // max(1, W.shape[1]))):
+            M = rows != 0
+            digest.update(packed_bits(M).cpu().numpy().tobytes())
+            nonzeros += int(M.sum())
+            for m in GROUPS:
+                divides = W.shape[1] % m == 0
+                n = int(M.unflatten(1, (-1, m)).sum(-1).amax()) if divides and M.numel() else m
+                fullest[m] = max(fullest[m], n)
+        total += W.numel()
+    kept = nonzeros / total if total else 1.0
+    # A pruned n:m weight has n / m of its entries, but for a few that were zero anyway.
+    patterns = [f"{n}:{m}" for m, n in fullest.items() if 0 < n < m and abs(kept - n / m) < 0.01]
+    return Support(
+        sparsity=round(1 - kept, 6), pattern=patterns[0] if patterns else "unstructured", sha256=digest.hexdigest()
+    )
