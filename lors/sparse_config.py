@@ -1,4 +1,4 @@
-"""The config fields that all tuners over pruned linear layers have, most of them as PEFT users know them; and checks."""
+"""The config fields that all tuners over pruned linear layers have, most of them known from PEFT, and their checks."""
 
 from __future__ import annotations
 

@@ -131,20 +131,7 @@ class SparseLinear(nn.Module, BaseTunerLayer):
     def _call(self, compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Call the base layer with ``compute`` in place of its forward function, so that its hooks run around it."""
         base = self.base_layer
-        hooked_by_accelerate = hasattr(base, "_hf_hook")
-        if not (hooked_by_accelerate or _has_hooks(base)):
-            return compute(x)
-        place, attributes = "_old_forward" if hooked_by_accelerate else "forward", vars(base)
-        missing = object()
-        before = attributes.get(place, missing)
-        attributes[place] = compute
-        try:
-            return base(x)
-        finally:
-            if before is missing:
-                del attributes[place]
-            else:
-                attributes[place] = before
+        return _call_with_hooks(base, compute, x) if hasattr(base, "_hf_hook") or _has_hooks(base) else compute(x)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write W + delta W into the base layer: float32 arithmetic, one rounding to the type of W.
@@ -415,6 +402,23 @@ def _check_finite(merged: Tensor, names: Sequence[str], of: str = "") -> None:
             f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken: the weight{of} "
             "would have an infinity or a NaN; nothing was merged"
         )
+
+
+@torch.compiler.disable  # which would not see that the forward function is another one for a while
+def _call_with_hooks(layer: nn.Linear, compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Call a layer whose forward function is ``compute`` in this call."""
+    # Accelerate keeps the layer's own function there and has put one that runs its hook in its place.
+    place, attributes = "_old_forward" if hasattr(layer, "_hf_hook") else "forward", vars(layer)
+    missing = object()
+    before = attributes.get(place, missing)
+    attributes[place] = compute
+    try:
+        return layer(x)
+    finally:
+        if before is missing:
+            del attributes[place]
+        else:
+            attributes[place] = before
 
 
 def _has_hooks(layer: nn.Module) -> bool:
