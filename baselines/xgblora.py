@@ -254,9 +254,10 @@ def first_booster(model: nn.Module, batches: Iterable[Mapping[str, Tensor]] = ()
         batches: Not read.
         seed: Not used: the draw has the seed of the config.
     """
+    name, _ = _adapter(model)
     select(model, 0)
     for layer in _layers(model).values():
-        layer.boosted_weight(layer.active_adapters)
+        layer.boosted_weight([name])
     return model
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from torch import Tensor, nn
@@ -23,9 +23,13 @@ class FirstBackward:
 
     Args:
         factors: The trainable factors of every layer, by the layer's name.
+        expected: ``expected(name)``, whether the pass should reach that layer; asked when it has ended.
     """
 
-    def __init__(self, factors: Mapping[str, Sequence[nn.Parameter]]) -> None:
+    def __init__(
+        self, factors: Mapping[str, Sequence[nn.Parameter]], expected: Callable[[str], bool] = lambda name: True
+    ) -> None:
+        self._expected = expected
         self._unreached = set(factors)
         self._count = len(factors)
         self._waiting = False
@@ -35,6 +39,9 @@ class FirstBackward:
             for index, parameter in enumerate(parameters)
         ]
         self._seen: set[tuple[str, int]] = set()
+
+    def __reduce__(self) -> tuple[type[FirstBackward], tuple[dict]]:
+        return FirstBackward, ({},)  # a copy of a model has parameters of its own, which nobody watches
 
     def stop(self) -> None:
         """Watch no longer."""
@@ -61,8 +68,8 @@ class FirstBackward:
         if not self._handles:
             return
         self.stop()
-        if self._unreached:
-            names = sorted(self._unreached)
+        names = sorted(filter(self._expected, self._unreached))
+        if names:
             warnings.warn(
                 f"{len(names)} of {self._count} adapted layers had no gradient in the first backward pass: "
                 f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}. Unless these are experts that no token "

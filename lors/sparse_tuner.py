@@ -269,16 +269,14 @@ class SparseTunerModel(BaseTuner):
         if self._first_backward is not None:
             self._first_backward.stop()
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
-        factors = {}
-        for key, layer in self.adapted_layers(*names).items():
-            held = [
-                getattr(layer, part)[name]
-                for name in layer._own(names)
-                for part in layer.adapter_layer_names
-                if layer.expects_gradient(name)
-            ]
+        factors, layers = {}, self.adapted_layers(*names)
+        for key, layer in layers.items():
+            held = [getattr(layer, part)[name] for name in layer._own(names) for part in layer.adapter_layer_names]
             factors[key] = [parameter for parameter in held if parameter.requires_grad and not parameter.is_meta]
-        self._first_backward = FirstBackward({key: held for key, held in factors.items() if held})
+        self._first_backward = FirstBackward(
+            {key: held for key, held in factors.items() if held},
+            expected=lambda key: any(layers[key].expects_gradient(name) for name in layers[key]._own(names)),
+        )
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """As in PEFT; with ``safe_merge`` all layers are looked at before the first is changed."""

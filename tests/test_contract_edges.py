@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -103,6 +104,15 @@ def test_the_hooks_of_accelerate_are_honoured(name, offloaded):
             torch.testing.assert_close(own.grad, other.grad, msg=key)
     expected = logits(expected.eval())
     torch.testing.assert_close(logits(model.eval().merge_and_unload()), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_nothing_is_said_of_layers_that_learn_or_are_not_meant_to(name):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "LORS|.*had no gradient|.*no zero to keep|.*no adapter")
+        model = adapt(method_of(name), pruned(), [batch()]).train()
+        for _ in range(2):
+            model(**batch()).loss.backward()
 
 
 # ---- several adapters

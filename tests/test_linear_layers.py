@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 
@@ -200,3 +201,12 @@ def test_no_hook_is_left_and_gradients_are_as_ever() -> None:
     for (key, one), two in zip(watched.named_parameters(), plain.parameters(), strict=True):
         assert not one._backward_hooks, key
         assert (one.grad is None and two.grad is None) or torch.equal(one.grad, two.grad), key
+
+
+def test_a_model_that_is_watched_can_be_copied_and_saved_whole(tmp_path) -> None:
+    model = get_peft_model(pruned_model(), lors.LorsConfig(r=2))
+    copied = copy.deepcopy(model)
+    torch.save(model, tmp_path / "model.pt")
+    for other in (copied, torch.load(tmp_path / "model.pt", weights_only=False)):
+        assert torch.equal(logits(other.eval()), logits(model.eval()))
+        other.train()(input_ids=IDS, labels=IDS).loss.backward()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lors.blocks import decoder_linears
 from lors.harness.environment import environment
 from lors.harness.method import Method
+from lors.sparse_tuner import SparseLinear
 from lors.sparsity import zero_report
 from lors.storage import count_weights
 
@@ -90,13 +91,23 @@ def check_zeros(
 def count_parameters(model: nn.Module) -> dict[str, int | float | None]:
     """Numbers in the model and trainable ones, the bytes of the trainable ones as they are saved, and the share of the
     weights of the decoder's linear layers that adapters of such layers are on; None without any."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    idle = {id(factor) for factor in _idle_factors(model)}
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in idle]
     return {
         "total": count_weights(model),
         "trainable": sum(parameter.numel() for parameter in trainable),
         "adapter_bytes": sum(parameter.numel() * parameter.element_size() for parameter in trainable),
         "adapted_share": _adapted_share(model),
     }
+
+
+def _idle_factors(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Factors of layers that a method does not train now, though they may ask for a gradient."""
+    for layer in model.modules():
+        if isinstance(layer, SparseLinear):
+            for name in layer.r:
+                if not layer.expects_gradient(name):
+                    yield from (getattr(layer, part)[name] for part in layer.adapter_layer_names)
 
 
 def _adapted_share(model: nn.Module) -> float | None:

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import (
@@ -42,6 +41,7 @@ from lors.harness.recipe import (
     gradient_clipping,
     make_optimizer,
 )
+from lors.storage import CompressedLinear
 
 __all__ = ["MeasuredTrainer", "NonFiniteLoss", "TrainOutcome", "train"]
 
@@ -195,12 +195,10 @@ class MeasuredTrainer(Trainer):
                 tensor.copy_(saved[name])
 
     def _changing(self) -> Iterator[tuple[str, Tensor]]:
-        # Adapters as a whole: a method may freeze some of their parameters for a while (XGBLoRA).
-        prefix = getattr(self.model.base_model, "prefix", None) if isinstance(self.model, PeftModel) else None
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad or (prefix is not None and f".{prefix}" in name):
-                yield name, parameter
-        yield from self.model.named_buffers()
+        yield from ((name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad)
+        # Where the values of a compressed weight are never changes.
+        packed = tuple(f"{name}." for name, part in self.model.named_modules() if isinstance(part, CompressedLinear))
+        yield from ((name, buffer) for name, buffer in self.model.named_buffers() if not name.startswith(packed))
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Nothing: the Trainer's estimate walks all parameters, inside the step that is being timed."""
