@@ -7,10 +7,12 @@ bytes. So it depends neither on the type of the weights nor on how they are stor
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Mapping
 from typing import TypedDict
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -36,6 +38,8 @@ class Support(TypedDict):
 
 def packed_bits(M: Tensor) -> Tensor:
     """A boolean ``[rows, columns]`` as uint8 ``[rows, ceil(columns / 8)]``, column 8 j + k in bit k of byte j."""
+    if M.device.type == "cpu":  # ten times as fast as sums in torch
+        return torch.from_numpy(np.packbits(M.numpy(), axis=1, bitorder="little"))
     powers = torch.tensor([1 << k for k in range(8)], dtype=torch.uint8, device=M.device)
     return (pad(M, (0, -M.shape[1] % 8)).unflatten(1, (-1, 8)) * powers).sum(-1, dtype=torch.uint8)
 
@@ -54,13 +58,12 @@ def support_of(weights: Mapping[str, Callable[[], Tensor]]) -> Support:
         W = weights[name]()
         digest.update(f"{name}\0{W.shape[0]}x{W.shape[1]}\0".encode())
         for rows in W.split(max(1, BLOCK // max(1, W.shape[1]))):
-            M = rows != 0
-            digest.update(packed_bits(M).cpu().numpy().tobytes())
-            nonzeros += int(M.sum())
-            for m in GROUPS:
-                divides = W.shape[1] % m == 0
-                n = int(M.unflatten(1, (-1, m)).sum(-1).amax()) if divides and M.numel() else m
-                fullest[m] = max(fullest[m], n)
+            packed = packed_bits(rows != 0).cpu().numpy()
+            digest.update(packed.tobytes())
+            counts = np.bincount(packed.ravel(), minlength=256)  # how often each byte occurs
+            nonzeros += int(counts @ _ones(8, 8))
+            for m in (m for m in GROUPS if fullest[m] < m):  # a full group is soon found
+                fullest[m] = max(fullest[m], _fullest_group(packed, counts, m) if W.shape[1] % m == 0 else m)
         total += W.numel()
     kept = nonzeros / total if total else 1.0
     # A pruned n:m weight has n / m of its entries, but for a few that were zero anyway.
@@ -68,3 +71,18 @@ def support_of(weights: Mapping[str, Callable[[], Tensor]]) -> Support:
     return Support(
         sparsity=round(1 - kept, 6), pattern=patterns[0] if patterns else "unstructured", sha256=digest.hexdigest()
     )
+
+
+def _fullest_group(packed: np.ndarray, counts: np.ndarray, m: int) -> int:
+    """Most ones in an aligned group of m bits of packed rows, whose bytes occur ``counts`` times."""
+    if m <= 8:
+        return int(_ones(8, m)[counts > 0].max(initial=0))
+    pairs = np.bincount(packed.view(f"<u{m // 8}").ravel(), minlength=1 << m)
+    return int(_ones(m, m)[pairs > 0].max(initial=0))
+
+
+@functools.cache
+def _ones(bits: int, m: int) -> np.ndarray:
+    """Of every number of so many bits the ones in the fullest of its groups of m bits."""
+    numbers = np.arange(1 << bits)[:, None]
+    return (numbers >> np.arange(bits) & 1).reshape(len(numbers), bits // m, m).sum(-1).max(-1)
