@@ -30,8 +30,8 @@ class FirstBackward:
         self, factors: Mapping[str, Sequence[nn.Parameter]], expected: Callable[[str], bool] = lambda name: True
     ) -> None:
         self._expected = expected
+        self._factors = dict(factors)
         self._unreached = set(factors)
-        self._count = len(factors)
         self._waiting = False
         self._handles = [
             parameter.register_hook(partial(self._arrived, (name, index)))
@@ -68,13 +68,15 @@ class FirstBackward:
         if not self._handles:
             return
         self.stop()
-        names = sorted(filter(self._expected, self._unreached))
+        # Those that somebody has frozen in the meantime are not meant to learn.
+        learning = {name for name, factors in self._factors.items() if any(part.requires_grad for part in factors)}
+        names = sorted(filter(self._expected, self._unreached & learning))
         if names:
+            shown = f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
             warnings.warn(
-                f"{len(names)} of {self._count} adapted layers had no gradient in the first backward pass: "
-                f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}. Unless these are experts that no token "
-                "reached, the model uses their weights without calling them, and their adapters have no effect: put "
-                "them into exclude_modules",
+                f"{len(names)} of {len(self._factors)} adapted layers had no gradient in the first backward pass: {shown}."
+                " If this loss depends on them, and they are not experts without a token, the model uses their weights "
+                "without calling them, and their adapters will not learn: put them into exclude_modules",
                 stacklevel=2,
             )
 

@@ -314,6 +314,10 @@ def _check(x: Tensor, weight: PackedWeight, A: Tensor, B: Tensor, bias: Tensor |
             f"B {tuple(B.shape)}, bias {None if bias is None else tuple(bias.shape)}; "
             "expected x [..., in], weight [out, in], A [r, in], B [out, r], bias [out] or None"
         )
+    devices = {tensor.device for tensor in (x, weight.parts[0], A, B)}
+    if len(devices) > 1:
+        places = f"x {x.device}, weight {weight.parts[0].device}, A {A.device}, B {B.device}"
+        raise ValueError(f"devices differ: {places}; all must be on one")
     if weight.parts[0].requires_grad and torch.is_grad_enabled():
         raise ValueError(
             "weight.requires_grad=True: masked_linear computes gradients of x, A, B and bias only; "

@@ -11,6 +11,7 @@ from difflib import get_close_matches
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 
 from lors.blocks import decoder_blocks, fused_weights, reads_weight
@@ -18,6 +19,8 @@ from lors.blocks import decoder_blocks, fused_weights, reads_weight
 __all__ = ["FEW_ZEROS", "as_before_on_error", "check_callers", "check_names", "left_out"]
 
 FEW_ZEROS = 0.01
+# PEFT adds all of them to the modules to save of a classifier, though a model has one.
+HEADS = (*SEQ_CLS_HEAD_NAMES, "qa_outputs")
 
 
 @contextmanager
@@ -25,6 +28,10 @@ def as_before_on_error(model: nn.Module, adapter_name: str) -> Iterator[None]:
     """Take a new adapter off the model again, its layers and all, if the context ends with an error."""
     children = [(module, dict(module._modules)) for module in model.modules()]
     layers = [(part, part._active_adapter) for part in model.modules() if isinstance(part, BaseTunerLayer)]
+    held = [
+        getattr(part, label) for part, _ in layers for label in (*part.adapter_layer_names, *part.other_param_names)
+    ]
+    without = [adapters for adapters in held if adapter_name not in adapters]
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         yield
@@ -32,11 +39,10 @@ def as_before_on_error(model: nn.Module, adapter_name: str) -> Iterator[None]:
         for module, before in children:
             module._modules.clear()
             module._modules.update(before)
+        for adapters in without:
+            if adapter_name in adapters:
+                del adapters[adapter_name]
         for layer, active in layers:
-            for label in (*layer.adapter_layer_names, *layer.other_param_names):
-                held = getattr(layer, label)
-                if adapter_name in held:
-                    del held[adapter_name]
             layer._active_adapter = active
         for parameter, requires_grad in trainable:
             parameter.requires_grad_(requires_grad)
@@ -44,12 +50,15 @@ def as_before_on_error(model: nn.Module, adapter_name: str) -> Iterator[None]:
 
 
 def check_names(config: PeftConfig, model: nn.Module) -> None:
-    """Raise ``ValueError`` for a name in ``target_modules`` or ``exclude_modules`` that matches no module, and for an
-    index in ``layers_to_transform`` that picks none."""
+    """Raise ``ValueError`` for a name in ``target_modules``, ``exclude_modules`` or ``modules_to_save`` that matches no
+    module, and for an index in ``layers_to_transform`` that picks none."""
     modules = [name for name, _ in _outside_adapters(model)]
-    for label in ("target_modules", "exclude_modules"):
+    for label in ("target_modules", "exclude_modules", "modules_to_save"):
         wanted = getattr(config, label, None)
-        for name in sorted(wanted) if isinstance(wanted, set | list | tuple) else ():
+        wanted = {*wanted} if isinstance(wanted, set | list | tuple) else set()
+        if label == "modules_to_save":
+            wanted -= {*HEADS}
+        for name in sorted(wanted):
             if not any(key == name or key.endswith(f".{name}") for key in modules):
                 ends = sorted({key.rpartition(".")[2] for key in modules} - {""})
                 near = get_close_matches(name.rpartition(".")[2], ends, n=3)
@@ -70,9 +79,10 @@ def check_callers(config: PeftConfig, model: nn.Module) -> None:
     adapter would have no effect, or one on half of the places that a merge changes. An embedding may have it.
     """
     holders: dict[int, list[str]] = defaultdict(list)
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, nn.Linear) and module._parameters.get("weight") is not None:
-            holders[id(module._parameters["weight"])].append(name)
+    for name, parent in model.named_modules():  # a parent that stands in several places is one place for its layers
+        for child, module in parent._modules.items():
+            if isinstance(module, nn.Linear) and module._parameters.get("weight") is not None:
+                holders[id(module._parameters["weight"])].append(f"{name}.{child}".removeprefix("."))
     for name, module in _outside_adapters(model):
         if not check_target_module_exists(config, name):
             continue
@@ -81,8 +91,8 @@ def check_callers(config: PeftConfig, model: nn.Module) -> None:
             above, below = model.get_submodule(".".join(parts[:depth])), ".".join(parts[depth:])
             if reads_weight(above, below):
                 raise ValueError(
-                    f"target_modules: {name!r} is not called: {type(above).__name__} computes with its weight, so that "
-                    f"an adapter would have no effect; put {parts[-1]!r} into exclude_modules"
+                    f"target_modules: {name!r} is not always called: {type(above).__name__} computes with its weight "
+                    f"itself, where an adapter has no effect; put {parts[-1]!r} into exclude_modules"
                 )
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         weight = base._parameters.get("weight")

@@ -49,7 +49,7 @@ def adapter_for_each_row(
     if unknown:
         known = ", ".join(tuner.peft_config)
         raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; there are {known}")
-    beams = kwargs.get("num_beams")
+    beams = kwargs.get("num_beams") or getattr(kwargs.get("generation_config"), "num_beams", None)
     if isinstance(beams, int) and beams > 1:
         adapter_names = [name for name in adapter_names for _ in range(beams)]
     hand_on = partial(_hand_on, list(adapter_names))
@@ -74,7 +74,8 @@ def check_rows(layer: SparseLinear, x: Tensor, adapter_names: Sequence[str]) -> 
     if len(x) != len(adapter_names):
         raise ValueError(
             "Length of `adapter_names` should be the same as the number of inputs, but got "
-            f"{len(adapter_names)} and {len(x)} respectively."
+            f"{len(adapter_names)} and {len(x)} respectively. A model that regroups the rows (OPT, DBRX), or returns "
+            "several sequences for one, cannot have an adapter for each."
         )
     if layer.merged:
         raise ValueError(

@@ -18,9 +18,10 @@ computation of a layer is refused (``lors.blocks.linear_fault``), before anythin
 from __future__ import annotations
 
 import copy
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import Any, TypeVar
 
@@ -48,6 +49,7 @@ from lors.support import Support, support_of
 __all__ = ["SparseLinear", "SparseTunerModel", "active_layers"]
 
 L = TypeVar("L", bound="SparseLinear")
+_patching = threading.RLock()  # of forward functions; a hook may call its own layer
 
 
 class SparseLinear(nn.Module, BaseTunerLayer):
@@ -131,7 +133,13 @@ class SparseLinear(nn.Module, BaseTunerLayer):
     def _call(self, compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Call the base layer with ``compute`` in place of its forward function, so that its hooks run around it."""
         base = self.base_layer
-        return _call_with_hooks(base, compute, x) if hasattr(base, "_hf_hook") or _has_hooks(base) else compute(x)
+        with ExitStack() as stack:
+            # Factors that accelerate has offloaded; it brings what it finds called, and nobody calls these.
+            for name, part in self._modules.items():
+                if name != "base_layer" and "_hf_hook" in vars(part):
+                    stack.enter_context(whole(part))
+            hooked = hasattr(base, "_hf_hook") or _has_hooks(base)
+            return _call_with_hooks(base, compute, x) if hooked else compute(x)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write W + delta W into the base layer: float32 arithmetic, one rounding to the type of W.
@@ -148,7 +156,7 @@ class SparseLinear(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: ``safe_merge`` is set and the merged weight has an infinity or a NaN.
         """
-        names = self._own(check_adapters_to_merge(self, adapter_names))
+        names = list(dict.fromkeys(self._own(check_adapters_to_merge(self, adapter_names))))
         if not names:
             return
         merged = self.merged_weight([*self.merged_adapters, *names])
@@ -225,6 +233,22 @@ class SparseTunerModel(BaseTuner):
 
     other_base_layers: tuple[type[nn.Linear], ...] = ()
     _first_backward: FirstBackward | None = None
+
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        known = getattr(model, "peft_config", None)  # of adapters that transformers or PEFT have put on before
+        before = copy.copy(known)
+        try:
+            super().__init__(model, *args, **kwargs)
+        except Exception:
+            if before is not None:
+                known.clear()
+                known.update(before)
+            raise
+
+    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """The model's; ``adapter_names`` as in ``lors.mixing.adapter_for_each_row``."""
+        with mixing.adapter_for_each_row(self, adapter_names):
+            return self.model(*args, **kwargs)
 
     @staticmethod
     def check_rank(name: str, layer: nn.Linear, r: int) -> None:
@@ -371,11 +395,17 @@ class SparseTunerModel(BaseTuner):
         untie_adapted(self.model)
 
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
-        """Refuse unknown adapters and, if asked for, results that are not finite, before any layer is changed."""
+        """Refuse unknown adapters, layers that have since been changed so that a merge would be lost and, if asked for,
+        results that are not finite, before any layer is changed."""
         unknown = [name for name in adapter_names or () if name not in self.peft_config]
         if unknown:
             raise ValueError(f"adapter_names={adapter_names}: there is no adapter {unknown[0]!r}")
-        for key, layer in self.adapted_layers(*self.peft_config).items() if safe_merge else ():
+        layers = self.adapted_layers(*self.peft_config)
+        for key, layer in layers.items():
+            fault = linear_fault(layer.base_layer)
+            if fault is not None:
+                raise ValueError(f"{key} {fault}; nothing was merged")
+        for key, layer in layers.items() if safe_merge else ():
             names = layer._own(layer.active_adapters if adapter_names is None else adapter_names)
             together = [*layer.merged_adapters, *(name for name in names if name not in layer.merged_adapters)]
             if together:
@@ -404,19 +434,23 @@ def _check_finite(merged: Tensor, names: Sequence[str], of: str = "") -> None:
 
 @torch.compiler.disable  # which would not see that the forward function is another one for a while
 def _call_with_hooks(layer: nn.Linear, compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Call a layer whose forward function is ``compute`` in this call."""
+    """Call a layer whose forward function is ``compute`` in this call.
+
+    One thread at a time: what a second one would restore is the computation of the first.
+    """
     # Accelerate keeps the layer's own function there and has put one that runs its hook in its place.
     place, attributes = "_old_forward" if hasattr(layer, "_hf_hook") else "forward", vars(layer)
     missing = object()
-    before = attributes.get(place, missing)
-    attributes[place] = compute
-    try:
-        return layer(x)
-    finally:
-        if before is missing:
-            del attributes[place]
-        else:
-            attributes[place] = before
+    with _patching:
+        before = attributes.get(place, missing)
+        attributes[place] = compute
+        try:
+            return layer(x)
+        finally:
+            if before is missing:
+                del attributes[place]
+            else:
+                attributes[place] = before
 
 
 def _has_hooks(layer: nn.Module) -> bool:

@@ -34,6 +34,7 @@ __all__ = [
     "STORAGES",
     "CompressedLinear",
     "best_layout",
+    "check_compression",
     "compress_linear",
     "count_weights",
     "decompress_linear",
@@ -151,6 +152,16 @@ def best_layout(weight: Tensor, storage: str) -> str:
     layouts = grouped if storage == GROUPED else [DENSE, BITMAP, *grouped]
     nonzeros = int(M.sum())
     return min(layouts, key=lambda layout: empty(layout, weight.shape, weight.dtype, nonzeros, "meta").nbytes)
+
+
+def check_compression(linear: nn.Linear, storage: str, *, sparsity: float | None, pattern: str) -> None:
+    """Raise what ``compress_linear`` would raise, and change nothing."""
+    if isinstance(linear, CompressedLinear):
+        return
+    if linear.weight.is_meta:
+        _without_content(linear.weight, storage, sparsity, pattern)
+    elif storage == GROUPED:
+        best_layout(linear.weight, storage)
 
 
 def compress_linear(

@@ -19,6 +19,7 @@ Reference: arXiv 2501.08582. Scale alpha / sqrt(r) as there (arXiv 2312.03732), 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ from lors.sparsity import UNSTRUCTURED, follows_pattern
 from lors.storage import (
     STORAGES,
     CompressedLinear,
-    best_layout,
+    check_compression,
     compress_linear,
     decompress_linear,
     dense_state_dict,
@@ -167,13 +168,7 @@ class LorsModel(SparseTunerModel):
 
     def _check_target(self, config: LorsConfig, name: str, module: nn.Module) -> None:
         super()._check_target(config, name, module)
-        adapted = isinstance(module, LorsLinear)
-        weight = (module.get_base_layer() if adapted else module).weight
-        if config.storage == "n:m" and not adapted and not weight.is_meta:
-            try:
-                best_layout(weight, config.storage)
-            except ValueError as error:
-                raise ValueError(f"target_modules: {name!r}: {error}") from None
+        weight = (module.get_base_layer() if isinstance(module, LorsLinear) else module).weight
         if (
             config.forward_product == SEMI_STRUCTURED
             and not weight.is_meta
@@ -191,10 +186,11 @@ class LorsModel(SparseTunerModel):
 
     def _injected(self, adapter_name: str) -> None:
         super()._injected(adapter_name)
-        storage = self.peft_config[adapter_name].storage
-        for layer in self.adapted_layers(adapter_name).values() if storage != "dense" else ():
-            if not layer._stored().is_meta:
-                compress_linear(layer.get_base_layer(), storage)
+        layers = self.adapted_layers(adapter_name).items()
+        _compress(
+            {name: layer for name, layer in layers if not layer._stored().is_meta},
+            self.peft_config[adapter_name].storage,
+        )
         if dense_state_dict not in self.model._state_dict_hooks.values():
             self.model.register_state_dict_post_hook(dense_state_dict)
 
@@ -228,13 +224,25 @@ def compress(
             "model: has no LoRS layer; wrap it with peft.get_peft_model(model, lors.LorsConfig(...)) first"
         )
     for name, layer in layers.items():
+        if layer.merged:
+            raise ValueError(f"{name}: has a merged adapter: unmerge it first (model.unmerge_adapter())")
+    _compress(layers, storage, sparsity, pattern)
+    return model
+
+
+def _compress(
+    layers: Mapping[str, LorsLinear], storage: str, sparsity: float | None = None, pattern: str = UNSTRUCTURED
+) -> None:
+    """Compress all layers, or none if one cannot be: ``ValueError`` with its name."""
+    if storage == DENSE:
+        return
+    for name, layer in layers.items():
         try:
-            if layer.merged:
-                raise ValueError("has a merged adapter: unmerge it first (model.unmerge_adapter())")
-            compress_linear(layer.get_base_layer(), storage, sparsity=sparsity, pattern=pattern)
+            check_compression(layer.get_base_layer(), storage, sparsity=sparsity, pattern=pattern)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-    return model
+    for layer in layers.values():
+        compress_linear(layer.get_base_layer(), storage, sparsity=sparsity, pattern=pattern)
 
 
 LORS = register("LORS", LorsConfig, LorsModel, prefix=LorsModel.prefix)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -115,6 +117,40 @@ def test_nothing_is_said_of_layers_that_learn_or_are_not_meant_to(name):
             model(**batch()).loss.backward()
 
 
+@pytest.mark.parametrize("name", OWN)
+def test_a_model_that_is_offloaded_later_still_has_its_adapter(name):
+    model = trained(method_of(name), pruned())
+    expected = logits(model)
+    cpu_offload(model, execution_device="cpu")
+    assert any(parameter.is_meta for parameter in model.parameters())
+    assert torch.equal(logits(model), expected)
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), expected)
+
+
+def test_threads_do_not_disturb_each_other():
+    model = trained(method_of("lors"), pruned())
+    expected = logits(model)
+    with model.disable_adapter():
+        base = logits(model)
+    handles = [layer.base_layer.register_forward_hook(lambda *_: None) for layer in layers(model)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda _: logits(model), range(40)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert all(torch.equal(value, expected) for value in found)
+    for handle in handles:
+        handle.remove()
+    assert not any("forward" in vars(layer.base_layer) for layer in layers(model))
+    with model.disable_adapter():
+        assert torch.equal(logits(model), base)
+
+
 # ---- several adapters
 
 
@@ -132,6 +168,8 @@ def test_every_row_of_a_batch_can_have_its_own_adapter(name):
     found = model(input_ids=batch()["input_ids"], adapter_names=names).logits
     for row, adapter in enumerate(names):
         torch.testing.assert_close(found[row], expected[adapter][row], rtol=1e-4, atol=1e-5)
+    directly = model.base_model(input_ids=batch()["input_ids"], adapter_names=names).logits
+    assert torch.equal(directly, found)
 
 
 @pytest.mark.parametrize("name", OWN)
@@ -148,6 +186,10 @@ def test_a_mixed_batch_that_cannot_be_is_refused_in_one_line(name):
         model(input_ids=ids, adapter_names=["default"] * 4)
     with pytest.raises(ValueError, match="there is no adapter 'typo'"):
         model.merge_adapter(["typo"])
+    once = logits(model)
+    model.unmerge_adapter()
+    model.merge_adapter(["default", "default"])
+    assert torch.equal(logits(model), once)
 
 
 @pytest.mark.parametrize("name", FORMS)

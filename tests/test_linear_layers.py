@@ -192,6 +192,34 @@ def test_checkpointed_blocks_are_one_backward_pass(reentrant: bool) -> None:
     assert not model.base_model._first_backward._handles
 
 
+def test_layers_that_somebody_has_frozen_are_not_meant_to_learn() -> None:
+    model = get_peft_model(pruned_model(), lors.LorsConfig(r=2))
+    for name, parameter in model.named_parameters():
+        if "layers.0." in name:
+            parameter.requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model(input_ids=IDS, labels=IDS).loss.backward()
+
+
+@pytest.mark.parametrize("change", [patched, with_mask])
+def test_a_layer_that_is_changed_later_is_not_merged(change: Callable) -> None:
+    """The merge would be lost, or another function."""
+    model = get_peft_model(pruned_model(), lors.LorsConfig(r=2))
+    change(model.base_model.model.model.layers[1].mlp.up_proj.base_layer)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj has a .*; nothing was merged"):
+            merge()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_factors_on_another_device_than_the_weight_are_refused() -> None:
+    x, W, A, B = torch.ones(2, 4), torch.ones(3, 4), torch.ones(1, 4, device="meta"), torch.ones(3, 1)
+    with pytest.raises(ValueError, match="devices differ: x cpu, weight cpu, A meta, B cpu"):
+        lors.masked_linear(x, W, A, B, 1.0)
+
+
 def test_no_hook_is_left_and_gradients_are_as_ever() -> None:
     watched, plain = (get_peft_model(pruned_model(), lors.LorsConfig(r=2)) for _ in range(2))
     plain.load_state_dict(watched.state_dict())

@@ -45,7 +45,7 @@ def test_a_pattern_that_one_layer_breaks_is_refused_before_anything_changes() ->
     model = pruned_model(pattern="2:4")
     model.model.layers[1].mlp.up_proj.weight.data.fill_(1.0)
     before = [type(module) for module in model.modules()]
-    with pytest.raises(ValueError, match=r"'model\.layers\.1\.mlp\.up_proj': storage='n:m': the weight"):
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj: storage='n:m': the weight"):
         get_peft_model(model, lors.LorsConfig(r=4, target_modules=["q_proj", "up_proj"], storage="n:m"))
     assert [type(module) for module in model.modules()] == before
 

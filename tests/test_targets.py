@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 
 import lors
 from lors.prune import prune_model
+from lors.storage import CompressedLinear
 
 
 @pytest.mark.parametrize(
@@ -23,6 +24,7 @@ from lors.prune import prune_model
         ({"target_modules": ["q_proj", "v_prog"]}, "target_modules: 'v_prog' matches no module .* did you mean v_proj"),
         ({"target_modules": ["model.layers.7.mlp.up_proj", "q_proj"]}, "target_modules: 'model.layers.7.mlp.up_proj'"),
         ({"exclude_modules": ["lm_haed"]}, "exclude_modules: 'lm_haed' matches no module .* did you mean lm_head"),
+        ({"modules_to_save": ["lm_haed"]}, "modules_to_save: 'lm_haed' matches no module .* did you mean lm_head"),
         ({"target_modules": ["zzz"]}, "target_modules: 'zzz' matches no module of the model; the names there are"),
         ({"target_modules": ["q_proj"], "layers_to_transform": [0, 9]}, "layers_to_transform: 9 is no block"),
         ({"target_modules": ["q_proj"], "layers_to_transform": 9}, "layers_to_transform: 9 is no block"),
@@ -103,6 +105,54 @@ class Twins(nn.Module):
 def test_a_weight_in_two_layers_is_refused(one_module: bool) -> None:
     with pytest.raises(ValueError, match="'first' has the same weight as 'second', and a merge would change both"):
         get_peft_model(Twins(one_module), lors.LorsConfig(r=2, target_modules=["first"]))
+
+
+def test_a_block_that_stands_in_two_places_is_adapted_in_both() -> None:
+    model = pruned_model()
+    model.model.layers[1] = model.model.layers[0]
+    adapted = get_peft_model(model, lors.LorsConfig(r=2))
+    layers = adapted.base_model.adapted_layers("default").values()
+    assert len(layers) == 7
+    for layer in layers:
+        nn.init.normal_(layer.lors_B["default"], std=0.3)
+    expected = logits(adapted.eval())
+    torch.testing.assert_close(logits(adapted.merge_and_unload()), expected)
+
+
+def test_a_refused_adapter_leaves_those_of_another_method_alone() -> None:
+    """Of the same name, in the same layers."""
+    from peft import LoraConfig
+
+    base = pruned_model()
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"]))
+    state, config = set(model.state_dict()), model.peft_config["default"]
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"'model\.layers\.0\.self_attn\.q_proj' has an adapter of another method"):
+            get_peft_model(base, lors.LorsConfig(r=4))
+    assert set(model.state_dict()) == state
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == trained
+    assert model.peft_config == {"default": config}
+
+
+@pytest.mark.parametrize("first", ["dense", "none"])
+def test_weights_that_cannot_be_compressed_leave_all_as_they_are(first: str) -> None:
+    """The last ones of a block, 40 wide, follow no pattern."""
+    model = pruned_model(pattern="2:4")
+    model.model.layers[1].mlp.down_proj.weight.data.add_(1)
+    config = lors.LorsConfig(r=2, storage="n:m")
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.down_proj: storage='n:m': the weight"):
+        if first == "dense":
+            adapted = get_peft_model(model, lors.LorsConfig(r=2))
+            adapted.add_adapter("second", config)
+        else:
+            get_peft_model(model, config)
+    assert not any(isinstance(part, CompressedLinear) for part in model.modules())
+    if first == "dense":
+        assert set(adapted.peft_config) == {"default"}
+        with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.down_proj: storage='n:m'"):
+            lors.compress(adapted, "n:m")
+        assert not any(isinstance(part, CompressedLinear) for part in model.modules())
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
