@@ -75,7 +75,7 @@ class FirstBackward:
             shown = f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
             warnings.warn(
                 f"{len(names)} of {len(self._factors)} adapted layers had no gradient in the first backward pass: "
-                f"{shown}. If this loss depends on them, and they are not experts without a token, the model uses their "
+                f"{shown}. If this loss depends on them and they are no experts without a token, the model uses their "
                 "weights without calling them, and their adapters will not learn: put them into exclude_modules",
                 stacklevel=2,
             )
