@@ -133,13 +133,14 @@ class SparseLinear(nn.Module, BaseTunerLayer):
     def _call(self, compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Call the base layer with ``compute`` in place of its forward function, so that its hooks run around it."""
         base = self.base_layer
+        if not (hasattr(base, "_hf_hook") or _has_hooks(base)):
+            return compute(x)
         with ExitStack() as stack:
-            # Factors that accelerate has offloaded; it brings what it finds called, and nobody calls these.
+            # Factors that accelerate has offloaded with the layer: it brings what is called, and nobody calls these.
             for name, part in self._modules.items():
-                if name != "base_layer" and "_hf_hook" in vars(part):
+                if name != "base_layer" and hasattr(part, "_hf_hook"):
                     stack.enter_context(whole(part))
-            hooked = hasattr(base, "_hf_hook") or _has_hooks(base)
-            return _call_with_hooks(base, compute, x) if hooked else compute(x)
+            return _call_with_hooks(base, compute, x)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write W + delta W into the base layer: float32 arithmetic, one rounding to the type of W.

@@ -24,7 +24,14 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
         dict(BLOCKS)["yaml"].replace("baselines.block_scale", "block_scale")
     )
     command = [sys.executable, ROOT / "run.py", "-m", f"--config-dir={folder / 'conf'}", "experiment=smoke"]
-    options = ["method=none,block_scale", "adapter.r=8", f"runs_root={folder}/runs", f"cache_root={folder}/cache"]
+    options = [
+        "method=none,block_scale",
+        "adapter.r=8",
+        "eval.tasks=[microworld_rte]",
+        "eval.perplexity=null",
+        f"runs_root={folder}/runs",
+        f"cache_root={folder}/cache",
+    ]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
     run = subprocess.run([*command, *options], cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-2000:]

@@ -10,7 +10,7 @@ import copy
 
 import pytest
 import torch
-from contract import OWN, composed, method_of, trainable
+from contract import OWN, batch, composed, method_of, pruned, trainable, trained
 from peft import get_peft_model
 from torch import Tensor, nn
 
@@ -63,4 +63,20 @@ def test_compiled_equals_eager(name, shape, hooked):
         assert (model(x) - eager[0]).abs().max() > 0.05, "the update must be seen"
     assert len(eager) == len(compiled) > 2
     for one, other in zip(eager, compiled, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lors", "sherl"])
+def test_a_whole_compiled_model_equals_the_eager_one(name):
+    """SHERL has no layer of its own that could be compiled alone."""
+    model = trained(method_of(name), pruned()).train()
+    torch._dynamo.reset()
+    found = []
+    for call in (model, torch.compile(model)):
+        model.zero_grad()
+        output = call(**batch())
+        output.loss.backward()
+        found.append([output.logits.detach(), *(parameter.grad for parameter in trainable(model).values())])
+    for one, other in zip(*found, strict=True):
         torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)

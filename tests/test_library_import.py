@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ BENCH = ("hydra", "omegaconf", "lm_eval", "datasets", "pandas", "matplotlib", "p
 # What `import lors` adds is counted after them, for they bring in much themselves (accelerate, for one).
 PROGRAM = f"""
 import sys
+import tomllib
 for name in {BENCH}:
     sys.modules[name] = None
 
@@ -81,3 +83,18 @@ def test_neither_import_nor_use_reaches_the_bench(report: dict) -> None:
 
 def test_fine_tuning_works_without_the_bench(report: dict) -> None:
     assert report["merged"] == "LlamaForCausalLM"
+
+
+def test_the_wheel_is_the_library_and_nothing_of_the_bench() -> None:
+    setuptools = pytest.importorskip("setuptools")
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    find = settings["packages"]["find"]
+    packages = set(setuptools.find_packages(str(ROOT), include=find["include"], exclude=find["exclude"]))
+    assert packages == {"lors", "lors.kernels", "lors.prune"}
+    data = {
+        str(file.relative_to(ROOT / package.replace(".", "/")))
+        for package in packages
+        for file in (ROOT / package.replace(".", "/")).glob("*.*")
+        if file.suffix != ".py"
+    }
+    assert data == {name for names in settings["package-data"].values() for name in names}

@@ -239,15 +239,6 @@ def test_every_factor_is_a_parameter_and_only_those_at_work_are_touched(set_to_n
     assert len(seen) > 1
 
 
-def test_a_compiled_layer_without_the_mask_keeps_its_scale():
-    """torch.add(y, u, alpha=s) of two linears would lose s (torch 2.13, CPU)."""
-    layer = layers(adapted((6, 8), keep_zeros=False, dtype=torch.float32, lora_alpha=3))[0]
-    layer.factors("default")[1].data.normal_()
-    x = torch.randn(5, 8)
-    with torch.no_grad():
-        torch.testing.assert_close(torch.compile(layer)(x), layer(x))
-
-
 # ---- through the Trainer
 
 
