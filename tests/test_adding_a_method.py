@@ -25,7 +25,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     command = [sys.executable, ROOT / "run.py", "-m", f"--config-dir={folder / 'conf'}", "experiment=smoke"]
     options = [
-        "method=none,block_scale",
+        "method=block_scale",
         "adapter.r=8",
         "eval.tasks=[microworld_rte]",
         "eval.perplexity=null",

@@ -25,8 +25,18 @@ RULES = {
 }
 
 
+# Of the others there are close relatives among these.
+SOON = set(
+    "llama mistral qwen2 qwen3 gemma gemma2 gemma3 phi phi3 opt opt_350m gpt_neox falcon_7b falcon_rw olmo2 stablelm "
+    "cohere granite bloom mpt gptj gpt_bigcode starcoder2 glm4 smollm3 mixtral qwen2_moe qwen3_moe gpt_oss deepseek_v3 dbrx "
+    "jetmoe llama4 gpt2 mamba mamba2 jamba bamba zamba2 rwkv gemma3n recurrent_gemma".split()
+)
+
+
 def those(names: Iterable[str]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("name", list(names))
+    return pytest.mark.parametrize(
+        "name", [pytest.param(name, marks=() if name in SOON else pytest.mark.slow) for name in names]
+    )
 
 
 @pytest.mark.parametrize("pruner", RULES)

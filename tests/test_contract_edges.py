@@ -72,8 +72,10 @@ def test_backward_hooks_run(name):
     assert seen == [(base, (*rows, base.in_features), (*rows, base.out_features))]
 
 
-@pytest.mark.parametrize("offloaded", [True, False], ids=["offloaded", "device map"])
-@pytest.mark.parametrize("name", [name for name in OWN if "storage" not in name])
+@pytest.mark.parametrize(
+    ("name", "offloaded"),
+    [(name, True) for name in OWN if "storage" not in name] + [(name, False) for name in ("lors", "spp", "sora")],
+)
 def test_the_hooks_of_accelerate_are_honoured(name, offloaded):
     """A model whose weights are away between the calls of a layer, or that only moves inputs to its device."""
     method = method_of(name, *ELSEWHERE.get(name, []))

@@ -150,6 +150,7 @@ def small_tokenizer(cache=[]):  # noqa: B006 (built once for all examples)
     return cache[0]
 
 
+@pytest.mark.slow
 def test_an_interrupted_pretraining_run_ends_like_an_uninterrupted_one(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain, "CHUNK", 2)
     monkeypatch.setattr(pretrain, "BATCH", 2)
