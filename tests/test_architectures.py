@@ -27,9 +27,9 @@ RULES = {
 
 # Of the others there are close relatives among these.
 SOON = set(
-    "llama mistral qwen2 qwen3 gemma gemma2 gemma3 phi phi3 opt opt_350m gpt_neox falcon_7b falcon_rw olmo2 stablelm "
-    "cohere granite bloom mpt gptj gpt_bigcode starcoder2 glm4 smollm3 mixtral qwen2_moe qwen3_moe gpt_oss deepseek_v3 dbrx "
-    "jetmoe llama4 gpt2 mamba mamba2 jamba bamba zamba2 rwkv gemma3n recurrent_gemma".split()
+    "llama mistral qwen2 qwen3 gemma gemma2 gemma3 phi phi3 opt opt_350m gpt_neox falcon_7b falcon_rw olmo2 "
+    "stablelm cohere granite bloom mpt gptj gpt_bigcode starcoder2 glm4 smollm3 mixtral qwen2_moe qwen3_moe "
+    "gpt_oss deepseek_v3 dbrx jetmoe llama4 gpt2 mamba mamba2 jamba bamba zamba2 rwkv gemma3n recurrent_gemma".split()
 )
 
 
