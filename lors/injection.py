@@ -15,6 +15,7 @@ from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 
 from lors.blocks import decoder_blocks, fused_weights, reads_weight
+from lors.placement import full
 
 __all__ = ["FEW_ZEROS", "as_before_on_error", "check_callers", "check_names", "left_out"]
 
@@ -104,15 +105,14 @@ def check_callers(config: PeftConfig, model: nn.Module) -> None:
             )
 
 
-def left_out(model: nn.Module, prefix: str) -> list[str]:
-    """What of the weights in the decoder blocks has no adapter of a tuner, a line for each kind.
+def left_out(model: nn.Module) -> list[str]:
+    """What of the weights in the decoder blocks has no adapter, a line for each kind.
 
     Args:
         model: A model with adapters.
-        prefix: That of the tuner's parameters.
 
     Returns:
-        Empty if nothing is left out, or if the blocks cannot be told. Linear layers count if they have a zero: what was
+        Empty if nothing is left out, or if the blocks cannot be told. Linear layers count if they are pruned: what was
         pruned should learn to make up for it.
     """
     try:
@@ -127,7 +127,7 @@ def left_out(model: nn.Module, prefix: str) -> list[str]:
             others[f"{name}.{key}"] = part
     fused = {key: matrix.numel() for key, matrix in fused_weights(model).items()}
     total = adapted + sum(part.in_features * part.out_features for part in others.values()) + sum(fused.values())
-    pruned = {key: part.in_features * part.out_features for key, part in others.items() if _has_zeros(part)}
+    pruned = {key: part.in_features * part.out_features for key, part in others.items() if _is_pruned(part)}
     lines = []
     for sizes, what in (
         (pruned, "pruned linear layers have no adapter, as target_modules leaves them out"),
@@ -142,9 +142,9 @@ def left_out(model: nn.Module, prefix: str) -> list[str]:
     return lines
 
 
-def _has_zeros(layer: nn.Linear) -> bool:
-    """Whether a layer is pruned; a few zeros among many weights are a matter of rounding."""
-    weight = layer.weight
+def _is_pruned(layer: nn.Linear) -> bool:
+    """Whether a layer has zeros; a few among many weights are a matter of rounding."""
+    weight = full(layer.weight)
     return not weight.is_meta and int(weight.count_nonzero()) <= (1 - FEW_ZEROS) * weight.numel()
 
 

@@ -277,7 +277,7 @@ class SparseTunerModel(BaseTuner):
         except Exception:
             self.targeted_module_names = names_before
             raise
-        for line in left_out(model, self.prefix):
+        for line in left_out(model):
             warnings.warn(f"{self.peft_config[adapter_name].peft_type.value}: {line}", stacklevel=4)
 
     def adapted_layers(self, *adapter_names: str) -> dict[str, SparseLinear]:
