@@ -120,7 +120,7 @@ def add_weighted_adapter(
             that differ in more than size and place, or a rank larger than a side of a layer.
     """
     method = tuner.peft_config[next(iter(tuner.peft_config))].peft_type.value
-    if not getattr(tuner.tuner_layer_cls, "sums_by_concatenation", False):
+    if not tuner.tuner_layer_cls.sums_by_concatenation:
         raise ValueError(f"add_weighted_adapter: the update of {method} is no product s B A that could be concatenated")
     if combination_type != "cat" or options:
         other = f"{combination_type!r}" if combination_type != "cat" else ", ".join(options)

@@ -50,9 +50,7 @@ def write(parameter: Tensor, value: Tensor) -> None:
     In place: a shard, or a view of the flat parameter of FSDP1, would not notice ``parameter.data = value``.
     """
     if isinstance(parameter, DTensor) and not isinstance(value, DTensor):
-        value = distribute_tensor(
-            value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
-        )
+        value = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
     parameter.data.copy_(value)
 
 

@@ -61,6 +61,7 @@ class SparseLinear(nn.Module, BaseTunerLayer):
     """
 
     other_param_names = ("r", "scaling", "options")
+    sums_by_concatenation = False  # see lors.mixing.add_weighted_adapter
 
     def __init__(
         self, base_layer: nn.Linear, adapter_name: str, config: UnscaledTunerConfig, r: int, scaling: float

@@ -197,8 +197,7 @@ def test_a_mixed_batch_that_cannot_be_is_refused_in_one_line(name):
 @pytest.mark.parametrize("name", FORMS)
 def test_a_weighted_sum_of_adapters_is_exact_or_refused(name, tmp_path):
     model = second(trained(method_of(name), pruned()), name)
-    kind = type(layers(model)[0])
-    if not getattr(kind, "sums_by_concatenation", False):
+    if not layers(model)[0].sums_by_concatenation:
         with pytest.raises(ValueError, match=r"add_weighted_adapter: the update of .* is no product s B A"):
             model.add_weighted_adapter(["default", "second"], [0.7, -0.4], "sum")
         assert set(model.peft_config) == {"default", "second"}

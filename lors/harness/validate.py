@@ -237,17 +237,14 @@ def check_fit(cfg: DictConfig, method: Method, shape: PretrainedConfig) -> None:
     if method.peft is None:
         return
     rank, config = getattr(method.peft, "r", None), tuner_config(method, model)
-    try:
-        if config.target_modules is not None:
-            check_names(config, model)
-    except ValueError as error:
-        raise BadInput(f"method={cfg.method.name}: {one_line(error)}") from error
     for name, linear in linears.items():
         smaller = min(linear.in_features, linear.out_features)
-        if rank is not None and check_target_module_exists(config, name) and rank > smaller:
+        if rank is not None and rank > smaller and check_target_module_exists(config, name):
             shape_text = f"{linear.out_features} x {linear.in_features}"
             raise BadInput(f"adapter.r={rank}: must be at most {smaller}, because {name} is {shape_text}")
     try:
+        if config.target_modules is not None:
+            check_names(config, model)  # PEFT's own tuners are content with one that matches
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the wrapping; the wrapping that counts comes later
             get_peft_model(model, config, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
