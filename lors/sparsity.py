@@ -12,12 +12,13 @@ Only the linears inside the decoder blocks count (see ``lors.blocks``): embeddin
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from lors.blocks import decoder_linears
+from lors.support import PackedSupports
 
 UNSTRUCTURED = "unstructured"
 # `sparsity=0.333 pattern=2:3` is a third written with three digits, not a contradiction.
@@ -176,9 +177,9 @@ def follows_pattern(weight: Tensor, pattern: str) -> bool:
     return bool(((weight != 0).unflatten(-1, (-1, m)).sum(-1) <= n).all())
 
 
-def supports(model: nn.Module) -> dict[str, Tensor]:
+def supports(model: nn.Module) -> PackedSupports:
     """Support M = (W != 0) of every decoder linear, by name; of the base weights if adapters are attached."""
-    return {name: linear.weight.detach() != 0 for name, linear in decoder_linears(model).items()}
+    return PackedSupports((name, linear.weight.detach()) for name, linear in decoder_linears(model).items())
 
 
 def sparsity_of(model: nn.Module) -> float:
@@ -186,7 +187,7 @@ def sparsity_of(model: nn.Module) -> float:
     return _zero_fraction(linear.weight.detach() for linear in decoder_linears(model).values())
 
 
-def zero_report(before: dict[str, Tensor], model: nn.Module, pattern: str) -> dict[str, float | int | bool]:
+def zero_report(before: Mapping[str, Tensor], model: nn.Module, pattern: str) -> dict[str, float | int | bool]:
     """Compare the zeros of a merged model with those of the pruned model that it came from.
 
     Args:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TypedDict
 
 import numpy as np
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-__all__ = ["Support", "packed_bits", "support_of"]
+__all__ = ["PackedSupports", "Support", "packed_bits", "support_of"]
 
 # Patterns that are looked for: n weights kept of every m.
 GROUPS = (2, 4, 8, 16)
@@ -34,6 +34,31 @@ class Support(TypedDict):
     sparsity: float
     pattern: str
     sha256: str
+
+
+class PackedSupports(Mapping[str, Tensor]):
+    """Supports of some layers by name, an eighth of a byte for each weight, in the memory of the host.
+
+    Reading one gives M, a boolean ``[out, in]`` on the CPU, made anew each time: so nothing of this lives on a device.
+
+    Args:
+        weights: Names and weights W, ``[out, in]``, dense ones; one at a time is looked at.
+    """
+
+    def __init__(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        self._bits: dict[str, tuple[np.ndarray, int]] = {}
+        for name, W in weights:
+            self._bits[name] = (packed_bits(W != 0).cpu().numpy().copy(), W.shape[1])  # not a view of a tensor
+
+    def __getitem__(self, name: str) -> Tensor:
+        bits, columns = self._bits[name]
+        return torch.from_numpy(np.unpackbits(bits, axis=1, count=columns, bitorder="little").view(np.bool_))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._bits)
+
+    def __len__(self) -> int:
+        return len(self._bits)
 
 
 def packed_bits(M: Tensor) -> Tensor:

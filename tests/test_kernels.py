@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -18,7 +19,21 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lors
 from lors.functional import masked_linear
-from lors.kernels import PackedWeight, compiled, decode, eager, forced, implementation, layout, merge, native, ops, pack
+from lors.kernels import (
+    PackedWeight,
+    compiled,
+    decode,
+    eager,
+    forced,
+    implementation,
+    in_use,
+    layout,
+    merge,
+    native,
+    ops,
+    pack,
+    usage,
+)
 from lors.kernels.layout import values_at
 from lors.storage import compress_linear
 
@@ -206,7 +221,46 @@ def test_compiled_merge_in_other_types(dtype: torch.dtype) -> None:
     assert not compiled._unavailable
 
 
-def test_without_a_compiler_there_is_one_notice_and_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def nothing_has_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a new process."""
+    monkeypatch.setattr(usage, "_ran", {operation: set() for operation in usage._ran})
+    monkeypatch.setattr(usage, "_notices", [])
+
+
+def test_what_has_run_is_told(nothing_has_run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is only asked for, or simulated, has not run."""
+    nothing = {"merge": [], "decode": [], "product": [], "notices": []}
+    assert in_use() == nothing
+    W, A, B = problem(12, 24, 3)
+    packed = pack(W, "bitmap")
+    with FakeTensorMode() as mode:
+        fake = PackedWeight("bitmap", tuple(mode.from_tensor(part) for part in packed.parts), packed.shape)
+        merge(fake, mode.from_tensor(A), mode.from_tensor(B), SCALING, torch.float32)
+    implementation(CPU, ops.COMPILE_FROM, torch.float16)
+    assert in_use() == nothing
+    merge(packed, A, B, SCALING, torch.float32)
+    assert in_use() == nothing | {"merge": ["eager"]}
+    monkeypatch.setattr(compiled, "_compiled", lambda: compiled.last_pass)
+    with forced("compiled"):
+        merge(packed, A, B, SCALING, torch.float32)
+        decode(packed)  # of which there is no compiled one
+    told = nothing | {"merge": ["compiled", "eager"], "decode": ["eager"]}
+    assert in_use() == told == json.loads(json.dumps(in_use()))
+
+
+@pytest.mark.parametrize("name", [NATIVE])
+def test_the_merge_in_c_is_told(name: str, nothing_has_run) -> None:
+    W, A, B = problem(12, 24, 3)
+    with forced(name):
+        decode(pack(W, "bitmap"))
+        merge(pack(W, "bitmap"), A, B, SCALING, torch.float32)
+    assert in_use() == {"merge": [name], "decode": [name], "product": [], "notices": []}
+
+
+def test_without_a_compiler_there_is_one_notice_and_the_same_result(
+    nothing_has_run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def no_compiler(*_: Tensor) -> None:
         raise RuntimeError("No working C++ compiler found\nin 3 places")
 
@@ -220,6 +274,8 @@ def test_without_a_compiler_there_is_one_notice_and_the_same_result(monkeypatch:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert torch.equal(merge(pack(W, "dense"), A, B, SCALING, torch.float32), expected)
+    notice = "the merge cannot be compiled and runs in eager mode (No working C++ compiler found)"
+    assert in_use() == {"merge": ["eager"], "decode": [], "product": [], "notices": [notice]}
 
 
 # The choice

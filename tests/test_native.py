@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import multiprocessing
 import os
 import shutil
+import signal
 import stat
 import tempfile
 import warnings
@@ -18,7 +20,7 @@ import torch
 from test_kernels import PATTERNS, SCALING, assert_one_rounding, problem
 from torch import Tensor
 
-from lors.kernels import PackedWeight, forced, implementation, merge, native, ops, pack
+from lors.kernels import PackedWeight, forced, implementation, in_use, merge, native, ops, pack
 
 CPU = torch.device("cpu")
 LARGE = ops.COMPILE_FROM
@@ -120,6 +122,7 @@ def builds(built: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     def build(compiler: str, file: Path) -> None:
         files.append(file)
         shutil.copyfile(built, file)
+        file.chmod(0o600)  # as the compiler is told to
 
     monkeypatch.setattr(native, "_build", build)
     return files
@@ -236,7 +239,8 @@ def test_a_file_of_someone_else_is_replaced(rebuilt, cache: Path, builds, monkey
     def status(descriptor: int) -> os.stat_result:
         """The first library belongs to another user."""
         true = os.stat(descriptor)
-        return os.stat_result([*true[:4], true.st_uid + (true.st_ino == library.st_ino), *true[5:]])
+        of_another = (true.st_ino, true.st_size) == (library.st_ino, library.st_size)
+        return os.stat_result([*true[:4], true.st_uid + of_another, *true[5:]])
 
     monkeypatch.setattr(os, "fstat", status)
     with pytest.warns(UserWarning, match="built again: .*is not a file that only this user writes to") as notices:
@@ -248,8 +252,13 @@ def test_a_file_of_someone_else_is_replaced(rebuilt, cache: Path, builds, monkey
 def test_a_folder_of_someone_else_is_left_alone(rebuilt, cache: Path, builds, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither read nor written, though what lies there is intact."""
     before = {file: file.stat().st_mtime_ns for file in files_of(cache)}
-    user = os.geteuid()
-    monkeypatch.setattr(os, "geteuid", lambda: user + 1)
+    status = Path.lstat
+
+    def of_another(path: Path) -> os.stat_result:
+        true = status(path)
+        return os.stat_result([*true[:4], true.st_uid + (path == cache), *true[5:]])
+
+    monkeypatch.setattr(Path, "lstat", of_another)
     for count in (1, 2):
         assert rebuilt() and len(builds) == count
     assert all(cache not in file.parents for file in builds)
@@ -273,11 +282,11 @@ def test_a_folder_that_the_group_may_write_to_is_closed(rebuilt, cache: Path, bu
 def test_a_folder_that_cannot_be_written_is_read(rebuilt, cache: Path, builds, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = tempfile.TemporaryDirectory
 
-    def refuse(dir: Path | None = None) -> tempfile.TemporaryDirectory:
+    def refuse(prefix: str, dir: Path | None) -> tempfile.TemporaryDirectory:
         """What a read-only folder does, to a superuser too."""
         if dir is not None:
             raise PermissionError(f"[Errno 13] Permission denied: {dir}")
-        return directory()
+        return directory(prefix=prefix)
 
     def refuse_to_move(file: Path, place: Path) -> None:
         raise PermissionError(f"[Errno 13] Permission denied: {place}")
@@ -289,6 +298,56 @@ def test_a_folder_that_cannot_be_written_is_read(rebuilt, cache: Path, builds, m
     for count in (1, 2):  # a damaged one is not used, and stays
         with pytest.warns(UserWarning, match=r"built again: .*\.so is damaged"):
             assert rebuilt() and len(builds) == count
+
+
+def test_what_was_checked_is_what_is_loaded(rebuilt, cache: Path, builds, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who may write to a parent puts another folder in its place, between the check and the loading."""
+    load, (_, library) = ctypes.CDLL, files_of(cache)
+
+    def load_late(path: str) -> ctypes.CDLL:
+        exchange(library, b"something else")
+        return load(path)
+
+    monkeypatch.setattr(ctypes, "CDLL", load_late)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert rebuilt() and not builds
+
+
+def test_where_nothing_is_executed_it_is_loaded_from_elsewhere(
+    rebuilt, cache: Path, builds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cache on a file system mounted noexec, or full."""
+    load = ctypes.CDLL
+
+    def refuse(path: str) -> ctypes.CDLL:
+        if cache in Path(path).parents:
+            raise OSError(f"{path}: failed to map segment from shared object")
+        return load(path)
+
+    monkeypatch.setattr(ctypes, "CDLL", refuse)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert rebuilt() and not builds
+
+
+def test_what_a_killed_process_left_is_cleared(rebuilt, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An hour later, when something is built; a younger folder may be that of a process at work."""
+    monkeypatch.setattr(native, "_build", lambda compiler, file: os.kill(os.getpid(), signal.SIGKILL))
+    for file in files_of(cache):
+        file.unlink()
+    for _ in range(2):
+        victim = multiprocessing.get_context("fork").Process(target=native._library.__wrapped__)
+        victim.start()
+        victim.join()
+        assert victim.exitcode == -signal.SIGKILL
+    old, young = cache.iterdir()
+    os.utime(old, (0, 0))
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache.parents[1]))
+    assert rebuilt() and young.exists() and not old.exists()
+    young.rmdir()
+    files_of(cache)
 
 
 def load_at_once(start: Any, notices: Any) -> None:
@@ -326,6 +385,7 @@ def test_without_a_compiler_there_is_one_notice_and_another_implementation(rebui
         UserWarning, match=r"no merge in C, a slower one is taken \(no C compiler: neither \$CC nor cc\)"
     ):
         assert not rebuilt(CC="no-such-compiler", XDG_CACHE_HOME=str(tmp_path))
+    assert "no merge in C, a slower one is taken (no C compiler: neither $CC nor cc)" in in_use()["notices"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert implementation(CPU, LARGE, torch.bfloat16) == "compiled"

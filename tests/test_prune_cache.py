@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,7 @@ class Files:
         self.wait, self.die, self.fail = wait, die, fail
 
     def save_pretrained(self, folder: Path) -> None:
-        Path(folder).mkdir(parents=True)
+        Path(folder).mkdir(parents=True, exist_ok=True)
         (Path(folder) / "config.json").write_text("{}")
         time.sleep(self.wait)
         if self.die:
@@ -99,12 +100,60 @@ def garble_the_manifest(folder: Path) -> None:
     (folder / "manifest.json").write_text('{"sha256": {"model.safe')
 
 
-def strange_manifest(folder: Path) -> None:
-    (folder / "manifest.json").write_text("[1, 2]")
+def nested_manifest(folder: Path) -> None:
+    (folder / "manifest.json").write_text("[" * 100_000)
 
 
 def binary_manifest(folder: Path) -> None:
     (folder / "manifest.json").write_bytes(b"\xff\xfe\x00")
+
+
+def manifest_of_another_key(folder: Path) -> None:
+    text = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").write_text(text.replace('"key": "key"', '"key": "other"'))
+
+
+def manifest_is_a_link(folder: Path) -> None:
+    (folder / "manifest.json").rename(folder.parent / "elsewhere")
+    (folder / "manifest.json").symlink_to(folder.parent / "elsewhere")
+
+
+def weights_are_a_link(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder.parent / "elsewhere")
+    (folder / "model.safetensors").symlink_to(folder.parent / "elsewhere")
+
+
+def weights_are_a_folder(folder: Path) -> None:
+    lose_the_weights(folder)
+    (folder / "model.safetensors").mkdir()
+
+
+def config_is_a_pipe(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")
+
+
+def folder_is_a_link(folder: Path) -> None:
+    folder.rename(folder.parent / "elsewhere")
+    folder.symlink_to(folder.parent / "elsewhere")
+
+
+def lay(name: str, content: str = "{}") -> Callable[[Path], None]:
+    """What puts another file into a folder."""
+
+    def laid(folder: Path) -> None:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(content)
+
+    return laid
+
+
+def lay_an_empty_folder(folder: Path) -> None:
+    (folder / "sub").mkdir()
+
+
+def lay_a_link(folder: Path) -> None:
+    (folder / "more.safetensors").symlink_to(folder / "model.safetensors")
 
 
 def empty_folder(folder: Path) -> None:
@@ -126,11 +175,22 @@ def file_instead_of_folder(folder: Path) -> None:
         (lose_the_weights, "model.safetensors is missing"),
         (edit_the_config, "config.json is damaged"),
         (lose_the_manifest, "manifest.json is missing"),
-        (garble_the_manifest, "manifest.json cannot be read"),
-        (strange_manifest, "manifest.json cannot be read"),
-        (binary_manifest, "manifest.json cannot be read"),
+        (garble_the_manifest, "it cannot be read"),
+        (binary_manifest, "it cannot be read"),
+        (nested_manifest, "it cannot be read"),
+        (manifest_of_another_key, "manifest.json is damaged"),
+        (manifest_is_a_link, "manifest.json is missing"),
+        (weights_are_a_link, "model.safetensors is damaged"),
+        (weights_are_a_folder, "model.safetensors is damaged"),
+        (config_is_a_pipe, "config.json is damaged"),
+        (folder_is_a_link, "it is a link"),
+        (lay("adapter_config.json"), "adapter_config.json is not in manifest.json"),
+        (lay("modeling_x.py", "raise SystemExit"), "modeling_x.py is not in manifest.json"),
+        (lay("sub/config.json"), "sub is not in manifest.json"),
+        (lay_an_empty_folder, "sub is not in manifest.json"),
+        (lay_a_link, "more.safetensors is not in manifest.json"),
         (empty_folder, "manifest.json is missing"),
-        (file_instead_of_folder, "manifest.json cannot be read"),
+        (file_instead_of_folder, "manifest.json is missing"),
     ],
 )
 def test_damage_is_noticed_once_and_repaired(tmp_path, caplog, damage, reason):
@@ -144,7 +204,72 @@ def test_damage_is_noticed_once_and_repaired(tmp_path, caplog, damage, reason):
     pruned_checkpoint(tmp_path, "key", build)
     assert build.calls == 2
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert f"{folder}: {reason}; it is built again" in caplog.records[0].getMessage()
+    assert f"{folder}: {reason}" in caplog.messages[0] and caplog.messages[0].endswith("; it is built again")
+
+
+SEALED = {"config.json": 64 * "0", "model.safetensors": None}
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [None, 7, "text", [], [1, 2], {}, {"sha256": []}, *({"key": "key", "sha256": sealed} for sealed in
+     (None, [], "text", {}, SEALED, {"config.json": []}, {"../key": "folder"}))],
+)  # fmt: skip
+def test_a_manifest_of_another_form_is_damage(tmp_path, caplog, manifest):
+    folder = pruned_checkpoint(tmp_path, "key", Files)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert pruned_checkpoint(tmp_path, "key", Files) == folder
+    assert len(caplog.messages) == 1
+    pruned_checkpoint(tmp_path, "key", lambda: pytest.fail("it is intact"))
+
+
+def test_an_adapter_laid_beside_the_weights_is_not_followed(tmp_path):
+    """``from_pretrained`` would look for the base model that it names."""
+    folder = pruned_checkpoint(tmp_path, "key", small_llama)
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "/not/there", "peft_type": "LORA"}')
+    loaded = AutoModelForCausalLM.from_pretrained(pruned_checkpoint(tmp_path, "key", small_llama), dtype="auto")
+    assert torch.equal(loaded.lm_head.weight, small_llama().lm_head.weight)
+
+
+def test_what_is_laid_where_it_is_written_is_not_followed(tmp_path):
+    """Before, and while the model is made."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "precious").write_text("")
+
+    def lay_a_link_meanwhile() -> Files:
+        (tmp_path / "key.partial").symlink_to(elsewhere)
+        return Files()
+
+    (tmp_path / "key.partial").symlink_to(elsewhere)
+    with pytest.raises(FileExistsError):
+        pruned_checkpoint(tmp_path, "key", lay_a_link_meanwhile)
+    folder = pruned_checkpoint(tmp_path, "key", Files)
+    assert not folder.is_symlink() and (folder / "manifest.json").is_file()
+    assert [entry.name for entry in elsewhere.iterdir()] == ["precious"]
+
+
+def test_to_an_intact_folder_nothing_is_written(tmp_path):
+    """So a cache may be read-only: no lock is taken."""
+    folder = pruned_checkpoint(tmp_path, "key", Files)
+    (tmp_path / "key.lock").unlink()
+    assert pruned_checkpoint(tmp_path, "key", lambda: pytest.fail("it is intact")) == folder
+    assert [entry.name for entry in tmp_path.iterdir()] == ["key"]
+
+
+def file_in_place_of_the_cache(cache: Path) -> None:
+    cache.write_text("")
+
+
+def folder_in_place_of_the_lock(cache: Path) -> None:
+    (cache / "key.lock").mkdir(parents=True)
+
+
+@pytest.mark.parametrize("obstacle", [file_in_place_of_the_cache, folder_in_place_of_the_lock])
+def test_a_cache_that_takes_nothing_is_an_os_error_before_anything_is_built(tmp_path, obstacle):
+    obstacle(tmp_path / "cache")
+    with pytest.raises(OSError, match=str(tmp_path / "cache")):
+        pruned_checkpoint(tmp_path / "cache", "key", lambda: pytest.fail("too early"))
 
 
 def test_a_killed_process_leaves_nothing_that_counts(tmp_path, caplog):
@@ -170,7 +295,7 @@ def test_leftovers_beside_an_intact_folder_are_cleared_in_silence(tmp_path, capl
 def test_a_failed_build_leaves_nothing_and_its_error_passes(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         pruned_checkpoint(tmp_path, "key", lambda: Files(fail=True))
-    assert not (tmp_path / "key").exists()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["key.lock"]
     assert json.loads((pruned_checkpoint(tmp_path, "key", Files) / "manifest.json").read_text())["key"] == "key"
 
 

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lors import LorsConfig
 from lors.functional import masked_linear
-from lors.kernels import product, sparse_product
+from lors.kernels import in_use, product, sparse_product, usage
 from lors.sparsity import follows_pattern, lowest_per_group
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -96,6 +96,25 @@ def test_nothing_is_measured_while_a_graph_is_captured(
     assert len(stand_in) == 1
 
 
+def test_what_has_run_is_told(stand_in, scripted_times, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, T = problem()["x"], problem()["weight"]
+    for kind, times, told in (
+        ("dense", [], []),
+        ("2:4", [], ["2:4"]),
+        ("auto", [1.0, 2.0], ["2:4"]),
+        ("auto", [2.0, 1.0], ["dense"]),
+    ):
+        monkeypatch.setattr(sparse_product, "_faster", {})
+        monkeypatch.setattr(usage, "_ran", {"product": set()})
+        scripted_times[:] = times
+        product(x, T, None, kind)
+        assert in_use()["product"] == told, kind
+    monkeypatch.setattr(usage, "_ran", {"product": set()})
+    monkeypatch.setattr(sparse_product, "runs", lambda T: False)
+    product(x, T, None, "auto")
+    assert in_use()["product"] == ["dense"]
+
+
 @pytest.mark.parametrize("kind", [RuntimeError, AssertionError])
 def test_kernels_that_fail_are_not_faster(kind, stand_in, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(call: object, device: torch.device) -> float:
@@ -109,6 +128,7 @@ def test_kernels_that_fail_are_not_faster(kind, stand_in, monkeypatch: pytest.Mo
         warnings.simplefilter("error")  # said once
         assert torch.equal(product(x, T, None, "auto"), linear(x, T))
     assert not stand_in
+    assert in_use()["notices"][-1].startswith("no 2:4 product for (128, 64), the dense one is taken (not supported")
 
 
 def test_an_empty_input_needs_no_kernel(stand_in) -> None:

@@ -1,12 +1,14 @@
 """The merged weight T = W + M (.) (s B A) in one pass over W, which may be packed.
 
 ``merge`` and ``decode`` are operators of torch with several implementations (``ops.py`` says which runs when);
-``layout.py`` says how a packed weight lies in memory; ``sparse_product.py`` multiplies with a 2:4 T.
+``layout.py`` says how a packed weight lies in memory; ``sparse_product.py`` multiplies with a 2:4 T; ``in_use`` says
+what has run.
 """
 
 from lors.kernels.layout import BITMAP, DENSE, PackedWeight, pack
 from lors.kernels.ops import IMPLEMENTATIONS, decode, forced, implementation, merge
 from lors.kernels.sparse_product import AUTO, PRODUCTS, SEMI_STRUCTURED, product
+from lors.kernels.usage import in_use
 
 __all__ = [
     "AUTO",
@@ -19,6 +21,7 @@ __all__ = [
     "decode",
     "forced",
     "implementation",
+    "in_use",
     "merge",
     "pack",
     "product",

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from operator import methodcaller
@@ -18,7 +17,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from lors.kernels import eager
+from lors.kernels import eager, usage
 from lors.kernels.layout import BITMAP, DENSE, pack
 from lors.sparsity import lowest_per_group
 
@@ -61,7 +60,7 @@ def triton_passes(device: torch.device, *types: torch.dtype) -> bool:
         except Exception as error:  # what a compiler or a driver raises has no common type
             _refused.add(device)
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            warnings.warn(f"lors: no Triton on {_name(device)}, the eager merge is taken ({reason})", stacklevel=2)
+            usage.notice(f"no Triton on {_name(device)}, the eager merge is taken ({reason})")
             return False
         _passed.add((device, types))
         return True

@@ -3,22 +3,24 @@
 The thin product stays a library call, at the speed of the matrix units, into a block that the cache holds; the
 compiled loop then reads W once and writes T once. Compiled once per pair of types, for any shape. Where nothing
 can be compiled (no C++ compiler), a notice is given once and the eager pass is taken from then on.
+
+Where torch keeps what it compiles is torch's own affair: by default in the temporary folder, under the name of the
+user. Where others may have laid something there, ``TORCHINDUCTOR_CACHE_DIR`` names another place.
 """
 
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from lors.kernels import eager
+from lors.kernels import eager, usage
 from lors.kernels.eager import decode
 from lors.kernels.layout import PackedWeight
 
-__all__ = ["decode", "merge"]
+__all__ = ["decode", "merge", "unavailable"]
 
 
 def last_pass(W: Tensor, update: Tensor, T: Tensor) -> None:
@@ -35,6 +37,11 @@ def _compiled() -> Callable[[Tensor, Tensor, Tensor], None]:
 _unavailable = False
 
 
+def unavailable() -> bool:
+    """Whether a compilation has failed, so that the eager pass runs."""
+    return _unavailable
+
+
 def merge_block(W: Tensor, scaled_B: Tensor, A: Tensor, scratch: Tensor, T: Tensor) -> None:
     """As ``eager.merge_block``."""
     global _unavailable
@@ -47,7 +54,7 @@ def merge_block(W: Tensor, scaled_B: Tensor, A: Tensor, scratch: Tensor, T: Tens
         except Exception as error:  # torch has no common type for what a missing or broken compiler raises
             _unavailable = True
             reason = str(error).strip().partition("\n")[0]
-            warnings.warn(f"lors: the merge cannot be compiled and runs in eager mode ({reason})", stacklevel=2)
+            usage.notice(f"the merge cannot be compiled and runs in eager mode ({reason})")
     eager.merge_block(W, scaled_B, A, scratch, T)
 
 

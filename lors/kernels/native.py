@@ -16,6 +16,10 @@ native-<digest>.so         the library of that digest
 Each file is moved to its place in one step, the library first, so a digest never names a library that is not there yet,
 however many processes build at once. Both are read without following a link, and only if they and the folder are this
 user's and nobody else may write to them. A folder that is not is left alone, and what is built is then used once.
+
+The loader takes a path, and what lies under a path may be exchanged after it was checked, by whoever may write to a
+parent of the folder. So the bytes that were checked are written again, into a new folder of this process whose name
+cannot be guessed, and loaded from there.
 """
 
 from __future__ import annotations
@@ -32,14 +36,17 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from lors.kernels import check
+from lors.kernels import check, usage
 from lors.kernels.layout import BITMAP, DENSE, PackedWeight, group_shape
 
 __all__ = ["TYPES", "available", "decode", "merge"]
@@ -51,6 +58,10 @@ ROWS, COLUMNS = 4, 64
 LAYOUTS = {DENSE: 0, BITMAP: 1}  # else 2
 OPTIONS = ("-O3", "-march=native", "-shared", "-fPIC")
 OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+WORK = "work-"
+ABANDONED = 3600  # seconds after which the folder of a process is that of a killed one; a build takes one
+
+Result = TypeVar("Result")
 
 
 class _Problem(ctypes.Structure):
@@ -98,7 +109,7 @@ def available() -> bool:
             check.same_numbers(sys.modules[__name__], torch.device("cpu"), dtype)
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         reason = str(error).strip().partition("\n")[0]
-        warnings.warn(f"lors: no merge in C, a slower one is taken ({reason})", stacklevel=2)
+        usage.notice(f"no merge in C, a slower one is taken ({reason})")
         return False
     return True
 
@@ -151,21 +162,37 @@ def _library() -> ctypes.CDLL:
     record = folder and folder / f"native-{_digest(what.encode())[:16]}.sha256"
     if record and os.path.lexists(record):
         try:
-            return ctypes.CDLL(str(_kept(record)))
+            return _loaded(_kept(record), folder)
         except OSError as error:
             warnings.warn(f"lors: the merge in C is built again: {error}", stacklevel=2)
-    try:
-        work = tempfile.TemporaryDirectory(dir=folder)
-    except OSError:  # a folder that takes no file
-        work = tempfile.TemporaryDirectory()
-    with work:
-        built = Path(work.name) / "native.so"
-        _build(compiler, built)
-        library = ctypes.CDLL(str(built))
-        if record:
-            with contextlib.suppress(OSError):  # it is used all the same
-                _keep(built, record)
+    content = _in_a_folder_of_its_own(folder, lambda work: _built(compiler, work / "native.so"))
+    library = _loaded(content, folder)
+    if record:
+        with contextlib.suppress(OSError):  # it is used all the same
+            _keep(content, record)
     return library
+
+
+def _loaded(content: bytes, folder: Path | None) -> ctypes.CDLL:
+    """The library with this very content."""
+
+    def load(work: Path) -> ctypes.CDLL:
+        file = work / "native.so"
+        file.write_bytes(content)
+        return ctypes.CDLL(str(file))
+
+    return _in_a_folder_of_its_own(folder, load)
+
+
+def _in_a_folder_of_its_own(parent: Path | None, do: Callable[[Path], Result]) -> Result:
+    """What ``do`` returns for a new folder, which goes afterwards; in ``parent`` if that has room for it."""
+    try:
+        with tempfile.TemporaryDirectory(prefix=WORK, dir=parent) as work:
+            return do(Path(work))
+    except OSError:  # read-only, full, or nothing is executed there
+        if parent is None:
+            raise
+        return _in_a_folder_of_its_own(None, do)
 
 
 def _folder() -> Path | None:
@@ -183,7 +210,7 @@ def _folder() -> Path | None:
     return folder
 
 
-def _kept(record: Path) -> Path:
+def _kept(record: Path) -> bytes:
     """The library that a record names, if it is what was built.
 
     Raises:
@@ -193,19 +220,25 @@ def _kept(record: Path) -> Path:
     if not re.fullmatch("[0-9a-f]{64}", digest):
         raise OSError(f"{record} holds no digest")
     library = record.with_name(f"native-{digest}.so")
-    if _digest(_read(library)) != digest:
+    content = _read(library)
+    if _digest(content) != digest:
         raise OSError(f"{library} is damaged")
-    return library
+    return content
 
 
-def _keep(built: Path, record: Path) -> None:
-    """Move a library to where its record, written afterwards, says."""
-    digest = _digest(built.read_bytes())
-    noted = built.with_suffix(".sha256")
-    noted.write_text(digest)
-    for file, place in ((built, record.with_name(f"native-{digest}.so")), (noted, record)):
-        file.chmod(0o600)
-        file.replace(place)
+def _keep(content: bytes, record: Path) -> None:
+    """Put a library where its record, written afterwards, says; what killed processes have left goes."""
+    digest = _digest(content)
+    folder = record.parent
+    for work in folder.glob(f"{WORK}*"):
+        if time.time() - work.lstat().st_mtime > ABANDONED:
+            shutil.rmtree(work, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=WORK, dir=folder) as work:
+        for place, written in ((folder / f"native-{digest}.so", content), (record, digest.encode())):
+            file = Path(work) / place.name
+            file.touch(mode=0o600)
+            file.write_bytes(written)
+            file.replace(place)
 
 
 def _read(file: Path) -> bytes:
@@ -225,6 +258,11 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+def _built(compiler: str, file: Path) -> bytes:
+    _build(compiler, file)
+    return _read(file)
+
+
 def _build(compiler: str, file: Path) -> None:
     command = [compiler, *OPTIONS, str(SOURCE), "-o", str(file)]
     try:
@@ -234,7 +272,8 @@ def _build(compiler: str, file: Path) -> None:
 
 
 def _output(command: list[str]) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+    """What a command prints; what it writes is nobody else's."""
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120, umask=0o077).stdout
 
 
 def _processor() -> str:

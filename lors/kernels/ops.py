@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from lors.kernels import check, compiled, eager, native
+from lors.kernels import check, compiled, eager, native, usage
 from lors.kernels.layout import PackedWeight
 
 __all__ = ["COMPILE_FROM", "IMPLEMENTATIONS", "decode", "forced", "implementation", "library", "merge"]
@@ -139,13 +139,17 @@ def _merge(weight: list[Tensor], layout: str, A: Tensor, B: Tensor, scaling: flo
     # What the sums are made in is decided here, not by autocast.
     with torch.no_grad(), torch.autocast(A.device.type, enabled=False):
         chosen = implementation(A.device, A.shape[1] * B.shape[0], packed.dtype, A.dtype, B.dtype, dtype)
-        return _module(chosen).merge(packed, A, B, scaling, dtype)
+        T = _module(chosen).merge(packed, A, B, scaling, dtype)
+    # Where nothing can be compiled, the compiled merge has become the eager one.
+    usage.ran("merge", "eager" if chosen == "compiled" and compiled.unavailable() else chosen)
+    return T
 
 
 @torch.library.impl(library, "decode", "CompositeExplicitAutograd")
 def _decode(weight: list[Tensor], layout: str, rows: int, columns: int) -> Tensor:
     packed = PackedWeight(layout, tuple(weight), (rows, columns))
     chosen = implementation(weight[0].device, rows * columns, packed.dtype)
+    usage.ran("decode", "eager" if chosen == "compiled" else chosen)  # of which only the merge is compiled
     return _module(chosen).decode(packed)
 
 

@@ -10,14 +10,13 @@ The operator ``lors::linear_2_4`` is one operation for compilers, fake tensors a
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 from torch.sparse import to_sparse_semi_structured
 from torch.utils.flop_counter import register_flop_formula
 
+from lors.kernels import usage
 from lors.kernels.check import capturing, milliseconds
 from lors.kernels.layout import DENSE
 from lors.kernels.ops import library
@@ -67,6 +66,7 @@ def runs(T: Tensor) -> bool:
 def _linear_2_4(x: Tensor, T: Tensor, bias: Tensor | None, forced: bool) -> Tensor:
     with torch.no_grad():
         if not x.numel() or not (forced or runs(T)):
+            usage.ran("product", DENSE)
             return linear(x, T, bias)
         if not runs(T):
             raise ValueError(
@@ -74,8 +74,9 @@ def _linear_2_4(x: Tensor, T: Tensor, bias: Tensor | None, forced: bool) -> Tens
                 f"float16 and sides that {MULTIPLE} divides; this is {T.device}, {T.dtype}, {tuple(T.shape)}"
             )
         X = x.reshape(-1, x.shape[-1])  # n x in
-        chosen = _sparse if forced or _is_faster(X, T, bias) else linear
-        return chosen(X, T, bias).view(*x.shape[:-1], T.shape[0])
+        sparse = forced or _is_faster(X, T, bias)
+        usage.ran("product", SEMI_STRUCTURED if sparse else DENSE)
+        return (_sparse if sparse else linear)(X, T, bias).view(*x.shape[:-1], T.shape[0])
 
 
 @torch.library.register_fake("lors::linear_2_4")
@@ -111,5 +112,5 @@ def _is_faster(X: Tensor, T: Tensor, bias: Tensor | None) -> bool:
         except Exception as error:  # not built for this device or these shapes: what is raised has no common type
             _faster[key] = False
             reason = str(error).strip().partition("\n")[0]
-            warnings.warn(f"lors: no 2:4 product for {tuple(T.shape)}, the dense one is taken ({reason})", stacklevel=2)
+            usage.notice(f"no 2:4 product for {tuple(T.shape)}, the dense one is taken ({reason})")
     return _faster[key]
