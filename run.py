@@ -22,6 +22,7 @@ from pathlib import Path
 from threading import Thread
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
@@ -31,6 +32,11 @@ from omegaconf.errors import OmegaConfBaseException
 from hydra_plugins.block_sweeper import SINCE
 
 CONF = Path(__file__).resolve().parent / "conf"
+GROUPS = {
+    folder.name: sorted(file.stem for file in folder.glob("*.yaml"))
+    for folder in sorted(CONF.iterdir())
+    if folder.is_dir() and folder.name != "hydra"
+}
 # Set in the processes that run.py itself starts, so that they do not start another.
 CHILD = "LORS_JOB"
 # What the user set, before main() sets it for Hydra.
@@ -50,6 +56,9 @@ def job(cfg: DictConfig) -> int | None:
         code = run_here(cfg)
     elif cfg.only is not None:
         code = complain(f"only={cfg.only}: must be null without -m; it chooses among the jobs of a sweep")
+    elif hydra_config.sweeper.params or hydra_config.sweeper.blocks:
+        name = hydra_config.runtime.choices.get("experiment")
+        code = complain(f"experiment={name}: is a sweep; must be run with -m, as in run.py -m experiment={name}")
     elif as_list(cfg.launch.arguments):
         code = start_afresh(cfg, hydra_config).returncode
     else:
@@ -66,10 +75,10 @@ def run_here(cfg: DictConfig) -> int:
         os.environ["HF_HUB_OFFLINE"] = "1"
     if SINCE in os.environ and CHILD in os.environ:
         Thread(target=end_with_the_sweep, daemon=True).start()
+    from lors.harness.errors import BadInput
     from lors.harness.pipeline import execute
     from lors.harness.store import Busy
     from lors.harness.sweep import BUSY
-    from lors.harness.validate import BadInput
 
     try:
         result = execute(cfg, since=since())
@@ -172,36 +181,99 @@ def explain(error: Exception) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, option = error.missing_cfg_file.rpartition("/")
         return f"{group}={option}: must be one of {', '.join(error.options)}"
-    unknown = re.search(r"Could not override '([^']*)'", text)
+    if text.startswith("Config group override must be"):
+        group = next((name for name in GROUPS if given(name) != name), None)
+        return f"{given(group)}: must be one of {', '.join(GROUPS[group])}" if group else f"{text}: must be name=value"
+    unknown = re.search(r"Could not (?:override|append to config|delete from config)[^']*'([^']*)'", text)
     if unknown:
-        key = unknown[1]
-        given = next((argument for argument in sys.argv if argument.lstrip("~+").startswith(f"{key}=")), key)
-        close = difflib.get_close_matches(key, known_names(), n=1)
-        hint = f"did you mean {close[0]}?" if close else "`python run.py --help` lists the names"
-        return f"{given}: no such key; {hint}"
+        return no_such_key(unknown[1])
     return " ".join(text.partition("Config search path")[0].split())
 
 
-def known_names() -> list[str]:
-    """Groups and dotted keys of the default config."""
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = hydra.compose("config")
-    names = [entry.name for entry in CONF.iterdir() if entry.is_dir()]
+def no_such_key(key: str) -> str:
+    """What to say of a key that the composed config does not have."""
+    by_key = keys_by_option()
+    if by_key.get(key):
+        group = key.partition(".")[0]
+        have = " or ".join(f"{group}={option}" for option in sorted(by_key[key]))
+        return f"{given(key)}: no such key here; {have} has it"
+    section, _, last = key.rpartition(".")
+    chosen = {option for group in GROUPS for option in (given(group).partition("=")[2], default_option(group))}
+    names = [name for name, options in by_key.items() if not options or chosen & set(options)]
+    beside = {name.rpartition(".")[2]: name for name in names if name.rpartition(".")[0] == section}
+    close = [beside[name] for name in difflib.get_close_matches(last, beside, n=1)]
+    close += [name for word, name in beside.items() if "".join(part[:1] for part in word.split("_")) == last]
+    close += difflib.get_close_matches(key, [*names, *GROUPS], n=1)
+    hint = f"did you mean {close[0]}?" if close else "`python run.py --help` lists the names"
+    return f"{given(key)}: no such key; {hint}"
 
-    def walk(node: DictConfig, prefix: str) -> None:
-        for key in (key for key in node if not key.startswith("_")):
-            names.append(f"{prefix}{key}")
-            child = node._get_node(key)  # without resolving interpolations
-            if isinstance(child, DictConfig):
-                walk(child, f"{prefix}{key}.")
 
-    walk(cfg, "")
-    return names
+def default_option(group: str) -> str | None:
+    """The option of a group that ``conf/config.yaml`` chooses."""
+    defaults = [entry for entry in OmegaConf.load(CONF / "config.yaml").defaults if OmegaConf.is_dict(entry)]
+    return next((entry[group] for entry in defaults if group in entry), None)
+
+
+def given(key: str) -> str:
+    """How the command line sets a key; the key alone if it does not."""
+    return next((argument for argument in sys.argv[1:] if argument.lstrip("~+").startswith(f"{key}=")), key)
+
+
+def keys_by_option() -> dict[str, list[str]]:
+    """Every dotted key of ``conf``, with the options of its group that have it (none for those outside of groups)."""
+    found: dict[str, list[str]] = {}
+
+    def walk(node: object, prefix: str, option: list[str]) -> None:
+        for key in node if isinstance(node, DictConfig) and not node._is_none() else ():
+            if not str(key).startswith("_") and key not in ("defaults", "hydra"):
+                found.setdefault(f"{prefix}{key}", []).extend(option)
+                walk(node._get_node(key), f"{prefix}{key}.", option)  # without resolving interpolations
+
+    walk(OmegaConf.load(CONF / "config.yaml"), "", [])
+    for file in CONF.glob("*/*.yaml"):
+        if file.parent.name not in ("experiment", "hydra"):
+            walk(OmegaConf.load(file), f"{file.parent.name}.", [file.stem])
+    return found
 
 
 def complain(message: str) -> int:
+    """Print one line; a value at its beginning stands there as the user has written it."""
+    key, equals, _ = message.partition("=")
+    written = given(key) if equals and not is_sweep() else key
+    if written != key and ": " in message:
+        message = f"{written.lstrip('~+')}: {message.partition(': ')[2]}"
     print(f"error: {message}", file=sys.stderr)
     return BAD_INPUT
+
+
+def is_sweep() -> bool:
+    return any(flag in sys.argv for flag in ("-m", "--multirun"))
+
+
+def in_order(arguments: list[str]) -> list[str]:
+    """Flags first, then overrides: argparse, which reads them for Hydra, takes them in this order only.
+
+    Raises:
+        ValueError: There is no such flag.
+    """
+    known = get_args_parser()._option_string_actions
+    flags, overrides = [], []
+    rest = iter(arguments)
+    for argument in rest:
+        if not argument.startswith("-"):
+            overrides.append(argument)
+            continue
+        flag, equals, value = argument.partition("=")
+        if flag not in known:
+            raise ValueError(f"{argument}: no such flag; a value is set as name=value, without dashes")
+        flags.append(argument)
+        if known[flag].nargs is None:
+            if not equals:  # its value is the next word
+                flags.append(value := next(rest, ""))
+            if (known[flag].choices and value not in known[flag].choices) or not value:
+                allowed = ", ".join(known[flag].choices or ["a value"])
+                raise ValueError(f"{flag} {value}: must be followed by {allowed}")
+    return flags + overrides
 
 
 def main() -> int:
@@ -209,8 +281,9 @@ def main() -> int:
     # Makes Hydra raise its errors; else it prints them over several lines and exits with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
+        sys.argv[1:] = in_order(sys.argv[1:])
         job()
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         if TRACEBACKS:
             raise
         return complain(explain(error))

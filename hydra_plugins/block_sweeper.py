@@ -60,8 +60,8 @@ class BlockSweeper(Sweeper):
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         overrides = expand(parser, self.params, self.blocks, arguments)
 
+        from lors.harness.errors import BadInput
         from lors.harness.sweep import FAILED, begin, plan, run
-        from lors.harness.validate import BadInput
 
         try:
             jobs = plan([(job, self._compose(job)) for job in overrides])

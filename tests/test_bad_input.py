@@ -12,7 +12,8 @@ import pytest
 import transformers
 
 from lors.harness.pipeline import execute
-from lors.harness.validate import BadInput, resolve
+from lors.harness.config import resolve
+from lors.harness.errors import BadInput
 
 ROOT = Path(__file__).parents[1]
 

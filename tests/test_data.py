@@ -1,5 +1,6 @@
 """Reading text and instructions, the template, tokenised rows, batches, calibration samples."""
 
+import errno
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from lors.harness import data as data_module
 from lors.harness.corpora import read_rows, texts, wikitext_rows
 from lors.harness.data import IGNORED, Collator, calibration_tokens, random_data, training_data
-from lors.harness.validate import BadInput
+from lors.harness.errors import BadInput
 
 TOKENIZER = make_tokenizer()
 BOS, EOS, PAD = 1, 2, 0
@@ -128,6 +129,8 @@ def test_the_seed_shuffles_and_limit_takes_the_first_rows(tmp_path):
 
 # ---- bad input
 
+GOOD = '{"instruction": "a", "output": "b"}\n'
+
 
 @pytest.mark.parametrize(
     ("content", "message"),
@@ -136,11 +139,36 @@ def test_the_seed_shuffles_and_limit_takes_the_first_rows(tmp_path):
         ('{"instruction": "a", "output": "b"}\n["a"]\n', r"rows.jsonl:2: must be a JSON object, not list"),
         ('[{"instruction": "a",\n "output": }]', r"rows.jsonl:2: not valid JSON"),
         ('[{"instruction": "a", "output": "b"}, 7]', r"entry 2 must be a JSON object, not int"),
-        ('{"instruction": "a", "response": "b"}\n', r"row 1 has no column 'output'.*instruction, response"),
+        ('{"instruction": "a", "response": "b"}\n', r"row 1 has no column 'output'.*'instruction', 'response'"),
         ('{"instruction": "a", "output": 3}\n', r"column 'output' of row 1 must be text, not 3"),
         ("", r"no row to train on; the data set is empty"),
+        ("[]", r"no row to train on; the data set is empty"),
+        ("3\n", r"rows.jsonl:1: must be a JSON object, not int"),
         (b"\xff\xfe{}", r"not UTF-8 text"),
+        (b"\x80\x04\x95pickle", r"not UTF-8 text"),
+        (b"\0" * 9, r"rows.jsonl:1: not valid JSON"),
+        (
+            GOOD + '{"instruction": "\\ud800", "output": "b"}',
+            r"rows.jsonl:2: not valid JSON \(half of a surrogate pair\)",
+        ),
+        ('[{"instruction": "a", "output": "\\uDfff"}]', r"rows.jsonl:1: not valid JSON \(half of a surrogate pair\)"),
+        (GOOD + '{"output": ' + "[" * 9_000, r"rows.jsonl:2: not valid JSON \(nested too deeply\)"),
+        ("[" * 9_000, r"rows.jsonl:1: not valid JSON \(nested too deeply\)"),
+        (
+            GOOD + '{"instruction": "a", "output": "b", "n": NaN}',
+            r"rows.jsonl:2: not valid JSON \(NaN is no JSON number",
+        ),
+        ('[{"instruction": "a", "output": -Infinity}]', r"rows.jsonl:1: not valid JSON \(-Infinity is no JSON number"),
+        (GOOD + '{"output": "b", "output": "c"}', r"rows.jsonl:2: not valid JSON \(an object with a name twice, among"),
+        (GOOD + '{"n": ' + "9" * 10_000 + "}", r"rows.jsonl:2: not valid JSON \(Exceeds the limit"),
+        ('{"instruction": "a", "output": "' + "9" * 10_000, r"rows.jsonl:1: not valid JSON"),
+        ('{"instruction": "a", "output": ' + "9" * 4_000 + "}", r"column 'output' of row 1 must be text, not 999"),
+        (
+            '{"instruction": "a", "out\\nput": "b"}',
+            r"row 1 has no column 'output'; its columns are 'instruction', 'out.nput'",
+        ),
     ],
+    ids=lambda value: repr(value)[:40],
 )
 def test_a_bad_file_is_one_clear_line(tmp_path, content, message):
     file = tmp_path / "rows.jsonl"
@@ -149,6 +177,19 @@ def test_a_bad_file_is_one_clear_line(tmp_path, content, message):
         training_data(data_cfg(file), train_cfg(), TOKENIZER, seed=0)
     assert str(caught.value).startswith("data.path")
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+def test_the_microworld_has_no_other_rows_to_train_on():
+    cfg = data_cfg("x", kind="microworld", split="validation")
+    with pytest.raises(BadInput, match=r"data.split=validation: must be train for data.kind=microworld"):
+        training_data(cfg, train_cfg(), TOKENIZER, seed=0)
+
+
+def test_a_whole_surrogate_pair_is_a_character(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"text": "\\ud83d\\ude00 \\\\ud800"}')
+    assert list(texts(str(file))) == ["\N{GRINNING FACE} \\ud800"]
 
 
 @pytest.mark.parametrize(
@@ -157,7 +198,11 @@ def test_a_bad_file_is_one_clear_line(tmp_path, content, message):
         ("no/such/file.jsonl", "data.path=no/such/file.jsonl: no such file"),
         ("missing.json", "data.path=missing.json: no such file"),
         ("./somewhere", "data.path=./somewhere: no such file"),
-        ("nobody/nothing", "data.path=nobody/nothing: no such file, and split 'train' of a data set of this name"),
+        ("~nobody/rows.json", "data.path=~nobody/rows.json: no such file"),
+        ("/" + "x" * 300 + ".json", "data.path=/" + "x" * 300 + ".json: no such file"),
+        ("nobody/nothing", "data.path=nobody/nothing: no such file, and split 'train' of the data set nobody/nothing"),
+        ("nobody/nothing:part", "data.path=nobody/nothing:part: no such file, and split 'train' of the data set nobo"),
+        ("not a name", "data.path=not a name: no such file, and split 'train' of the data set not a name"),
     ],
 )
 def test_a_missing_source_is_one_clear_line(path, message):
@@ -166,9 +211,44 @@ def test_a_missing_source_is_one_clear_line(path, message):
     assert str(caught.value).startswith(message)
 
 
-def test_a_folder_is_no_file(tmp_path):
-    with pytest.raises(BadInput, match=r"is a folder; must be a file"):
-        list(read_rows(str(tmp_path)))
+@pytest.mark.parametrize("read", [read_rows, texts])
+def test_what_is_no_readable_file_is_one_clear_line(tmp_path, read):
+    """A pipe that nobody writes to and a device without an end would be read for ever."""
+    (tmp_path / "folder.json").mkdir()
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "loop.jsonl").symlink_to(tmp_path / "loop.jsonl")
+    messages = {
+        tmp_path / "folder.json": "is a folder; must be a file",
+        tmp_path / "pipe.jsonl": "is no regular file",
+        tmp_path / "loop.jsonl": "no such file",
+        "/dev/zero": "is no regular file",
+    }
+    if Path("/proc/self/mem").is_file():
+        messages["/proc/self/mem"] = "cannot be read (Input/output error)"
+    for path, message in messages.items():
+        with pytest.raises(BadInput) as caught:
+            list(read(str(path)))
+        assert str(caught.value) == f"data.path={path}: {message}"
+
+
+def test_a_binary_file_is_no_text(tmp_path):
+    (tmp_path / "null.txt").write_text("a\0b")
+    (tmp_path / "image.md").write_bytes(b"\x89PNG")
+    with pytest.raises(BadInput, match=r"data.path=.*null.txt: not text \(it holds a null character\)"):
+        list(texts(str(tmp_path / "null.txt")))
+    with pytest.raises(BadInput, match=r"data.path=.*image.md: not UTF-8 text"):
+        list(texts(str(tmp_path / "image.md")))
+
+
+def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    def forbidden(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    file = write_rows(tmp_path / "rows.jsonl", [{"text": "a"}])
+    monkeypatch.setattr(Path, "open", forbidden)
+    with pytest.raises(BadInput) as caught:
+        list(read_rows(str(file)))
+    assert str(caught.value) == f"data.path={file}: cannot be read (Permission denied)"
 
 
 def test_json_list_json_lines_blank_lines_and_byte_order_mark_read_alike(tmp_path):
@@ -193,7 +273,7 @@ def test_texts_from_columns_and_plain_files(tmp_path):
     assert list(texts(str(write_rows(tmp_path / "a.jsonl", [{"text": "one"}, {"page": "two"}])))) == ["one", "two"]
     (tmp_path / "b.txt").write_text("three\n\nfour")
     assert list(texts(str(tmp_path / "b.txt"))) == ["three\n\nfour"]
-    with pytest.raises(BadInput, match="row 1 has no column 'text'; its columns are body"):
+    with pytest.raises(BadInput, match="row 1 has no column 'text'; its columns are 'body'"):
         list(texts(str(write_rows(tmp_path / "c.jsonl", [{"body": "x"}]))))
 
 

@@ -1,5 +1,6 @@
 """Scores of a model: prompts, averages, bad input; without a network and without a trace."""
 
+import contextlib
 import math
 import os
 import random
@@ -13,12 +14,13 @@ from conftest import make_tiny_llama, make_tokenizer, sentence, write_rows
 
 from lors import microworld
 from lors.harness import evaluate as evaluate_module
-from lors.harness.corpora import read_rows
-from lors.harness.evaluate import MICROWORLD_TASKS, ZERO_SHOT, check_tasks, evaluate
+from lors.harness.corpora import read_rows, texts
+from lors.harness.errors import BadInput
+from lors.harness.evaluate import MICROWORLD_TASKS, ZERO_SHOT, check_scoring, check_tasks, evaluate
 from lors.harness.perplexity import perplexity_text
-from lors.harness.validate import BadInput
 
 TOKENIZER = make_tokenizer()
+VOCABULARY = len(TOKENIZER)
 # A folder with real data sets, laid out as <name>/<split>.jsonl.
 REAL = Path(os.environ.get("LORS_DATA_ROOT", "no-such-folder"))
 needs_real_data = pytest.mark.skipif(not REAL.is_dir(), reason="LORS_DATA_ROOT names no folder")
@@ -87,6 +89,18 @@ def eval_cfg(tasks=(), data_root=None, **fields):
 
 def text_cfg(source, window):
     return SimpleNamespace(text=str(source), window=window)
+
+
+def check(cfg, tokenizer=TOKENIZER, vocabulary=VOCABULARY):
+    check_tasks(cfg, tokenizer, vocabulary)
+
+
+def refused(cfg, **fields):
+    """The one line with which the check refuses a config."""
+    with pytest.raises(BadInput) as caught:
+        check(cfg, **fields)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 def tiny(**fields):
@@ -244,49 +258,271 @@ def test_perplexity_in_the_result_and_its_text(tmp_path, world):
 
 
 def test_good_configs_pass_the_check(data_root, world):
-    check_tasks(eval_cfg([*ZERO_SHOT, *MICROWORLD_TASKS], data_root))
-    check_tasks(eval_cfg(ZERO_SHOT, perplexity=text_cfg("wikitext", 8)))  # from the Hub: not looked at
+    check(eval_cfg([*ZERO_SHOT, *MICROWORLD_TASKS], data_root))
 
 
 def test_an_unknown_task_is_named(monkeypatch):
     monkeypatch.setattr(evaluate_module, "_task_manager", lambda tasks: SimpleNamespace(task_index={"piqa": 1}))
-    check_tasks(eval_cfg(["piqa", "boolq"]))
-    with pytest.raises(BadInput, match=r"eval.tasks: unknown task 'bolq'; must be a task of lm-eval, or one of micro"):
-        check_tasks(eval_cfg(["piqa", "bolq"]))
+    message = refused(eval_cfg(["microworld_rte", "bolq"]))
+    assert message.startswith("eval.tasks: unknown task 'bolq'; must be a task of lm-eval, or one of micro")
 
 
 @pytest.mark.slow
 def test_other_tasks_are_looked_up_in_lm_eval():
-    check_tasks(eval_cfg(["piqa"]))
-    with pytest.raises(BadInput, match="unknown task 'no_such_task'"):
-        check_tasks(eval_cfg(["no_such_task"]))
+    assert refused(eval_cfg(["piqa"])).startswith("eval.tasks=piqa: cannot be loaded (Couldn't reach '")
+    assert "runs the code of a metric from the Hub (code_eval)" in refused(eval_cfg(["humaneval"]))
+    assert "unknown task 'no_such_task'" in refused(eval_cfg(["no_such_task"]))
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, r"no such file"),
-        ("", r"validation.jsonl is empty"),
-        ('{"sentence1": "a", "sentence2": "b", "label": 0}\n{"sentence1": ', r"validation.jsonl:2: not valid JSON"),
-        ('{"sentence1": "a", "label": 0}\n', r"row 1 of .*validation.jsonl has no column 'sentence2'"),
+        (None, "no such file"),
+        ("", "validation.jsonl is empty"),
+        ('{"sentence1": "a", "sentence2": "b", "label": 0}\n{"sentence1": ', "validation.jsonl:2: not valid JSON"),
+        ('{"sentence1": "a", "label": 0}\n', "row 1 of {file} has no column 'sentence2'"),
     ],
 )
 def test_a_bad_file_in_the_data_root_is_one_clear_line(tmp_path, content, message):
+    file = tmp_path / "rte" / "validation.jsonl"
     if content is not None:
-        (tmp_path / "rte").mkdir()
-        (tmp_path / "rte" / "validation.jsonl").write_text(content)
-    with pytest.raises(BadInput, match=message) as caught:
-        check_tasks(eval_cfg(["rte"], tmp_path))
-    assert str(caught.value).startswith("eval.data_root")
+        file.parent.mkdir()
+        file.write_text(content)
+    answer = refused(eval_cfg(["rte"], tmp_path))
+    assert answer.startswith("eval.data_root") and message.format(file=file) in answer
+
+
+FOUR = {"text": ["a", "b", "c", "d"], "label": ["A", "B", "C", "D"]}
+
+
+@pytest.mark.parametrize(
+    ("task", "changes", "message"),
+    [
+        ("boolq", {"label": 7}, "'label' of row 2 of {file} must be 0 or 1, not 7"),
+        ("boolq", {"label": -1}, "must be 0 or 1, not -1"),
+        ("boolq", {"label": True}, "must be 0 or 1, not True"),
+        ("boolq", {"label": "yes"}, "must be 0 or 1, not 'yes'"),
+        ("boolq", {"label": None}, "must be 0 or 1, not None"),
+        ("boolq", {"label": 10**400}, "must be 0 or 1, not 1000"),
+        ("boolq", {"passage": None}, "'passage' of row 2 of {file} must be text, not None"),
+        ("boolq", {"question": ["why"]}, "'question' of row 2 of {file} must be text, not ['why']"),
+        ("rte", {"label": 0.0}, "must be 0 or 1, not 0.0"),
+        ("rte", {"sentence2": {}}, "must be text, not {{}}"),
+        ("hellaswag", {"label": "4"}, "must be the number of an ending, from 0, not '4'"),
+        ("hellaswag", {"label": ""}, "must be the number of an ending, from 0, not ''"),
+        ("hellaswag", {"label": "-1"}, "must be the number of an ending, from 0, not '-1'"),
+        ("hellaswag", {"label": 2}, "must be of the same type in all rows, not 2"),
+        ("hellaswag", {"endings": []}, "must be two or more texts that are not blank, not []"),
+        ("hellaswag", {"endings": ["a", " "]}, "must be two or more texts that are not blank"),
+        ("hellaswag", {"endings": "abcd"}, "must be two or more texts that are not blank"),
+        ("winogrande", {"answer": "3"}, 'must be "1" or "2", not \'3\''),
+        ("winogrande", {"answer": ""}, 'must be "1" or "2", not \'\''),
+        ("winogrande", {"answer": 1}, 'must be "1" or "2", not 1'),
+        ("winogrande", {"sentence": "no gap"}, "must be text with a _ for the answer, not 'no gap'"),
+        ("winogrande", {"option2": ""}, "must be text that is not blank, not ''"),
+        ("arc_easy", {"answerKey": "Z"}, "must be one of choices.label, not 'Z'"),
+        ("arc_challenge", {"answerKey": None}, "must be one of choices.label, not None"),
+        ("arc_easy", {"choices": {"text": [], "label": []}}, "must be a mapping of text and label"),
+        ("arc_easy", {"choices": FOUR | {"text": ["a", "b"]}}, "must be a mapping of text and label"),
+        ("arc_easy", {"choices": FOUR | {"more": 1}}, "must be a mapping of text and label"),
+        ("arc_easy", {"choices": ["a", "b"]}, "must be a mapping of text and label"),
+        ("openbookqa", {"answerKey": "E"}, "must be one of choices.label, behind blanks at most, not 'E'"),
+        ("openbookqa", {"answerKey": 0}, "must be one of choices.label, behind blanks at most, not 0"),
+        ("openbookqa", {"question_stem": 3}, "must be text, not 3"),
+    ],
+)
+def test_an_item_that_its_task_cannot_read_is_named(tmp_path, task, changes, message):
+    rows = items(task)
+    file = write_rows(tmp_path / task / f"{ZERO_SHOT[task].split}.jsonl", [rows[0], rows[1] | changes, *rows[2:]])
+    answer = refused(eval_cfg([task], tmp_path))
+    assert answer.startswith("eval.data_root: column ") and message.format(file=file) in answer
+    assert len(answer) < 400 + len(str(file))
+
+
+def test_columns_that_a_task_does_not_read_do_not_matter(tmp_path):
+    rows = [item | {"note": note} for item, note in zip(items("rte"), (1, "x", None, 10**30, [2]), strict=True)]
+    write_rows(tmp_path / "rte" / "validation.jsonl", rows)
+    cfg = eval_cfg(["rte"], tmp_path)
+    check(cfg)
+    assert evaluate(tiny(), TOKENIZER, cfg, progress=False)["tasks"]["rte"]["n"] == ITEMS
 
 
 def test_missing_folders_and_texts_are_named(tmp_path):
-    with pytest.raises(BadInput, match=r"eval.data_root=/no/such/folder: no such folder"):
-        check_tasks(eval_cfg(["rte"], "/no/such/folder"))
-    with pytest.raises(BadInput, match=r"eval.perplexity.text=gone.txt: no such file"):
-        check_tasks(eval_cfg(perplexity=text_cfg("gone.txt", 8)))
-    with pytest.raises(BadInput, match=r"eval.perplexity.text=.*wikitext/test.jsonl: no such file"):
-        check_tasks(eval_cfg(data_root=tmp_path, perplexity=text_cfg("wikitext", 8)))
+    assert refused(eval_cfg(["rte"], "/no/such/folder")) == "eval.data_root=/no/such/folder: no such folder"
+    assert refused(eval_cfg(["rte"], "~nobody/there")) == "eval.data_root=~nobody/there: no such folder"
+    gone = refused(eval_cfg(perplexity=text_cfg("gone.txt", 8)))
+    assert gone == "eval.perplexity.text=gone.txt: no such file"
+    file = tmp_path / "wikitext/test.jsonl"
+    assert (
+        refused(eval_cfg(data_root=tmp_path, perplexity=text_cfg("wikitext", 8)))
+        == f"eval.perplexity.text={file}: no such file"
+    )
+
+
+def test_a_text_shorter_than_a_window_is_refused_without_a_model(tmp_path):
+    file = write_rows(tmp_path / "text.jsonl", [{"text": "the cat"}])
+    message = refused(eval_cfg(perplexity=text_cfg(file, 100)))
+    assert message == "eval.perplexity.window=100: must be at most 3, the tokens of the text"
+    check(eval_cfg(perplexity=text_cfg(file, 3)))
+
+
+# ---- tokens that the model does not know
+
+
+def grown_tokenizer():
+    """A tokenizer with one token more than the model, as an added padding token makes it."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["zebra"])
+    return tokenizer
+
+
+def test_a_token_too_many_matters_where_it_occurs(tmp_path, data_root):
+    grown, known = grown_tokenizer(), VOCABULARY
+    assert len(grown) == known + 1
+    text = write_rows(tmp_path / "text.jsonl", [{"text": "the cat sees the dog"}])
+    cfg = eval_cfg(["rte", "microworld_rte"], data_root, limit=3, perplexity=text_cfg(text, 4))
+    check(cfg, tokenizer=grown)
+
+    line = f"model.path: token {known} ('zebra') occurs in %s; the tokenizer has {known + 1} tokens, the model {known}"
+    rows = items("rte")
+    write_rows(tmp_path / "rte" / "validation.jsonl", [*rows[:4], rows[4] | {"sentence2": "a zebra"}])
+    cfg = eval_cfg(["rte"], tmp_path)
+    assert refused(cfg, tokenizer=grown) == line % "eval.tasks"
+    check(eval_cfg(["rte"], tmp_path, limit=4), tokenizer=grown)
+    check(cfg, tokenizer=grown, vocabulary=known + 1)
+    write_rows(text, [{"text": "the zebra sees the dog"}])
+    assert refused(eval_cfg(perplexity=text_cfg(text, 4)), tokenizer=grown) == line % "eval.perplexity.text"
+
+
+# ---- the Hub
+
+
+def put_into_cache(monkeypatch, folder, name, config, splits):
+    """A data set in the cache of `datasets`, as a download leaves it."""
+    from datasets import Dataset, DatasetInfo, SplitInfo
+    from datasets.arrow_writer import ArrowWriter
+
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", folder)
+    short = name.rpartition("/")[2]
+    home = folder / name.replace("/", "___") / config / "0.0.0" / "0"
+    home.mkdir(parents=True)
+    infos = {}
+    for split, rows in splits.items():
+        features = Dataset.from_list(rows).features
+        with ArrowWriter(path=str(home / f"{short}-{split}.arrow"), features=features) as writer:
+            for row in rows:
+                writer.write(row)
+            count, size = writer.finalize()
+        infos[split] = vars(SplitInfo(name=split, num_bytes=size, num_examples=count, dataset_name=short))
+    info = DatasetInfo(
+        features=features,
+        builder_name="parquet",
+        dataset_name=short,
+        config_name=config,
+        version="0.0.0",
+        splits=infos,
+    )
+    info.write_to_directory(str(home))
+
+
+def test_without_a_network_the_cache_of_datasets_serves(tmp_path, monkeypatch):
+    cfg = eval_cfg(["rte"], perplexity=text_cfg("wikitext", 8))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    message = refused(cfg)
+    assert message.startswith("eval.tasks=rte: cannot be loaded (Couldn't reach 'nyu-mll/glue' on the Hub")
+    assert message.endswith(
+        "eval.data_root=FOLDER, or a copy of the data set in the cache of datasets works without a network"
+    )
+    put_into_cache(monkeypatch, tmp_path, "nyu-mll/glue", "rte", dict.fromkeys(("train", "validation"), items("rte")))
+    message = refused(cfg)
+    assert message.startswith("eval.perplexity.text=wikitext: ")
+    assert "data set Salesforce/wikitext could not be read from the Hub or the cache of datasets (Couldn't" in message
+    assert message.endswith("; eval.data_root=FOLDER works without them")
+    lines = [{"text": sentence(i)} for i in range(5)]
+    put_into_cache(monkeypatch, tmp_path, "Salesforce/wikitext", "wikitext-2-raw-v1", {"test": lines})
+    check(cfg)
+    scores = evaluate(tiny(), TOKENIZER, cfg, progress=False)
+    assert scores["tasks"]["rte"]["n"] == ITEMS and scores["perplexity"]["windows"] > 1
+    with pytest.raises(BadInput, match=r"prune.text=c4: .* data set allenai/c4 could not be read from the Hub"):
+        list(texts("c4", key="prune.text"))
+
+
+def test_code_from_the_hub_and_from_the_model_is_not_run(monkeypatch):
+    import evaluate as metrics
+
+    own = metrics.load
+    index = SimpleNamespace(task_index={"odd": 1})  # stands in for lm-eval's of ten thousand tasks
+    monkeypatch.setattr(evaluate_module, "_task_manager", lambda tasks: index)
+
+    def load(names):
+        metrics.load("rouge")
+
+    def quiet(names):
+        with contextlib.suppress(OSError):  # as lm-eval itself does
+            metrics.load("rouge")
+        return {"tasks": {}}
+
+    for index.load in (load, quiet):
+        line = "eval.tasks=odd: runs the code of a metric from the Hub (rouge), which is never run here"
+        assert refused(eval_cfg(["odd"])) == line
+    index.load = lambda names: {"tasks": {"odd_2": SimpleNamespace(UNSAFE_CODE=True)}}
+    line = "eval.tasks=odd: odd_2 runs code that the model writes, which is never run here"
+    assert refused(eval_cfg(["odd"])) == line
+    assert metrics.load is own
+
+
+def test_a_task_that_is_there_twice_is_refused_before_the_training(data_root, monkeypatch, no_network):
+    """A tag of lm-eval among the tasks brings one that is there by itself, from a file."""
+    manager = evaluate_module._task_manager(("rte",))
+    monkeypatch.setattr(evaluate_module, "_task_manager", lambda tasks: manager)
+    specifications = evaluate_module._specifications
+
+    def with_another(cfg, folder):
+        (group,) = specifications(cfg, folder)
+        return [group, {"group": "tag", "task": group["task"]}]
+
+    monkeypatch.setattr(evaluate_module, "_specifications", with_another)
+    monkeypatch.setattr(evaluate_module, "_from_hub", lambda cfg: ["tag"])
+    assert "cannot be loaded (Duplicate task 'rte': found in both" in refused(eval_cfg(["rte"], data_root))
+
+
+def test_remote_code_is_refused_wherever_a_data_set_is_loaded(tmp_path, monkeypatch):
+    import datasets
+
+    trusted = []
+
+    def load(*_, trust_remote_code=None, **__):
+        trusted.append(trust_remote_code)
+        return iter([{"text": "a"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    for source in ("c4", "wikitext", "some/set:part"):
+        assert list(texts(source)) == ["a"]
+    assert trusted == [False] * 3
+
+
+# ---- before the training
+
+
+def test_what_cannot_be_scored_fails_before_the_training(data_root, monkeypatch, caplog):
+    """A few forward passes of a few tokens; a run that scores nothing needs none."""
+    tasks, text = eval_cfg(["rte"], data_root), eval_cfg(perplexity=text_cfg("gone.txt", 8))
+    model, tokens = tiny().train(), []
+    model.get_input_embeddings().register_forward_hook(lambda module, args, output: tokens.append(args[0].numel()))
+    check_scoring(model, TOKENIZER, eval_cfg())
+    assert not tokens
+    for cfg in (tasks, text):
+        check_scoring(model, TOKENIZER, cfg)
+    assert model.training and 0 < sum(tokens) < 100
+    assert not caplog.records
+
+    def mute(*_, **__):
+        raise NotImplementedError("no logits")
+
+    monkeypatch.setattr(model, "forward", mute)
+    for cfg in (tasks, text):
+        with pytest.raises(NotImplementedError, match="no logits"):
+            check_scoring(model, TOKENIZER, cfg)
 
 
 # ---- real data
@@ -294,7 +530,7 @@ def test_missing_folders_and_texts_are_named(tmp_path):
 
 @needs_real_data
 def test_the_seven_real_sets_are_scored_from_a_folder(no_network):
-    check_tasks(eval_cfg(ZERO_SHOT, REAL, perplexity=text_cfg("wikitext", 2048)))
+    check(eval_cfg(ZERO_SHOT, REAL, perplexity=text_cfg("wikitext", 2048)))
     model = tiny(max_position_embeddings=2048)
     result = evaluate(model, TOKENIZER, eval_cfg(ZERO_SHOT, REAL, limit=3), progress=False)
     assert [score["n"] for score in result["tasks"].values()] == [3] * 7

@@ -13,7 +13,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from hydra_plugins.block_sweeper import expand
-from lors.harness.validate import build_method, resolve
+from lors.harness.config import resolve
+from lors.harness.construct import build_method
 
 ROOT = Path(__file__).parents[1]
 METHODS = sorted(file.stem for file in (ROOT / "conf" / "method").glob("*.yaml"))

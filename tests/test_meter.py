@@ -13,7 +13,7 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 from lors.harness.data import Collator, random_data
-from lors.harness.meter import Meter, cuda_peak, process_rss_peak
+from lors.harness.meter import CudaPeak, Meter, cuda_peak, process_rss_peak
 from lors.harness.method import Method, adapt
 from lors.harness.train import train
 
@@ -111,8 +111,8 @@ def test_a_resumed_run_reports_the_steps_of_all_its_processes():
     meter = Meter(warmup_steps=1)
     state = SimpleNamespace(max_steps=5, global_step=3)
     lines = [{"ms": 10.0 * i, "forward_ms": 4.0, "backward_ms": 5.0, "optimizer_ms": 1.0, "tokens": 20,
-              "warmup": i == 1, "loss": 3.0} for i in (1, 2, 3)]  # fmt: skip
-    meter.restore(lines)
+              "warmup": i == 1} for i in (1, 2, 3)]  # fmt: skip
+    meter.load_state_dict({"steps": lines, "peak": {}})
     meter.on_train_begin(SimpleNamespace(device=torch.device("cpu")), state, None)
     for _ in range(2):
         meter.on_step_begin()
@@ -127,11 +127,24 @@ def test_a_resumed_run_reports_the_steps_of_all_its_processes():
     assert report["step_ms"]["p50"] == 20.0  # of 20, 30 and the short step of this process
 
 
+def test_the_peak_is_that_of_all_processes_of_a_run(monkeypatch):
+    allocated, reserved = [70, 30], [80, 90]  # of the first process, and of one that only loads a checkpoint
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: allocated[0])
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda _: reserved[0])
+    first, second = Meter(), Meter()
+    first._device = second._device = torch.device("cuda")
+    state = first.state_dict()
+    allocated.pop(0), reserved.pop(0)
+    second.load_state_dict(state)
+    assert second.peak() == CudaPeak(70, 90)
+    assert Meter().peak() == CudaPeak()
+
+
 def test_percentiles_and_rates():
     meter = Meter()
     lines = [{"ms": float(ms), "forward_ms": 1.0, "backward_ms": 2.0, "optimizer_ms": 3.0, "tokens": 7,
               "warmup": False} for ms in range(1, 12)]  # fmt: skip
-    meter.restore(lines)
+    meter.load_state_dict({"steps": lines, "peak": {}})
     report = meter.time_report()
     assert report["step_ms"] == {"p10": 2.0, "p50": 6.0, "p90": 10.0}
     assert (report["forward_ms"], report["backward_ms"], report["optimizer_ms"]) == (1.0, 2.0, 3.0)

@@ -8,12 +8,12 @@ import dataclasses
 import pytest
 import torch
 from contract import method_of
-from test_train import assert_same_weights, fit, recipe, without_times
+from test_train import assert_same_weights, fit, kill_at_the_last_checkpoint, recipe, without_times
 from transformers import TrainerCallback
 
 from baselines.flat_lora import FlatLoraLinear
 from baselines.geolora import GeoLoraLinear
-from baselines.xgblora import XgbLoraLinear
+from baselines.xgblora import XgbLoraLinear, parameter_counts
 
 # The recipe has 7 steps of two micro-batches and a checkpoint after every second one.
 METHODS = {
@@ -51,6 +51,30 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(name, killed, precision, tmp_
     resumed, outcome = fit(method, tmp_path / "killed", cfg)
     assert_same_weights(whole, resumed)
     assert without_times(outcome.history) == without_times(expected.history)
+
+
+def boosters(model):
+    """Everything about boosters that is not in the weights."""
+    layers = [part for part in model.modules() if isinstance(part, XgbLoraLinear)]
+    return parameter_counts(model), [layer.at_work["default"] for layer in layers]
+
+
+def test_xgblora_killed_at_its_last_checkpoint_has_merged_its_last_booster(tmp_path, monkeypatch):
+    cfg = recipe(steps=4, gradient_accumulation=1)
+    whole, expected = fit(METHODS["xgblora"], tmp_path / "whole", cfg)
+    kill_at_the_last_checkpoint(METHODS["xgblora"], tmp_path / "killed", monkeypatch, cfg)
+    loaded, outcome = fit(METHODS["xgblora"], tmp_path / "killed", cfg)
+    assert_same_weights(whole, loaded)
+    assert boosters(loaded) == boosters(whole)
+    assert outcome.last_loss == expected.last_loss
+
+
+def test_sora_killed_at_its_last_checkpoint_still_says_its_ranks(tmp_path, monkeypatch, caplog):
+    method, cfg = method_of("sora"), recipe(steps=2)
+    kill_at_the_last_checkpoint(method, tmp_path, monkeypatch, cfg)
+    with caplog.at_level("INFO", logger="lors"):
+        fit(method, tmp_path, cfg)
+    assert [record.getMessage()[:5] for record in caplog.records if record.name == "lors"] == ["SoRA:"]
 
 
 @pytest.mark.slow

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from synthetic_runs import result, write
 
 from analysis.__main__ import main
 from analysis.rates import RECIPE
-from lors.harness.validate import resolve
+from lors.harness.config import resolve
 
 RATES = (1e-4, 1e-3, 1e-2)
 
@@ -42,20 +43,38 @@ def recipe(tmp_path) -> Path:
 
 def test_the_winners_reach_the_recipe_and_the_rest_of_it_stays(search, recipe, capsys) -> None:
     runs = search(lors=(0.7, 0.8, None), spp=(0.6, 0.7, 0.75))
+    before = yaml.safe_load(RECIPE.read_text())
     for _ in range(2):  # a second time over the rates of the first
-        assert main(["lr", str(runs), "--recipe", str(recipe)]) == 0
-        assert "tuned:\n  lors: 0.001\n  spp: 0.01\n# A method" in recipe.read_text()
-    rest = [line for line in recipe.read_text().splitlines() if line and not line.startswith(("tuned", "  "))]
-    assert rest == [
-        line for line in RECIPE.read_text().splitlines() if line and not line.startswith(("tuned", "  "))
-    ]  # fmt: skip
+        assert main(["lr", str(runs), "--recipe", str(recipe), "--write"]) == 0
+        after = yaml.safe_load(recipe.read_text())
+        assert after == before | {"tuned": before["tuned"] | {"lors": 0.001, "spp": 0.01}}
+    lines = [[line for line in file.read_text().splitlines() if not line.startswith("  ")] for file in (recipe, RECIPE)]
+    assert lines[0] == lines[1] and list(after["tuned"]) == sorted(after["tuned"])
+    assert [file.name for file in recipe.parent.iterdir() if file.is_file()] == [recipe.name]
     printed = capsys.readouterr().out
-    assert "| lors | 70.0 | **80.0** | diverged |" in printed
+    assert "| lors | 70.0 | **80.0** | diverged |" in printed and f"{recipe}: written" in printed
     assert "At an end of the grid, so that a rate beyond it may be better: spp." in printed
     assert (runs / "lr.md").read_text() in printed
     elsewhere = runs.parent / "not" / "there yet"
     assert main(["lr", str(runs), "--recipe", str(recipe), "--output", str(elsewhere)]) == 0
     assert (elsewhere / "lr.md").read_text() == (runs / "lr.md").read_text()
+
+
+def test_a_recipe_is_written_only_if_asked_and_whole_or_not_at_all(search, recipe, capsys, monkeypatch) -> None:
+    runs, before = search(lors=(0.7, 0.8, 0.6)), recipe.read_text()
+    assert main(["lr", str(runs), "--recipe", str(recipe)]) == 0
+    assert recipe.read_text() == before and "not changed; --write sets these rates" in capsys.readouterr().out
+
+    def full(*_) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    assert main(["lr", str(runs), "--recipe", str(recipe), "--write"]) == 2
+    assert recipe.read_text() == before and "No space left" in capsys.readouterr().err
+    monkeypatch.undo()
+    recipe.write_text("steps: 200\n")
+    assert main(["lr", str(runs), "--recipe", str(recipe), "--write"]) == 2
+    assert "must have one key tuned" in capsys.readouterr().err and recipe.read_text() == "steps: 200\n"
 
 
 @pytest.mark.parametrize(
@@ -64,11 +83,12 @@ def test_the_winners_reach_the_recipe_and_the_rest_of_it_stays(search, recipe, c
         ({"lors": (0.7, 0.8, 0.7), "spp": (0.6, 0.7)}, "not the same search for lors (3 runs) and spp (2)"),
         ({"lors": (None, None, None)}, "lors ended well at no rate"),
         ({"none": (0.6,)}, "no fine-tuned run below"),
+        ({"lors": (0.7,), "spp": (0.6,)}, "only the rate 0.0001 below; a search has two or more"),
     ],
 )
 def test_an_unfair_or_empty_search_is_refused(search, recipe, capsys, methods, message) -> None:
     before = recipe.read_text()
-    assert main(["lr", str(search(**methods)), "--recipe", str(recipe)]) == 2
+    assert main(["lr", str(search(**methods)), "--recipe", str(recipe), "--write"]) == 2
     assert message in capsys.readouterr().err
     assert recipe.read_text() == before
 

@@ -1,17 +1,20 @@
 """Log-likelihoods against the stock harness and against plain forward passes; perplexity by its definition."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from architectures import ARCHITECTURES, Architecture
 from conftest import make_tiny_llama, make_tokenizer, sentence
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from lors.harness.perplexity import perplexity
+from lors.harness import scoring
+from lors.harness.errors import BadInput
+from lors.harness.perplexity import perplexity, text_windows
 from lors.harness.scoring import PromptSharingLM
-from lors.harness.validate import BadInput
 
 TOKENIZER = make_tokenizer()
 
@@ -25,7 +28,7 @@ def tiny():
 
 SMALL = {"vocab_size": len(TOKENIZER), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
          "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # fmt: skip
-ARCHITECTURES = {
+PLAIN = {
     "llama": {"num_key_value_heads": 2, "intermediate_size": 48},
     "qwen2": {"num_key_value_heads": 2, "intermediate_size": 48},
     "mistral": {"num_key_value_heads": 2, "intermediate_size": 48, "sliding_window": 16},
@@ -46,16 +49,106 @@ def ask(lm):
     return lm.loglikelihood(requests, disable_tqdm=True)
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("kind", PLAIN)
 def test_sharing_prompts_changes_no_log_likelihood(kind):
     torch.manual_seed(0)
-    shape = AutoConfig.for_model(kind, **SMALL, **ARCHITECTURES[kind], initializer_range=0.3, init_std=0.3)
+    shape = AutoConfig.for_model(kind, **SMALL, **PLAIN[kind], initializer_range=0.3, init_std=0.3)
     model = AutoModelForCausalLM.from_config(shape).eval()
     stock = ask(HFLM(pretrained=model, tokenizer=make_tokenizer(), batch_size=4, add_bos_token=True))
     own = ask(PromptSharingLM(model, make_tokenizer(), batch_size=4, add_bos_token=True, progress=False))
     assert max(abs(score) for score, _ in stock) > 20
     assert [score for score, _ in own] == pytest.approx([score for score, _ in stock], abs=2e-4)
     assert [greedy for _, greedy in own] == [greedy for _, greedy in stock]
+
+
+@pytest.fixture(autouse=True)
+def nothing_said_yet():
+    scoring._say_once.cache_clear()
+
+
+def said(caplog):
+    return [record.message for record in caplog.records if record.name == "lors.harness.scoring"]
+
+
+STATEFUL = ("mamba", "rwkv", "lfm2", "falcon_h1", "qwen3_next")
+# Some layers read the keys and values of others, and have nothing in the cache.
+GEMMA = {
+    "num_hidden_layers": 4,
+    "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "sliding_window": 8,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": len(TOKENIZER),
+}
+SHARED_KEYS = {
+    "gemma3n_shared": Architecture("Gemma3nText", GEMMA | {"laurel_rank": 4}, model="Gemma3nForCausalLM"),
+    "gemma4_shared": Architecture("Gemma4Text", GEMMA, model="Gemma4ForCausalLM"),
+}
+SCORED = ARCHITECTURES | {name: gemma for name, gemma in SHARED_KEYS.items() if gemma.exists}
+
+
+SOON = ("mamba", "rwkv", "lfm2", "qwen3_next", "gemma4_shared")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in SOON else pytest.mark.slow) for name in SCORED]
+)
+def test_any_architecture_is_scored_as_lm_eval_scores_it(name, caplog):
+    """Those whose state is no plain cache of keys and values the stock way, and the log says so once."""
+    architecture = SCORED[name]
+    model = replace(architecture, fields=architecture.fields | {"vocab_size": len(TOKENIZER)}).build()
+    stock = ask(HFLM(pretrained=model, tokenizer=make_tokenizer(), batch_size=4, add_bos_token=True))
+    for _ in range(2):
+        own = ask(PromptSharingLM(model, make_tokenizer(), batch_size=4, add_bos_token=True, progress=False))
+    assert [score for score, _ in own] == pytest.approx([score for score, _ in stock], abs=2e-4)
+    assert [greedy for _, greedy in own] == [greedy for _, greedy in stock]
+    lines = said(caplog)
+    assert len(lines) <= 1
+    if name in STATEFUL:
+        assert f"every answer is run with its prompt; {type(model).__name__} cannot share it" in lines[0]
+    windows = text_windows(TOKENIZER, sentence(0, 40), 16, add_bos_token=True)
+    assert math.isfinite(perplexity(model, windows, progress=False)["value"])
+
+
+def test_a_cache_that_mixes_up_its_rows_is_noticed(monkeypatch, caplog):
+    """Whatever a cache does in silence: here it gives every answer the state of the first prompt."""
+    model = tiny()
+    stock = ask(PromptSharingLM(model, TOKENIZER, batch_size=4, add_bos_token=True, progress=False))
+    assert not said(caplog)
+    monkeypatch.setattr(DynamicCache, "batch_select_indices", take_first_row)
+    own = ask(PromptSharingLM(model, TOKENIZER, batch_size=4, add_bos_token=True, progress=False))
+    assert [score for score, _ in own] == pytest.approx([score for score, _ in stock], abs=2e-4)
+    assert "LlamaForCausalLM cannot share it (a log-likelihood changes by " in said(caplog)[0]
+
+
+def take_first_row(cache, rows):
+    for layer in cache.layers:
+        layer.batch_select_indices(torch.zeros_like(rows))
+
+
+@pytest.mark.parametrize("kind", ["llama", "mamba"])
+def test_of_an_answer_longer_than_the_model_the_end_is_scored(kind, caplog):
+    """The last tokens that fit, each after what fits of what was before it."""
+    model = replace(SCORED[kind], fields={"vocab_size": len(TOKENIZER)}).build()
+    lm = PromptSharingLM(model, TOKENIZER, batch_size=4, add_bos_token=True, progress=False)
+    caplog.clear()
+    lm._max_length = 64
+    tokens = torch.randint(3, len(TOKENIZER), (80,), generator=torch.Generator().manual_seed(0)).tolist()
+    for prompt in (3, 15, 16, 17, 40):
+        ((score, _),) = lm._loglikelihood_tokens([(None, tokens[:prompt], tokens[prompt:])])
+        counted = min(64, 80 - prompt)
+        logits = model(torch.tensor([tokens[-65:-1]])).logits[0].log_softmax(-1)
+        own = sum(logits[i, token].item() for i, token in enumerate(tokens[-64:]) if i >= 64 - counted)
+        assert score == pytest.approx(own, abs=2e-4), prompt
+    assert said(caplog) == ["1 of 1 answers are longer than the model (64 tokens): their last tokens are scored"] * 2
+
+
+def test_no_prompt_and_no_answer():
+    lm = PromptSharingLM(tiny(), TOKENIZER, batch_size=4, add_bos_token=False, progress=False)
+    first, second = lm._loglikelihood_tokens([(None, [], [5, 6]), (None, [1], [5, 6])])
+    assert first == second
+    with pytest.raises(BadInput, match=r"eval.tasks: an answer has no token \(\('the cat', ''\)\)"):
+        lm._loglikelihood_tokens([(("the cat", ""), [5], [])])
 
 
 def test_the_greedy_flag_is_set_where_it_should_be():
@@ -120,7 +213,7 @@ def test_perplexity_is_the_exponential_of_the_mean_of_window_means(add_bos_token
         window = torch.tensor(ids[start : start + 16])
         logits = model(window[None]).logits[0].log_softmax(-1)
         means.append(-sum(logits[i, window[i + 1]].item() for i in range(15)) / 15)
-    result = perplexity(model, TOKENIZER, text, window=16, add_bos_token=add_bos_token, progress=False)
+    result = perplexity(model, text_windows(TOKENIZER, text, 16, add_bos_token), progress=False)
     assert result["value"] == pytest.approx(math.exp(sum(means) / len(means)), rel=1e-5)
     assert result["loss"] == pytest.approx(sum(means) / len(means), rel=1e-6)
     spread = torch.tensor(means).std().item() / math.sqrt(len(means))
@@ -131,4 +224,4 @@ def test_perplexity_is_the_exponential_of_the_mean_of_window_means(add_bos_token
 
 def test_a_text_shorter_than_a_window_is_an_error():
     with pytest.raises(BadInput, match=r"eval.perplexity.window=100: must be at most 3, the tokens of the text"):
-        perplexity(tiny(), TOKENIZER, "the cat", window=100, add_bos_token=True, progress=False)
+        text_windows(TOKENIZER, "the cat", 100, add_bos_token=True)

@@ -26,7 +26,9 @@ from lors.harness.pipeline import execute
 from lors.harness.recipe import enable_activation_checkpointing, make_optimizer
 from lors.harness.result import count_parameters
 from lors.harness.simulate import simulate
-from lors.harness.validate import BadInput, build_method, resolve
+from lors.harness.config import resolve
+from lors.harness.construct import build_method
+from lors.harness.errors import BadInput
 
 ROOT = Path(__file__).parents[1]
 METHODS = sorted(file.stem for file in (ROOT / "conf" / "method").glob("*.yaml"))

@@ -1,133 +1,34 @@
-"""The run folder: keys, atomic files, parts, lock, and what is recorded about the machine."""
+"""The run folder: results, atomic files, parts, lock, and what is recorded about the machine."""
 
 from __future__ import annotations
 
 import errno
-import hashlib
-import json
 import math
 import os
+import secrets
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from lors.harness.config import resolve
 from lors.harness.environment import environment
+from lors.harness.errors import BadInput
+from lors.harness.identity import run_key
 from lors.harness.store import (
     Busy,
     RunStore,
     cache_directory,
-    fingerprint,
-    local_path,
-    read_json,
-    run_key,
+    check_writable,
     write_json,
     write_text,
 )
-from lors.harness.validate import BadInput, resolve
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture
-def key(composed) -> Callable[..., str]:
-    """Function from overrides to the key of their run."""
-    return lambda *overrides: run_key(resolve(composed(*overrides)))
-
-
-@pytest.mark.parametrize(
-    "override",
-    [
-        "force=true",
-        "name=other",
-        "runs_root=/elsewhere",
-        "cache_root=/elsewhere",
-        "save_merged=true",
-        "launch=torchrun",
-        "only=failed",
-        "+train.tuned.sqft=0.1",  # the rate of another method
-        "train.checkpoint_every=7",
-        "sparsity=0.5",  # what null stands for
-        "prune.text=microworld",  # likewise
-    ],
-)
-def test_what_cannot_change_the_numbers_is_not_in_the_key(key, override: str) -> None:
-    assert key(override) == key()
-
-
-@pytest.mark.parametrize(
-    "override",
-    [
-        "seed=1",
-        "sparsity=0.6",
-        "pattern=2:4",
-        "method=lora",
-        "prune=magnitude",
-        "prune.seed=1",
-        "adapter.r=8",
-        "method.peft.exact_gradient=true",
-        "train.steps=151",
-        "train.epochs=1",
-        "eval.limit=3",
-        "mode=profile",
-        "data.loss_on=answer",
-    ],
-)
-def test_what_can_change_the_numbers_is_in_the_key(key, override: str) -> None:
-    assert key(override) != key()
-
-
-def test_steps_do_not_count_once_epochs_replace_them(key) -> None:
-    assert key("train.epochs=2", "train.steps=7") == key("train.epochs=2")
-
-
-def test_a_pruner_does_not_count_where_nothing_is_pruned(key) -> None:
-    assert key("sparsity=0") == key("sparsity=0", "prune=magnitude") == key("sparsity=0", "prune=none")
-
-
-def test_a_profile_does_not_depend_on_data_scores_or_where_the_weights_would_be(key) -> None:
-    profile = ["mode=profile", "model=llama2_7b"]
-    assert key(*profile) == key(*profile, "data=alpaca", "eval=zeroshot", "model.path=my/copy")
-    assert key(*profile) != key(*profile, "model.layers=2")
-
-
-def test_keys_follow_the_content_of_local_sources_not_their_place(key, tmp_path: Path) -> None:
-    here, there, other = (tmp_path / name for name in ("here.jsonl", "there.jsonl", "other.jsonl"))
-    here.write_text('{"text": "one"}\n')
-    there.write_text('{"text": "one"}\n')
-    other.write_text('{"text": "two"}\n')
-    keys = [key("data=text", f"data.path={file}") for file in (here, there, other)]
-    assert keys[0] == keys[1] != keys[2]
-    nested = [key(f"eval.perplexity.text={file}") for file in (here, there, other)]
-    assert nested[0] == nested[1] != nested[2]
-
-
-def test_fingerprint_of_a_folder(tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    (folder / "deep").mkdir(parents=True)
-    (folder / "config.json").write_text("{}")
-    (folder / "deep" / "weights").write_bytes(b"\0" * 10)
-    first = fingerprint(folder)
-    folder.rename(tmp_path / "moved")
-    folder = tmp_path / "moved"
-    (folder / "README.md").write_text("a model card says nothing about the numbers")
-    (folder / ".hidden").write_text("nor does this")
-    assert fingerprint(folder) == first
-    (folder / "deep" / "weights").write_bytes(b"\0" * 9 + b"\1")
-    assert fingerprint(folder) != first
-    (folder / "deep" / "weights").write_bytes(b"\0" * 10)
-    (folder / "deep" / "weights").rename(folder / "weights")
-    assert fingerprint(folder) != first
-
-
-def test_sources_on_this_machine_and_elsewhere(tmp_path: Path) -> None:
-    assert local_path(str(tmp_path)) == tmp_path
-    assert local_path("owner/name") is None
-    assert local_path(None) is None
 
 
 def test_cache_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,22 +43,134 @@ def test_results_are_strict_json_and_replaced_whole(tmp_path: Path, monkeypatch:
     store = RunStore(tmp_path / "run")
     assert store.result() is None
     store.write({"status": "ok", "value": math.nan, "nested": [{"peak": math.inf}], "pair": (1, 2.5)})
-    assert store.result() == {"status": "ok", "value": None, "nested": [{"peak": None}], "pair": [1, 2.5]}
+    assert store.result() == {
+        "status": "ok", "value": None, "nested": [{"peak": None}], "pair": [1, 2.5], "key": "run"
+    }  # fmt: skip
 
     def crash(*_: object) -> None:
         raise RuntimeError("killed here")
 
     monkeypatch.setattr(os, "fsync", crash)
     with pytest.raises(RuntimeError, match="killed here"):
-        store.write({"status": "half"})
+        store.write({"status": "failed"})
     assert store.result()["status"] == "ok"
 
 
-def test_a_damaged_json_file_counts_as_none(tmp_path: Path) -> None:
-    write_text(tmp_path / "cut.json", '{"status": "o')
-    assert read_json(tmp_path / "cut.json") is None
-    write_json(tmp_path / "whole.json", {"a": 1})
-    assert json.loads((tmp_path / "whole.json").read_text()) == {"a": 1}
+DAMAGE = {
+    "cut": lambda text: text[: len(text) // 2],
+    "empty": lambda _: "",
+    "object": lambda _: "{}",
+    "list": lambda _: "[]",
+    "deep": lambda _: "[" * 100_000,
+    "changed": lambda text: text.replace("0.5", "0.9"),
+    "status": lambda text: text.replace('"ok"', '"fine"'),
+    "another": lambda text: text.replace('"key": "run"', '"key": "other"'),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_result_is_one_line_and_counts_as_absent(tmp_path: Path, caplog, damage: str) -> None:
+    store = RunStore(tmp_path / "run")
+    store.write({"status": "ok", "accuracy": 0.5})
+    assert "sha256" not in store.result()
+    store.result_file.write_text(DAMAGE[damage](store.result_file.read_text()))
+    assert store.result() is None
+    assert str(store.result_file) in caplog.text and caplog.text.count("\n") == 1
+    store.write({"status": "ok", "accuracy": 0.7})
+    assert store.result()["accuracy"] == 0.7
+
+
+def test_a_result_from_before_digests_is_read(tmp_path: Path) -> None:
+    write_json(tmp_path / "run" / "result.json", {"key": "run", "status": "ok"})
+    assert RunStore(tmp_path / "run").result() == {"key": "run", "status": "ok"}
+
+
+def test_a_result_of_another_run_is_not_taken_for_this_one(tmp_path: Path) -> None:
+    RunStore(tmp_path / "run").write({"status": "ok"})
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    assert RunStore(tmp_path / "copy").result() is None
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "object", "list", "deep", "changed"])
+def test_a_damaged_part_is_computed_again(tmp_path: Path, damage: str) -> None:
+    store = RunStore(tmp_path)
+    assert store.once("part", lambda: {"value": 0.5}) == {"value": 0.5}
+    file = store.parts / "part.json"
+    file.write_text(DAMAGE[damage](file.read_text()))
+    assert store.once("part", lambda: {"value": 0.7}) == {"value": 0.7}
+
+
+def test_a_good_result_gives_way_only_to_a_good_one(tmp_path: Path) -> None:
+    store = RunStore(tmp_path / "run")
+    store.write({"status": "ok", "round": 1, "artifacts": {"adapter": "adapter", "merged": "merged"}})
+    for name in ("adapter/weights", "merged/weights", "log.txt"):
+        write_text(store.directory / name, "first")
+    attempt = store.attempt(force=True)
+    assert attempt.directory != store.directory
+    attempt.once("memory", lambda: 7)
+    assert store.attempt(force=True).once("memory", lambda: 8) == 7, "an interrupted repetition is continued"
+    attempt.write({"status": "failed", "round": 2})
+    store.accept(attempt)
+    assert store.result()["round"] == 1
+    attempt = store.attempt(force=True)
+    assert attempt.once("memory", lambda: 8) == 8, "a failed one is not"
+    attempt.write({"status": "ok", "round": 3, "artifacts": {"adapter": "adapter", "merged": None}})
+    write_text(attempt.directory / "adapter" / "weights", "third")
+    store.accept(attempt)
+    assert store.result()["round"] == 3
+    assert (store.directory / "adapter" / "weights").read_text() == "third"
+    assert not (store.directory / "merged").exists() and not attempt.directory.exists()
+
+
+@pytest.mark.parametrize("moves", [0, 1, 2])
+def test_a_kill_while_a_good_result_replaces_another_leaves_a_good_one(tmp_path: Path, monkeypatch, moves: int) -> None:
+    store = RunStore(tmp_path / "run")
+    store.write({"status": "ok", "round": 1, "artifacts": {"adapter": "adapter"}})
+    attempt = store.attempt(force=True)
+    for name in ("adapter/weights", "log.txt"):
+        write_text(attempt.directory / name, "second")
+    attempt.write({"status": "ok", "round": 2, "artifacts": {"adapter": "adapter", "log": "log.txt"}})
+    moved, replace = [], Path.replace
+
+    def killed(self: Path, target: Path) -> Path:
+        if len(moved) == moves:
+            raise KeyboardInterrupt
+        moved.append(target)
+        return replace(self, target)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Path, "replace", killed)
+        store.accept(attempt)
+    assert store.result()["status"] == "ok"
+    store.settle()
+    assert store.result()["round"] == 2
+    assert (store.directory / "adapter" / "weights").read_text() == "second"
+
+
+def test_what_kills_have_left_goes_and_links_are_not_followed(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    write_text(outside / "file", "keep me")
+    store = RunStore(tmp_path / "run")
+    write_text(store.directory / ".result.json.0123.tmp", "half")
+    (store.directory / "checkpoint-abc").symlink_to(outside)
+    (store.directory / "checkpoint-5").write_text("a file")
+    assert store.attempt(force=False).directory == store.directory
+    store.drop_progress()
+    assert [entry.name for entry in store.directory.iterdir()] == []
+    (store.directory / "adapter").symlink_to(outside)
+    store.clear()
+    assert (outside / "file").read_text() == "keep me"
+
+
+def test_a_temporary_file_follows_no_link(tmp_path: Path, monkeypatch) -> None:
+    """Somebody else may write in a shared folder: a name that could be guessed might lie there already."""
+    victim = tmp_path / "victim"
+    victim.write_text("keep me")
+    monkeypatch.setattr(secrets, "token_hex", lambda _: "guessed")
+    (tmp_path / ".file.guessed.tmp").symlink_to(victim)
+    with pytest.raises(FileExistsError):
+        write_text(tmp_path / "file", "new")
+    assert victim.read_text() == "keep me"
 
 
 def test_a_finished_part_is_not_computed_again(tmp_path: Path) -> None:
@@ -216,29 +229,14 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_files(tmp_path: Path, monkey
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     store = RunStore(tmp_path / "run")
-    store.check_writable()
+    check_writable("runs_root", store.directory)
     monkeypatch.setattr(os, "fsync", full)
-    for write in (store.check_writable, lambda: store.write({"status": "ok"})):
+    for write in (lambda: check_writable("runs_root", store.directory), lambda: store.write({"status": "ok"})):
         with pytest.raises(
             BadInput, match=r"^runs_root: cannot write to .*/run \(\[Errno 28\] No space left on device\)$"
         ):
             write()
     assert list(store.directory.iterdir()) == []
-
-
-def test_a_file_at_rest_is_read_once_and_a_changed_one_again(tmp_path: Path, monkeypatch) -> None:
-    """A sweep asks for the fingerprint of a model once per job."""
-    file, reads = tmp_path / "weights", []
-    digest_of = hashlib.file_digest
-    monkeypatch.setattr(hashlib, "file_digest", lambda *arguments: reads.append(1) or digest_of(*arguments))
-    file.write_bytes(b"one")
-    young = fingerprint(file), fingerprint(file)
-    assert len(reads) == 2, "a change within the same tick of the clock must be seen"
-    os.utime(file, ns=(1, 1))
-    assert {fingerprint(file), fingerprint(file), *young} == {young[0]} and len(reads) == 3
-    file.write_bytes(b"two")
-    os.utime(file, ns=(2, 2))
-    assert fingerprint(file) != young[0]
 
 
 def test_clear_keeps_the_lock_and_drop_progress_keeps_the_results(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from test_pipeline import NO_SCORES, numbers, tiny_overrides
 
-from lors.harness.store import read_json
+from lors.harness.store import read_result
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
@@ -28,7 +28,7 @@ def run_py(arguments: Sequence[str]) -> subprocess.Popen:
 
 
 def results_in(folder: Path) -> dict[str, dict]:
-    return {file.parent.name: read_json(file) for file in folder.rglob("result.json")}
+    return {file.parent.name: read_result(file) for file in folder.rglob("result.json")}
 
 
 def test_killed_sweeps_end_with_the_numbers_of_an_undisturbed_one(tiny_checkpoint, tiny_sources, tmp_path) -> None:
@@ -92,7 +92,7 @@ def test_jobs_in_parallel_share_what_is_computed_once(tiny_checkpoint, tiny_sour
     assert len(results) == 2 and all(result["status"] == "ok" for result in results.values())
     logs = "".join(file.read_text() for file in tmp_path.rglob("log.txt"))
     assert logs.count("not in the cache, computed now") == 2, "dense and pruned, once each"
-    assert len(list(tmp_path.glob("cache/tokens/*.npz"))) == 2
+    assert len(list(tmp_path.glob("cache/tokens/*.sealed"))) == 2
     alone = [*tiny_overrides(tiny_checkpoint, tiny_sources, tmp_path / "alone"), "eval.tasks=[rte]", "train.steps=2"]
     assert run_py([*alone, "method=lors"]).wait() == 0
     [(key, result)] = results_in(tmp_path / "alone").items()

@@ -88,7 +88,20 @@ class Kill(TrainerCallback):
 
 def kill_at(step, method, directory, cfg=RECIPE):
     with pytest.raises(KeyboardInterrupt):
-        fit(dataclasses.replace(method, callbacks=(Kill(step),)), directory, cfg)
+        fit(dataclasses.replace(method, callbacks=(*method.callbacks, Kill(step))), directory, cfg)
+
+
+def kill_at_the_last_checkpoint(method, directory, monkeypatch, cfg=RECIPE):
+    """Die as soon as the checkpoint of the last step is sealed."""
+
+    def dying(checkpoint):
+        seal(checkpoint)
+        if checkpoint.name == f"checkpoint-{cfg.steps}":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("lors.harness.train.seal", dying)
+        fit(method, directory, cfg)
 
 
 # ---- resuming
@@ -163,11 +176,103 @@ def test_without_any_intact_checkpoint_the_run_starts_over(tmp_path):
     assert outcome.steps == expected.steps == 7
 
 
-def test_a_finished_run_is_loaded_and_makes_no_further_step(tmp_path):
-    whole, expected = fit(lora(), tmp_path)
-    again, outcome = fit(lora(), tmp_path)
+@pytest.mark.parametrize("steps", [7, 6], ids=["within an epoch", "at the end of an epoch"])
+def test_a_finished_run_is_loaded_and_makes_no_further_step(tmp_path, steps):
+    cfg = recipe(steps=steps)
+    whole, expected = fit(lora(), tmp_path, cfg)
+    random_state = torch.get_rng_state()
+    again, outcome = fit(lora(), tmp_path, cfg)
     assert_same_weights(whole, again)
     assert outcome.history == expected.history
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+class Memory(TrainerCallback):
+    """Moves a weight by all that it has seen, and says what happens to it."""
+
+    def __init__(self):
+        self.seen = torch.zeros(())
+        self.events = []
+
+    def state_dict(self):
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state):
+        self.seen = state["seen"]
+
+    def on_train_begin(self, *_, **__):
+        self.events.append(("begin", self.seen.item()))
+
+    def on_step_end(self, args, state, control, model, **_):
+        with torch.no_grad():
+            weight = next(p for p in model.parameters() if p.requires_grad)
+            self.seen = 0.9 * self.seen + weight.norm()
+            weight[0, 0] += 1e-3 * self.seen
+
+    def on_train_end(self, args, state, control, model, **_):
+        with torch.no_grad():
+            next(p for p in model.parameters() if p.requires_grad)[0, 1] += self.seen
+        self.events.append(("end", state.global_step))
+
+
+def remembering():
+    return lora(callbacks=(Memory(), Memory()))
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["a step after a checkpoint", "at the last checkpoint"])
+def test_what_callbacks_hold_comes_back_with_every_checkpoint(tmp_path, monkeypatch, last):
+    """Also where no step is left: their training begins and ends all the same."""
+    method = remembering()
+    whole, expected = fit(method, tmp_path / "whole")
+    if last:
+        kill_at_the_last_checkpoint(remembering(), tmp_path / "killed", monkeypatch)
+    else:
+        kill_at(5, remembering(), tmp_path / "killed")
+    again = remembering()
+    resumed, outcome = fit(again, tmp_path / "killed")
+    assert_same_weights(whole, resumed)
+    assert without_times(outcome.history) == without_times(expected.history)
+    assert [callback.seen for callback in again.callbacks] == [callback.seen for callback in method.callbacks]
+    for callback in again.callbacks:
+        assert [event for event, _ in callback.events] == ["begin", "end"]
+        assert callback.events[0][1] > 0 and callback.events[1][1] == 7
+
+
+def test_a_checkpoint_of_something_else_is_one_line(tmp_path):
+    fit(lora(), tmp_path)
+    for other in (full(), lora(callbacks=(Memory(),))):
+        with pytest.raises(ValueError, match="checkpoint-7: is no checkpoint of this method on this model; delete it"):
+            fit(other, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "line"),
+    [
+        ({"steps": 0}, "train.steps=0: must be a whole number >= 1"),
+        ({"steps": None}, "train.epochs=None: must be a finite number > 0"),
+        ({"steps": 1.5}, "train.steps=1.5: must be a whole number >= 1"),
+        ({"steps": None, "epochs": math.inf}, "train.epochs=inf: must be a finite number > 0"),
+        ({"steps": None, "epochs": math.nan}, "train.epochs=nan: must be a finite number > 0"),
+        ({"steps": None, "epochs": 1e308}, "train.epochs=1e+308: must be a finite number > 0"),
+        ({"steps": None, "epochs": 0}, "train.epochs=0: must be a finite number > 0"),
+        ({"steps": None, "epochs": -1e-9}, "train.epochs=-1e-09: must be a finite number > 0"),
+    ],
+)
+def test_a_training_without_a_step_or_an_end_is_refused(tmp_path, fields, line):
+    with pytest.raises(ValueError) as caught:
+        fit(lora(), tmp_path / "run", recipe(**fields))
+    assert str(caught.value) == line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tiny_part_of_an_epoch_is_one_step(tmp_path):
+    _, outcome = fit(lora(), tmp_path, recipe(steps=None, epochs=1e-9))
+    assert outcome.steps == 1
+
+
+def test_a_training_without_rows_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="the training data has no row"):
+        train(adapted(lora()), [], Collator(None, "longest", 10), RECIPE, lora(), Meter(1), tmp_path, 0)
 
 
 def test_two_checkpoints_are_kept_and_none_without_an_interval(tmp_path):

@@ -3,20 +3,23 @@ Face Hub.
 
 Local files are read here, not by `datasets`, so that a malformed line is reported with its file and number
 and nothing is copied into a cache. Formats: ``.json`` (a list of objects), JSON lines under any name, and any
-other file as one document of plain text. A name that is no file and has at most one slash is taken for a Hub
-name, ``owner/name`` or ``owner/name:config``; from there only the rows that are asked for are downloaded.
+other file as one document of plain text. JSON is what RFC 8259 calls interoperable: no NaN, no name twice in an
+object, no half of a surrogate pair. A name that is no file and has at most one slash is taken for a Hub name,
+``owner/name`` or ``owner/name:config``; from there only the rows that are asked for are downloaded, and no code is.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import reprlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from lors.harness.validate import BadInput, one_line
+from lors.harness.errors import BadInput, one_line
 
 __all__ = ["read_rows", "texts", "wikitext_rows"]
 
@@ -25,10 +28,10 @@ FILE_SUFFIXES = (*JSON_SUFFIXES, ".txt", ".raw", ".md")
 # Columns that hold a document, in order of preference; `page` is the name in document-level WikiText.
 TEXT_COLUMNS = ("text", "page")
 MICROWORLD = "microworld"
-# Short names for the corpora of the papers: Hub name, config, split.
+# Short names for the corpora of the papers: Hub name, config, split, and whether all of it is downloaded and kept.
 WELL_KNOWN = {
-    "c4": ("allenai/c4", "en", "train"),
-    "wikitext": ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),
+    "c4": ("allenai/c4", "en", "train", False),
+    "wikitext": ("Salesforce/wikitext", "wikitext-2-raw-v1", "test", True),
 }
 
 
@@ -47,8 +50,11 @@ def read_rows(
         BadInput: No such file or data set, or a line that is not a JSON object (the message has file and
             line).
     """
-    local = _is_local(path)
-    rows = _json_rows(_existing_file(path, key), key) if local else _hub_rows(path, None, split, key)
+    if _is_local(path):
+        rows = _json_rows(_existing_file(path, key), key)
+    else:
+        name, _, config = path.partition(":")
+        rows = _hub_rows(name, config or None, split, False, path, key)
     return islice(rows, limit)
 
 
@@ -70,8 +76,8 @@ def texts(source: str, *, split: str = "train", limit: int | None = None, key: s
         from lors import microworld
 
         return islice(microworld.texts(split), limit)
-    if source in WELL_KNOWN and not Path(source).exists():
-        documents = _documents(_hub_rows(*WELL_KNOWN[source], key), source, key)
+    if source in WELL_KNOWN and not os.path.exists(source):
+        documents = _documents(_hub_rows(*WELL_KNOWN[source], source, key), source, key)
     elif _is_local(source) and Path(source).suffix not in JSON_SUFFIXES:
         documents = iter([_read(_existing_file(source, key), key)])
     else:
@@ -94,85 +100,119 @@ def wikitext_rows(pages: Iterable[str]) -> list[str]:
 def require_text(row: dict[str, Any], column: str, number: int, source: str, key: str) -> str:
     """Text in a column of row `number` (from 1); BadInput names a column that is missing or no text."""
     if column not in row:
-        has = ", ".join(map(str, row)) or "none"
+        has = ", ".join(map(reprlib.repr, row)) or "none"
         raise BadInput(f"{key}={source}: row {number} has no column {column!r}; its columns are {has}")
     if not isinstance(row[column], str):
-        raise BadInput(f"{key}={source}: column {column!r} of row {number} must be text, not {row[column]!r}")
+        shown = reprlib.repr(row[column])
+        raise BadInput(f"{key}={source}: column {column!r} of row {number} must be text, not {shown}")
     return row[column]
 
 
 def _is_local(path: str) -> bool:
-    here = Path(path).expanduser()
-    looks_like_a_file = here.suffix in FILE_SUFFIXES or path.startswith((".", "~", os.sep)) or path.count("/") > 1
-    return here.exists() or looks_like_a_file
+    looks_like_a_file = path.endswith(FILE_SUFFIXES) or path.startswith((".", "~", os.sep)) or path.count("/") > 1
+    return looks_like_a_file or os.path.exists(path)
 
 
 def _existing_file(path: str, key: str) -> Path:
-    file = Path(path).expanduser()
-    if file.is_dir():
+    # os.path, because it takes whatever cannot be looked at (no home, no permission, a name too long) for missing.
+    file = os.path.expanduser(path)
+    if os.path.isdir(file):
         raise BadInput(f"{key}={path}: is a folder; must be a file")
-    if not file.exists():
+    if not os.path.exists(file):
         raise BadInput(f"{key}={path}: no such file")
-    return file
+    if not os.path.isfile(file):  # reading a pipe could wait for ever, a device have no end
+        raise BadInput(f"{key}={path}: is no regular file")
+    return Path(file)
+
+
+@contextmanager
+def _reading(file: Path, key: str) -> Iterator[None]:
+    """Names the file in what goes wrong while it is read."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{key}={file}: not UTF-8 text ({one_line(error)})") from error
+    except OSError as error:
+        raise BadInput(f"{key}={file}: cannot be read ({error.strerror})") from error
 
 
 def _read(file: Path, key: str) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{key}={file}: not UTF-8 text ({one_line(error)})") from error
+    with _reading(file, key):
+        text = file.read_text(encoding="utf-8-sig")
+    if "\0" in text:
+        raise BadInput(f"{key}={file}: not text (it holds a null character)")
+    return text
 
 
 def _json_rows(file: Path, key: str) -> Iterator[dict[str, Any]]:
     """A list if the first character is a bracket, else one object per line; blank lines are skipped."""
     first = True
-    try:
-        with file.open(encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                if first and line.lstrip().startswith("["):
-                    yield from _json_list(file, key)
-                    return
-                first = False
-                yield _json_object(line, f"{file}:{number}", key)
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{key}={file}: not UTF-8 text ({one_line(error)})") from error
+    with _reading(file, key), file.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            if first and line.lstrip().startswith("["):
+                yield from _json_list(file, key)
+                return
+            first = False
+            yield _object(_parsed(line, f"{key}: {file}", number), f"{key}: {file}:{number}:")
 
 
 def _json_list(file: Path, key: str) -> Iterator[dict[str, Any]]:
-    try:
-        rows = json.loads(_read(file, key))
-    except json.JSONDecodeError as error:
-        raise BadInput(f"{key}: {file}:{error.lineno}: not valid JSON ({error.msg})") from error
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            raise BadInput(f"{key}: {file}: entry {number} must be a JSON object, not {type(row).__name__}")
-        yield row
+    for number, row in enumerate(_parsed(_read(file, key), f"{key}: {file}"), start=1):
+        yield _object(row, f"{key}: {file}: entry {number}")
 
 
-def _json_object(line: str, place: str, key: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise BadInput(f"{key}: {place}: not valid JSON ({error.msg} at column {error.colno})") from error
+def _object(row: Any, place: str) -> dict[str, Any]:
     if not isinstance(row, dict):
-        raise BadInput(f"{key}: {place}: must be a JSON object, not {type(row).__name__}")
+        raise BadInput(f"{place} must be a JSON object, not {type(row).__name__}")
     return row
 
 
-def _hub_rows(name: str, config: str | None, split: str, key: str) -> Iterator[dict[str, Any]]:
-    """Stream a Hub data set; the file formats and the network are the Hub's business, so are their errors."""
+def _parsed(text: str, place: str, first_line: int = 1) -> Any:
+    """The JSON value that a text holds, which begins in line `first_line`; strict, see the module's text."""
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique)
+        if "\\u" in text:  # the only way to half of a surrogate pair
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except json.JSONDecodeError as error:
+        line, reason = first_line + error.lineno - 1, f"{error.msg} at column {error.colno}"
+    except UnicodeEncodeError:
+        line, reason = first_line, "half of a surrogate pair"
+    except RecursionError:
+        line, reason = first_line, "nested too deeply"
+    except ValueError as error:  # of this module; or of Python, for a number of thousands of digits
+        line, reason = first_line, one_line(error)
+    raise BadInput(f"{place}:{line}: not valid JSON ({reason})")
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        raise ValueError(f"an object with a name twice, among {reprlib.repr(sorted(name for name, _ in pairs))}")
+    return row
+
+
+def _hub_rows(
+    name: str, config: str | None, split: str, whole: bool, source: str, key: str
+) -> Iterator[dict[str, Any]]:
+    """Stream a Hub data set, or download it whole into the cache of `datasets`, which works without a network then.
+
+    The file formats and the network are the Hub's business, so are their errors.
+    """
     import datasets
 
-    if config is None and ":" in name:
-        name, config = name.split(":", 1)
     try:
-        yield from datasets.load_dataset(name, config, split=split, streaming=True)
-    except (OSError, ValueError) as error:
+        yield from datasets.load_dataset(name, config, split=split, streaming=not whole, trust_remote_code=False)
+    except Exception as error:  # of any of five libraries
         raise BadInput(
-            f"{key}={name}: no such file, and split {split!r} of a data set of this name could not be read "
-            f"from the Hub ({one_line(error)})"
+            f"{key}={source}: no such file, and split {split!r} of the data set {name} could not be read from the Hub "
+            f"or the cache of datasets ({one_line(error)})"
         ) from error
 
 

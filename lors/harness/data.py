@@ -26,14 +26,15 @@ from torch import LongTensor, Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lors.harness.corpora import MICROWORLD, read_rows, require_text, texts
+from lors.harness.errors import BadInput
 from lors.harness.template import alpaca_prompt
-from lors.harness.validate import BadInput
 
 __all__ = [
     "IGNORED",
     "Collator",
     "Row",
     "calibration_tokens",
+    "check_token_ids",
     "random_data",
     "shuffled",
     "tokenised_rows",
@@ -159,6 +160,29 @@ def calibration_tokens(prune_cfg: Any, tokenizer: Tokenizer, seed: int) -> LongT
     return torch.tensor([bos + stream[start : start + width] for start in starts])
 
 
+def check_token_ids(ids: Iterable[int], tokenizer: Tokenizer, vocabulary: int, where: str) -> None:
+    """Hold the tokens that occur against the model; that its tokenizer has more of them does not matter.
+
+    Args:
+        ids: The tokens, or some of them with the largest; not looked at if the tokenizer has none too many.
+        tokenizer: The model's.
+        vocabulary: Tokens that the model knows, 0 to `vocabulary` - 1.
+        where: What they occur in, for the message.
+
+    Raises:
+        BadInput: The model does not know one of them.
+    """
+    if max(tokenizer.get_vocab().values(), default=0) < vocabulary:
+        return
+    largest = max(ids, default=0)
+    if largest >= vocabulary:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        raise BadInput(
+            f"model.path: token {largest} ({token!r}) occurs in {where}; "
+            f"the tokenizer has {len(tokenizer)} tokens, the model {vocabulary}"
+        )
+
+
 def random_data(vocab_size: int, train_cfg: Any, seed: int) -> list[Row]:
     """Random rows of exactly ``train.sequence_length`` tokens, enough for all steps, for ``mode=profile``."""
     count = train_cfg.steps * train_cfg.batch_size * train_cfg.gradient_accumulation
@@ -189,7 +213,9 @@ def _prompts_and_answers(data_cfg: Any) -> Iterator[tuple[str, str]]:
     if data_cfg.kind == MICROWORLD:
         from lors import microworld
 
-        source, raw = MICROWORLD, islice(microworld.instruction_rows(data_cfg.split), data_cfg.limit)
+        if data_cfg.split != "train":
+            raise BadInput(f"data.split={data_cfg.split}: must be train for data.kind={MICROWORLD}")
+        source, raw = MICROWORLD, islice(microworld.instruction_rows(), data_cfg.limit)
     else:
         source, raw = data_cfg.path, read_rows(data_cfg.path, split=data_cfg.split, limit=data_cfg.limit)
     for number, row in enumerate(raw, start=1):

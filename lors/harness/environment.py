@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.core.hydra_config import HydraConfig
 
 __all__ = ["environment", "now"]
 
@@ -27,9 +28,14 @@ def environment(device: torch.device) -> dict[str, Any]:
         "driver": _driver() if cuda else None,
         "cuda": torch.version.cuda if cuda else None,
         "threads": torch.get_num_threads(),
-        "command": sys.argv,
+        "command": _command(),
         "start": now(),
     }
+
+
+def _command() -> list[str]:
+    """What composes this config again; in a sweep the overrides of this job."""
+    return ["run.py", *HydraConfig.get().overrides.task] if HydraConfig.initialized() else sys.argv
 
 
 def now() -> str:

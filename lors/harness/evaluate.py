@@ -7,6 +7,9 @@ Three sources of tasks, all by their lm-eval names in ``eval.tasks``:
   ``<eval.data_root>/<task>/<split>.jsonl``;
 - any other task of lm-eval, from the Hub.
 
+Whatever can be wrong with a task or a text is found by `check_tasks`, without a model, and whatever a model cannot
+do by `check_scoring`, before it is trained. No code from the Hub is run.
+
 A task is scored by `acc` if it has it, else by its first metric; `acc_norm` is recorded beside. The average
 is over `acc` alone, as in the papers; its standard error is sqrt(sum of squared errors) / number of tasks. Which items
 were right is recorded too, so that models can be compared item by item.
@@ -19,24 +22,40 @@ import copy
 import json
 import logging
 import math
+import os
+import reprlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import torch
+from torch import LongTensor
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lors import microworld
 from lors.harness.corpora import read_rows
-from lors.harness.perplexity import perplexity, perplexity_text
+from lors.harness.data import check_token_ids
+from lors.harness.errors import BadInput, one_line
+from lors.harness.perplexity import perplexity, perplexity_text, text_windows
 from lors.harness.randomness import random_state_kept
-from lors.harness.validate import BadInput
 
-__all__ = ["ZERO_SHOT", "check_tasks", "evaluate"]
+__all__ = ["ZERO_SHOT", "check_scoring", "check_tasks", "evaluate"]
+
+Item = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Column:
+    """What a column of an item may hold: in words, and as a test of its value and of the item."""
+
+    allowed: str
+    holds: Callable[[Any, Item], bool]
 
 
 @dataclass(frozen=True)
@@ -46,43 +65,87 @@ class StockTask:
     Attributes:
         split: The split that lm-eval scores.
         folder: Where lm-eval keeps the task; naming it spares an index of its ten thousand task files.
-        columns: Columns that its prompt reads.
+        columns: Columns that its prompt and its answer read; each test relies on those before it.
     """
 
     split: str
     folder: str
-    columns: tuple[str, ...]
+    columns: dict[str, Column]
 
 
-ARC_COLUMNS = ("question", "choices", "answerKey")
+def _are_answers(value: Any) -> bool:
+    """Two or more texts that are not blank."""
+    return isinstance(value, list) and len(value) > 1 and all(isinstance(text, str) and text.strip() for text in value)
+
+
+def _are_choices(value: Any) -> bool:
+    if not isinstance(value, dict) or value.keys() != {"text", "label"}:
+        return False
+    return _are_answers(value["text"]) and _are_answers(value["label"]) and len(value["text"]) == len(value["label"])
+
+
+TEXT = Column("text", lambda value, item: isinstance(value, str))
+ANSWER = Column("text that is not blank", lambda value, item: isinstance(value, str) and value.strip() != "")
+GAPPED = Column("text with a _ for the answer", lambda value, item: isinstance(value, str) and "_" in value)
+YES_OR_NO = Column("0 or 1", lambda value, item: type(value) is int and value in (0, 1))
+ONE_OR_TWO = Column('"1" or "2"', lambda value, item: value in ("1", "2"))
+ENDINGS = Column("two or more texts that are not blank", lambda value, item: _are_answers(value))
+ENDING = Column(
+    "the number of an ending, from 0",
+    lambda value, item: type(value) in (int, str) and str(value) in map(str, range(len(item["endings"]))),
+)
+CHOICES = Column(
+    "a mapping of text and label, each two or more texts that are not blank", lambda value, item: _are_choices(value)
+)
+CHOICE = Column("one of choices.label", lambda value, item: value in item["choices"]["label"])
+PADDED_CHOICE = Column(  # the real test set of OpenBookQA has such keys
+    "one of choices.label, behind blanks at most",
+    lambda value, item: isinstance(value, str) and value.lstrip() in item["choices"]["label"],
+)
+ARC_COLUMNS = {"question": TEXT, "choices": CHOICES, "answerKey": CHOICE}
 # The seven tasks of the papers.
 ZERO_SHOT = {
-    "boolq": StockTask("validation", "super_glue/boolq", ("question", "passage", "label")),
-    "rte": StockTask("validation", "glue/rte", ("sentence1", "sentence2", "label")),
-    "hellaswag": StockTask("validation", "hellaswag", ("activity_label", "ctx_a", "ctx_b", "endings", "label")),
-    "winogrande": StockTask("validation", "winogrande", ("sentence", "option1", "option2", "answer")),
+    "boolq": StockTask("validation", "super_glue/boolq", {"question": TEXT, "passage": TEXT, "label": YES_OR_NO}),
+    "rte": StockTask("validation", "glue/rte", {"sentence1": TEXT, "sentence2": TEXT, "label": YES_OR_NO}),
+    "hellaswag": StockTask(
+        "validation",
+        "hellaswag",
+        {"activity_label": TEXT, "ctx_a": TEXT, "ctx_b": TEXT, "endings": ENDINGS, "label": ENDING},
+    ),
+    "winogrande": StockTask(
+        "validation", "winogrande", {"sentence": GAPPED, "option1": ANSWER, "option2": ANSWER, "answer": ONE_OR_TWO}
+    ),
     "arc_easy": StockTask("test", "arc", ARC_COLUMNS),
     "arc_challenge": StockTask("test", "arc", ARC_COLUMNS),
-    "openbookqa": StockTask("test", "openbookqa", ("question_stem", "choices", "answerKey")),
+    "openbookqa": StockTask(
+        "test", "openbookqa", {"question_stem": TEXT, "choices": CHOICES, "answerKey": PADDED_CHOICE}
+    ),
 }
 MICROWORLD_TASKS = {f"microworld_{task}": task for task in microworld.TASKS}
 MICROWORLD_FOLDER = Path(microworld.__file__).parent / "tasks"
 BOOTSTRAP = 1000  # draws for the standard error of a metric that is no mean; that of a mean is exact
+NEVER = "which is never run here"
 FEWSHOT_SEED = 1234  # lm-eval's default; for tasks that bring examples, which none of the seven does
 
 
-def check_tasks(eval_cfg: Any) -> None:
+def check_tasks(eval_cfg: Any, tokenizer: Tokenizer, vocabulary: int) -> None:
     """Find what is wrong with the tasks and the text of a config before a model is loaded.
 
+    Data sets from the Hub are really loaded, for nothing else shows that they can be; they are in the cache of
+    `datasets` then.
+
     Args:
-        eval_cfg: ``tasks``, ``data_root``, ``perplexity``.
+        eval_cfg: ``tasks``, ``data_root``, ``limit``, ``add_bos_token``, ``perplexity``.
+        tokenizer: The model's.
+        vocabulary: Tokens that the model knows.
 
     Raises:
-        BadInput: An unknown task, a missing file, a malformed line or a missing column in ``data_root``, or
-            no such text.
+        BadInput: An unknown task or text; one that cannot be reached or that runs code; in ``data_root`` a missing
+            file, a malformed line, a missing column, or one that holds something else than the task reads; a text
+            that is shorter than a window; a token that the model does not know.
     """
     root = eval_cfg.data_root
-    if root is not None and not Path(root).expanduser().is_dir():
+    if root is not None and not os.path.isdir(os.path.expanduser(root)):
         raise BadInput(f"eval.data_root={root}: no such folder")
     others = [task for task in eval_cfg.tasks if task not in MICROWORLD_TASKS and task not in ZERO_SHOT]
     if others:
@@ -91,12 +154,35 @@ def check_tasks(eval_cfg: Any) -> None:
             if task not in known:
                 near = ", ".join([*MICROWORLD_TASKS, *ZERO_SHOT])
                 raise BadInput(f"eval.tasks: unknown task {task!r}; must be a task of lm-eval, or one of {near}")
-    if root is not None:
-        for task in eval_cfg.tasks:
-            if task in ZERO_SHOT:
-                _check_columns(_local_file(root, task), task)
-    if eval_cfg.perplexity is not None and (root is not None or eval_cfg.perplexity.text != "wikitext"):
-        perplexity_text(eval_cfg.perplexity.text, root)
+    for task in eval_cfg.tasks:
+        if task in ZERO_SHOT and root is not None:
+            _local_items(root, task)
+    if _from_hub(eval_cfg):
+        with _loaded_tasks(eval_cfg):
+            pass
+    if eval_cfg.perplexity is not None:
+        windows = _perplexity_windows(tokenizer, eval_cfg)
+        check_token_ids((int(row.max()) for row in windows), tokenizer, vocabulary, "eval.perplexity.text")
+    check_token_ids(_task_tokens(eval_cfg, tokenizer), tokenizer, vocabulary, "eval.tasks")
+
+
+def check_scoring(model: PreTrainedModel, tokenizer: Tokenizer, eval_cfg: Any) -> None:
+    """Score a few words as `evaluate` will score the tasks and the text, before a model is trained.
+
+    Args:
+        model: The model, on its device; in its former mode afterwards.
+        tokenizer: The model's; not changed.
+        eval_cfg: As for `evaluate`.
+
+    Raises:
+        Exception: What the model raises where it cannot be scored at all.
+    """
+    with _evaluation_mode(model):
+        if eval_cfg.tasks:
+            with _lean_lm_eval():
+                _language_model(model, tokenizer, eval_cfg, progress=False)
+        if eval_cfg.perplexity is not None:
+            perplexity(model, torch.tensor([[0, 1]]), progress=False)
 
 
 def evaluate(model: PreTrainedModel, tokenizer: Tokenizer, eval_cfg: Any, progress: bool = True) -> dict[str, Any]:
@@ -120,46 +206,102 @@ def evaluate(model: PreTrainedModel, tokenizer: Tokenizer, eval_cfg: Any, progre
     Raises:
         BadInput: See `check_tasks`.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with _evaluation_mode(model):
         tasks = _zero_shot(model, tokenizer, eval_cfg, progress) if eval_cfg.tasks else {}
         text = None
         if eval_cfg.perplexity is not None:
-            options = {"window": eval_cfg.perplexity.window, "add_bos_token": eval_cfg.add_bos_token}
-            boundary = f"{tokenizer.eos_token or ''}{tokenizer.bos_token or ''}" or "\n\n"
-            source = perplexity_text(eval_cfg.perplexity.text, eval_cfg.data_root, boundary)
-            measured = perplexity(model, tokenizer, source, **options, progress=progress)
-            text = {"text": eval_cfg.perplexity.text, **measured}
+            windows = _perplexity_windows(tokenizer, eval_cfg)
+            text = {"text": eval_cfg.perplexity.text, **perplexity(model, windows, progress=progress)}
+    return {"tasks": tasks, "average": _average(tasks), "perplexity": text}
+
+
+@contextmanager
+def _evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
     finally:
         for module, training in modes:
             module.training = training
-    return {"tasks": tasks, "average": _average(tasks), "perplexity": text}
+
+
+def _perplexity_windows(tokenizer: Tokenizer, eval_cfg: Any) -> LongTensor:
+    """The text of ``eval.perplexity`` in windows, N x L token ids."""
+    boundary = f"{tokenizer.eos_token or ''}{tokenizer.bos_token or ''}" or "\n\n"
+    text = perplexity_text(eval_cfg.perplexity.text, eval_cfg.data_root, boundary)
+    return text_windows(tokenizer, text, eval_cfg.perplexity.window, eval_cfg.add_bos_token)
 
 
 def _zero_shot(
     model: PreTrainedModel, tokenizer: Tokenizer, eval_cfg: Any, progress: bool
 ) -> dict[str, dict[str, Any]]:
-    with _lean_lm_eval(), random_state_kept(), tempfile.TemporaryDirectory(prefix="lors-eval-") as folder:
+    with _loaded_tasks(eval_cfg) as loaded:
         import lm_eval
 
-        from lors.harness.scoring import PromptSharingLM
+        lm = _language_model(model, tokenizer, eval_cfg, progress)
+        scores = lm_eval.evaluate(lm, loaded, limit=eval_cfg.limit, bootstrap_iters=BOOTSTRAP, log_samples=True)
+    return {name: _score(scores, name) for name in loaded["tasks"]}
 
-        loaded = _task_manager(tuple(eval_cfg.tasks)).load(_specifications(eval_cfg, Path(folder)))
-        for task in loaded["tasks"].values():
+
+def _language_model(model: PreTrainedModel, tokenizer: Tokenizer, eval_cfg: Any, progress: bool) -> Any:
+    from lors.harness.scoring import PromptSharingLM
+
+    return PromptSharingLM(
+        model,
+        copy.deepcopy(tokenizer),  # because lm-eval gives a tokenizer without padding token one
+        batch_size=eval_cfg.batch_size,
+        add_bos_token=eval_cfg.add_bos_token,
+        progress=progress,
+    )
+
+
+def _from_hub(eval_cfg: Any) -> list[str]:
+    local = [*MICROWORLD_TASKS, *(ZERO_SHOT if eval_cfg.data_root is not None else ())]
+    return [task for task in eval_cfg.tasks if task not in local]
+
+
+@contextmanager
+def _loaded_tasks(eval_cfg: Any) -> Iterator[dict[str, Any]]:
+    """The tasks of a config as lm-eval takes them, with their data sets.
+
+    Raises:
+        BadInput: They cannot be loaded, or run code that is not part of lm-eval.
+    """
+    folder = tempfile.TemporaryDirectory(prefix="lors-eval-")
+    with folder, _lean_lm_eval(), random_state_kept(), _no_metric_code(eval_cfg.tasks) as refused:
+        specifications = _specifications(eval_cfg, Path(folder.name))
+        shown = f"eval.tasks={','.join(eval_cfg.tasks)}"
+        try:
+            loaded = _task_manager(tuple(eval_cfg.tasks)).load(specifications)
+        except Exception as error:  # of any of five libraries
+            if not refused:
+                works = "a copy of the data set in the cache of datasets works without a network"
+                if set(_from_hub(eval_cfg)) <= ZERO_SHOT.keys():
+                    works = f"eval.data_root=FOLDER, or {works}"
+                raise BadInput(f"{shown}: cannot be loaded ({one_line(error)}); {works}") from error
+        if refused:  # some tasks fail without their metric, some would only later
+            raise BadInput(f"{shown}: runs the code of a metric from the Hub ({refused[0]}), {NEVER}")
+        for name, task in loaded["tasks"].items():
+            if getattr(task, "UNSAFE_CODE", False):
+                raise BadInput(f"{shown}: {name} runs code that the model writes, {NEVER}")
             if task.get_config("num_fewshot") is None:
                 task.set_config(key="num_fewshot", value=0)
             task.set_fewshot_seed(seed=FEWSHOT_SEED)
-        # A copy, because lm-eval gives a tokenizer without padding token one.
-        lm = PromptSharingLM(
-            model,
-            copy.deepcopy(tokenizer),
-            batch_size=eval_cfg.batch_size,
-            add_bos_token=eval_cfg.add_bos_token,
-            progress=progress,
-        )
-        scores = lm_eval.evaluate(lm, loaded, limit=eval_cfg.limit, bootstrap_iters=BOOTSTRAP, log_samples=True)
-    return {name: _score(scores, name) for name in loaded["tasks"]}
+        yield loaded
+
+
+def _task_tokens(eval_cfg: Any, tokenizer: Tokenizer) -> Iterator[int]:
+    """The tokens of everything that the tasks ask."""
+    if not eval_cfg.tasks:
+        return
+    with _loaded_tasks(eval_cfg) as loaded:
+        for task in loaded["tasks"].values():
+            task.build_all_requests(limit=eval_cfg.limit)
+            for request in task.instances:
+                # Prompt, then prompt and answer, as they are encoded.
+                for text in accumulate(part for part in request.args if isinstance(part, str)):
+                    yield from tokenizer.encode(text, add_special_tokens=False, verbose=False)
 
 
 def _specifications(eval_cfg: Any, folder: Path) -> list[Any]:
@@ -172,15 +314,13 @@ def _specifications(eval_cfg: Any, folder: Path) -> list[Any]:
     plain: list[str] = []
     for name in eval_cfg.tasks:
         if name in MICROWORLD_TASKS:
-            file = folder / f"{name}.jsonl"
-            rows = microworld.task_rows(MICROWORLD_TASKS[name], getattr(eval_cfg, "split", "test"))
-            file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-            local.append({"task": name, "dataset_kwargs": _json_files("test", file, folder)})
+            items = microworld.task_rows(MICROWORLD_TASKS[name], getattr(eval_cfg, "split", "test"))
+            local.append({"task": name, "dataset_kwargs": _json_files("test", name, items, folder)})
         elif name in ZERO_SHOT and eval_cfg.data_root is not None:
             # Every split that the task would look for has to be named, or be null.
             split = ZERO_SHOT[name].split
             splits = {"training_split": None, "validation_split": None, "test_split": None, f"{split}_split": split}
-            files = _json_files(split, _local_file(eval_cfg.data_root, name), folder)
+            files = _json_files(split, name, _local_items(eval_cfg.data_root, name), folder)
             local.append(
                 {"task": name, "dataset_path": "json", "dataset_name": None, **splits, "dataset_kwargs": files}
             )
@@ -189,23 +329,38 @@ def _specifications(eval_cfg: Any, folder: Path) -> list[Any]:
     return [*plain, {"group": "lors_local", "task": local}] if local else plain
 
 
-def _json_files(split: str, file: Path, folder: Path) -> dict[str, Any]:
-    # Absolute, because lm-eval resolves against the working directory; a cache of our own leaves none behind.
+def _json_files(split: str, name: str, items: list[Item], folder: Path) -> dict[str, Any]:
+    """Arguments of `datasets.load_dataset` for items, which it finds in a file; its cache is of our own too."""
+    file = folder / f"{name}.jsonl"
+    file.write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
     return {"data_files": {split: str(file.resolve())}, "cache_dir": str(folder / "cache")}
 
 
-def _local_file(root: str, task: str) -> Path:
-    return Path(root).expanduser() / task / f"{ZERO_SHOT[task].split}.jsonl"
+def _local_items(root: str, task: str) -> list[Item]:
+    """The items of a stock task in a folder, with the columns that it reads.
 
-
-def _check_columns(file: Path, task: str) -> None:
-    rows = list(read_rows(str(file), key="eval.data_root"))
-    if not rows:
+    Raises:
+        BadInput: No such file, a malformed line, a missing column, or one that holds something else.
+    """
+    columns = ZERO_SHOT[task].columns
+    file = os.path.join(root, task, f"{ZERO_SHOT[task].split}.jsonl")
+    items: list[Item] = []
+    for number, row in enumerate(read_rows(file, key="eval.data_root"), start=1):
+        for name, column in columns.items():
+            if name not in row:
+                raise BadInput(f"eval.data_root: row {number} of {file} has no column {name!r}")
+            allowed = None if column.holds(row[name], row) else column.allowed
+            if items and type(row[name]) is not type(items[0][name]):
+                allowed = allowed or "of the same type in all rows"
+            if allowed:
+                shown = reprlib.repr(row[name])
+                raise BadInput(
+                    f"eval.data_root: column {name!r} of row {number} of {file} must be {allowed}, not {shown}"
+                )
+        items.append({name: row[name] for name in columns})
+    if not items:
         raise BadInput(f"eval.data_root: {file} is empty")
-    for number, row in enumerate(rows, start=1):
-        missing = [column for column in ZERO_SHOT[task].columns if column not in row]
-        if missing:
-            raise BadInput(f"eval.data_root: row {number} of {file} has no column {missing[0]!r}")
+    return items
 
 
 @lru_cache
@@ -220,6 +375,26 @@ def _task_manager(tasks: tuple[str, ...]) -> Any:
     everything = everything or not all(folder.is_dir() for folder in folders)
     own = [MICROWORLD_FOLDER] + ([] if everything else sorted(set(folders)))
     return TaskManager(include_defaults=everything, include_path=own)
+
+
+@contextmanager
+def _no_metric_code(tasks: Iterable[str]) -> Iterator[list[str]]:
+    """Refuse metrics that the library `evaluate` gets from the Hub as code; gives the list of those refused."""
+    refused: list[str] = []
+    if all(task in MICROWORLD_TASKS or task in ZERO_SHOT for task in tasks):  # which need none, nor that library
+        yield refused
+        return
+    import evaluate as metrics
+
+    def refuse(path: str, *_: Any, **__: Any) -> NoReturn:
+        refused.append(path)
+        raise PermissionError(f"the metric {path} is code from the Hub, {NEVER}")
+
+    load, metrics.load = metrics.load, refuse
+    try:
+        yield refused
+    finally:
+        metrics.load = load
 
 
 def _score(scores: dict[str, Any], name: str) -> dict[str, Any]:

@@ -15,13 +15,16 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from lors.harness.data import random_data
+from lors.harness.config import needs_calibration
+from lors.harness.data import check_token_ids, random_data
+from lors.harness.errors import BadInput, one_line
 from lors.harness.evaluate import check_tasks
+from lors.harness.fit import check_fit, check_memory
+from lors.harness.identity import local_path
 from lors.harness.method import Method
 from lors.harness.shared import shared_calibration, shared_rows
 from lors.harness.simulate import check_simulated
-from lors.harness.store import local_path
-from lors.harness.validate import BadInput, check_fit, needs_calibration, one_line
+from lors.harness.weights import load_weights
 
 __all__ = ["Inputs", "model_source", "read_inputs"]
 
@@ -58,17 +61,23 @@ def read_inputs(cfg: DictConfig, method: Method) -> Inputs:
         check_simulated(cfg, method)
         return Inputs(shape, None, [], None)
     if cfg.mode == "profile":
+        check_memory(cfg, method, shape, cfg.train.steps * cfg.train.batch_size)
         rows = random_data(shape.get_text_config().vocab_size, cfg.train, cfg.seed)
         return Inputs(shape, None, rows, None)
     tokenizer = _read_tokenizer(cfg, shape)
+    _check_weights(cfg)
+    vocabulary = shape.get_text_config().vocab_size
     try:
-        check_tasks(cfg.eval)
+        check_tasks(cfg.eval, tokenizer, vocabulary)
         rows = shared_rows(cfg, tokenizer)
+        check_token_ids((max(row["input_ids"]) for row in rows), tokenizer, vocabulary, "the training rows")
         calibration = None
         if needs_calibration(cfg.prune.name):
             calibration = shared_calibration(cfg, tokenizer)
+            check_token_ids((int(sample.max()) for sample in calibration), tokenizer, vocabulary, "prune.text")
     except (ValueError, OSError) as error:
         raise BadInput(one_line(error)) from error
+    check_memory(cfg, method, shape, len(rows))
     return Inputs(shape, tokenizer, rows, calibration)
 
 
@@ -101,7 +110,7 @@ def _read_shape(cfg: DictConfig) -> PretrainedConfig:
 
 
 def _read_tokenizer(cfg: DictConfig, shape: PretrainedConfig) -> Tokenizer:
-    """The tokenizer; where it has no padding token the end-of-text token pads (the loss ignores it there)."""
+    """The tokenizer; without a padding token that the model knows end-of-text pads (the loss ignores it there)."""
     folder = local_path(cfg.model.path)
     if folder is not None:
         # By name, because transformers makes up an empty tokenizer for some architectures.
@@ -110,21 +119,31 @@ def _read_tokenizer(cfg: DictConfig, shape: PretrainedConfig) -> Tokenizer:
         if not any(any(folder.glob(pattern)) for pattern in WEIGHTS):
             raise BadInput(f"model.path={cfg.model.path}: the folder has no weights ({', '.join(WEIGHTS)})")
     tokenizer = _from_pretrained(AutoTokenizer, cfg, "tokenizer")
-    vocabulary = shape.get_text_config().vocab_size
-    if len(tokenizer) > vocabulary:
-        raise BadInput(
-            f"model.path={cfg.model.path}: the tokenizer has {len(tokenizer)} tokens, the model {vocabulary}"
-        )
-    if tokenizer.pad_token_id is None:
+    padding = tokenizer.pad_token_id
+    if padding is None or padding >= shape.get_text_config().vocab_size:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _check_weights(cfg: DictConfig) -> None:
+    """Names and shapes of the weights, against config.json; nothing is loaded."""
+    path, revision = model_source(cfg)
+    if (Path(path) / "adapter_config.json").exists():  # transformers would load what it points to
+        raise BadInput(f"model.path={cfg.model.path}: must be a whole model; adapter_config.json says it is an adapter")
+    shown = f"model.path={cfg.model.path}"
+    try:
+        load_weights(path, revision, shown=shown, device_map="meta")
+    except BadInput:
+        raise
+    except Exception as error:  # each file format has errors of its own
+        raise BadInput(f"{shown}: its weights cannot be read ({one_line(error)})") from error
 
 
 def _from_pretrained(kind: type, cfg: DictConfig, wanted: str) -> Any:
     path, revision = model_source(cfg)
     try:
-        return kind.from_pretrained(path, revision=revision)
-    except (OSError, ValueError) as error:
+        return kind.from_pretrained(path, revision=revision, trust_remote_code=False)
+    except Exception as error:  # what a damaged file raises is up to its format
         place = "the folder has" if Path(path).is_dir() else "no such folder, and the Hub gave"
         raise BadInput(f"model.path={cfg.model.path}: {place} no usable {wanted} ({one_line(error)})") from error
 

@@ -22,9 +22,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ __all__ = [
     "flop_formulas",
     "process_rss_peak",
     "training_memory",
+    "with_the_rest",
 ]
 
 
@@ -80,6 +81,7 @@ class Meter(TrainerCallback):
         self._marks: list[tuple[str, Any]] = []
         self._tokens: list[Tensor] = []
         self._begin = 0.0
+        self._peak_before = CudaPeak()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._device = args.device
@@ -116,10 +118,22 @@ class Meter(TrainerCallback):
         )
         self._warmup_left = max(0, self._warmup_left - 1)
 
-    def restore(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Take over the steps that an earlier process of the same run has measured (lines of steps.jsonl)."""
-        names = [field.name for field in fields(StepTime)]
-        self.steps = [StepTime(**{name: line[name] for name in names}) for line in lines]
+    def peak(self) -> CudaPeak:
+        """Peaks of the allocator over all processes of the run, in this one since its statistics were reset."""
+        if self._device.type != "cuda":
+            return CudaPeak()
+        here = torch.cuda.max_memory_allocated(self._device), torch.cuda.max_memory_reserved(self._device)
+        before = self._peak_before.allocated or 0, self._peak_before.reserved or 0
+        return CudaPeak(*map(max, here, before))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What this process and those before it have measured."""
+        return {"steps": [asdict(step) for step in self.steps], "peak": asdict(self.peak())}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what earlier processes of the same run have measured."""
+        self.steps = [StepTime(**step) for step in state["steps"]]
+        self._peak_before = CudaPeak(**state["peak"])
 
     def last(self) -> dict[str, Any]:
         """The last step as a plain dict."""
@@ -216,6 +230,18 @@ def training_memory(model: nn.Module, batch: Mapping[str, Tensor], train_cfg: An
             max_grad_norm=gradient_clipping(train_cfg, method),
             autocast=PRECISIONS[train_cfg.precision].autocast,
         )
+
+
+def with_the_rest(breakdown: Mapping[str, int] | None, peak: int) -> dict[str, int] | None:
+    """The parts of a peak that an allocator reports: those of the counted step, and what they do not account for.
+
+    Args:
+        breakdown: Bytes by category of one step of full rows, see `training_memory`.
+        peak: Bytes of the allocator. Below the sum of the parts, as where no batch had full rows, nothing is known of
+            them: None.
+    """
+    rest = peak - sum((breakdown or {}).values())
+    return {**breakdown, "allocator": rest} if breakdown and rest >= 0 else None
 
 
 def count_flops(

@@ -93,7 +93,9 @@ class Method:
             only chooses initial values or ranks by the weights and the data, see ``without_values``.
         optimizer: ``optimizer(model, train_cfg) -> torch.optim.Optimizer``; None for AdamW over all trainable
             parameters.
-        callbacks: Further ``TrainerCallback`` objects.
+        callbacks: Further ``TrainerCallback`` objects; one that holds something from step to step has ``state_dict``
+            and ``load_state_dict``.
+        version: Raised by a fix that changes the numbers of the method; part of the keys of its runs.
         penalty: ``penalty(model) -> scalar tensor`` added to the loss of every micro-batch.
         merges: End states to score, see the module's text; the first is the row itself, the others are its
             variants. None: ``merged`` if the zeros are kept, else those of LoRA (adapter, remasked, dense).
@@ -119,6 +121,7 @@ class Method:
     max_grad_norm: float | None = None
     counts: Callable[[nn.Module], dict[str, int]] | None = None
     costliest: Callable[[nn.Module], AbstractContextManager] | None = None
+    version: int = 1
 
     def __post_init__(self) -> None:
         # Hydra hands over lists.

@@ -22,17 +22,18 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lors.blocks import decoder_linears
 from lors.harness.evaluate import evaluate
+from lors.harness.identity import digest, version_of, with_fingerprints
 from lors.harness.inputs import Inputs, model_source
 from lors.harness.method import PRECISIONS
 from lors.harness.shared import made_once
-from lors.harness.store import cache_directory, digest, read_json, with_fingerprints, write_json
+from lors.harness.store import cache_directory
+from lors.harness.weights import load_weights
 from lors.prune import prune_model, pruned_checkpoint
 from lors.sparsity import random_support
 
 __all__ = ["Models", "default_device", "random_model"]
 
 NO_ZERO = 1e-3
-SCORES = 3  # what `evaluate` returns; 2: with the items that were right; 3: with the loss of each window
 
 log = logging.getLogger("lors")
 
@@ -82,7 +83,7 @@ class Models:
         settings = {key: value for key, value in self.sources["eval"].items() if key not in ("name", "baselines")}
         key = digest(
             {
-                "schema": SCORES,
+                "stages": {stage: version_of(stage) for stage in ("evaluate", "microworld")},
                 "model": self.dense_key if which == "dense" else self.pruned_key,
                 "eval": settings,
                 "dtype": str(self.dtype),
@@ -96,7 +97,7 @@ class Models:
             loaded = model if model is not None else self.dense() if which == "dense" else self.pruned()
             return evaluate(loaded, self.inputs.tokenizer, self.cfg.eval)
 
-        return made_once(self.cache / "scores" / f"{key}.json", compute, read_json, write_json)
+        return made_once(self.cache / "scores" / f"{key}.sealed", compute)
 
     @cached_property
     def sources(self) -> dict[str, Any]:
@@ -115,7 +116,8 @@ class Models:
         tokens = self.inputs.calibration
         content = None if tokens is None else hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
         pruner = self.cfg.prune.name
-        return digest([self.dense_key, pruner, self._options(), self.cfg.sparsity, self.cfg.pattern, content])
+        asked = [pruner, version_of(f"prune.{pruner}"), self._options(), self.cfg.sparsity, self.cfg.pattern]
+        return digest([self.dense_key, *asked, content])
 
     def _options(self) -> dict[str, Any]:
         """The pruner's own options; the other fields of the group say what the calibration tokens are."""
@@ -158,5 +160,4 @@ def random_model(
 
 
 def _load(path: str, dtype: torch.dtype | str, revision: str | None = None) -> PreTrainedModel:
-    model = AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=dtype)
-    return model.to(default_device()).eval()
+    return load_weights(path, revision, shown=path, dtype=dtype).to(default_device()).eval()

@@ -18,14 +18,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import LongTensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lors.harness.corpora import MICROWORLD, read_rows, require_text, texts, wikitext_rows
-from lors.harness.validate import BadInput
+from lors.harness.errors import BadInput
 
-__all__ = ["perplexity", "perplexity_text"]
+__all__ = ["perplexity", "perplexity_text", "text_windows"]
 
 WIKITEXT = "wikitext"
 KEY = "eval.perplexity.text"
@@ -50,35 +50,24 @@ def perplexity_text(source: str, data_root: str | None = None, boundary: str = "
         rows = read_rows(file, key=KEY)
         pages = [require_text(row, "page", number, file, KEY) for number, row in enumerate(rows, start=1)]
         documents = wikitext_rows(pages)
+    elif source == WIKITEXT:
+        try:
+            documents = list(texts(source, key=KEY))
+        except BadInput as error:
+            raise BadInput(f"{error}; eval.data_root=FOLDER works without them") from error
     else:
         documents = list(texts(source, split="heldout" if source == MICROWORLD else "test", key=KEY))
     return (boundary if source == MICROWORLD else "\n\n").join(documents)
 
 
-@torch.no_grad()
-def perplexity(
-    model: nn.Module,
-    tokenizer: Tokenizer,
-    text: str,
-    *,
-    window: int,
-    add_bos_token: bool,
-    progress: bool = True,
-) -> dict[str, Any]:
-    """Perplexity of `text`; see the module's text.
+def text_windows(tokenizer: Tokenizer, text: str, window: int, add_bos_token: bool) -> LongTensor:
+    """The tokens of a text in windows, N x L; see the module's text.
 
     Args:
-        model: A causal language model in evaluation mode, on its device.
         tokenizer: The model's.
         text: The documents, already joined.
         window: L, in tokens.
         add_bos_token: Put one BOS in front of the whole text.
-        progress: Show a progress bar.
-
-    Returns:
-        ``value`` (perplexity), ``loss`` (its logarithm), ``loss_stderr`` (over windows; None for one window),
-        ``losses`` (of each window, in the order of the text), ``window``, ``windows`` and ``tokens`` (that were
-        predicted).
 
     Raises:
         BadInput: The text is shorter than one window.
@@ -89,7 +78,24 @@ def perplexity(
     count = len(ids) // window
     if count == 0:
         raise BadInput(f"eval.perplexity.window={window}: must be at most {len(ids)}, the tokens of the text")
-    windows = torch.tensor(ids[: count * window]).view(count, window)  # N x L
+    return torch.tensor(ids[: count * window]).view(count, window)
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, windows: LongTensor, *, progress: bool = True) -> dict[str, Any]:
+    """Perplexity of a text; see the module's text.
+
+    Args:
+        model: A causal language model in evaluation mode, on its device.
+        windows: The text, see `text_windows`.
+        progress: Show a progress bar.
+
+    Returns:
+        ``value`` (perplexity), ``loss`` (its logarithm), ``loss_stderr`` (over windows; None for one window),
+        ``losses`` (of each window, in the order of the text), ``window``, ``windows`` and ``tokens`` (that were
+        predicted).
+    """
+    count, window = windows.shape
     device = next(model.parameters()).device
     losses: list[float] = []
     with tqdm(total=count, desc="perplexity", unit="window", disable=not progress) as bar:

@@ -16,8 +16,9 @@ import logging
 import random
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -30,10 +31,13 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lors.harness.config import resolve
+from lors.harness.construct import build_method
 from lors.harness.data import Collator
 from lors.harness.device_lock import device_lock
 from lors.harness.environment import now
-from lors.harness.evaluate import evaluate
+from lors.harness.errors import BadInput, one_line
+from lors.harness.evaluate import check_scoring, evaluate
 from lors.harness.inputs import Inputs, read_inputs
 from lors.harness.live_step import live_tensor_forward
 from lors.harness.live_tensors import LiveTensors
@@ -45,20 +49,25 @@ from lors.harness.meter import (
     cuda_peak,
     process_rss_peak,
     training_memory,
+    with_the_rest,
 )
 from lors.harness.method import PRECISIONS, Method, adapt, finish
 from lors.harness.models import Models, default_device, random_model
 from lors.harness.result import blank_result, check_zeros, count_parameters, held_out_loss
 from lors.harness.simulate import simulate
-from lors.harness.store import RunStore, cache_directory
+from lors.harness.store import RunStore, cache_directory, check_writable, remove
 from lors.harness.summary import summary
 from lors.harness.train import train
-from lors.harness.validate import build_method, one_line, resolve
-from lors.sparsity import supports
+from lors.kernels import in_use
+from lors.sparsity import UNSTRUCTURED, follows_pattern, supports
+from lors.support import support_of
 
 __all__ = ["execute", "seed_everything"]
 
 log = logging.getLogger("lors")
+
+# A model with a smaller share of zeros is dense: a few weights are exactly zero by chance, in half precision above all.
+SURELY_SPARSE = 5e-3
 
 
 def execute(cfg: DictConfig, since: int | None = None) -> dict[str, Any]:
@@ -76,23 +85,33 @@ def execute(cfg: DictConfig, since: int | None = None) -> dict[str, Any]:
         BadInput: A value that the user has to change. Nothing has been computed, nothing is written.
         Busy: In a sweep, another process is at this run.
     """
+    transformers.logging.set_verbosity_error()  # what it reports belongs into log.txt, see `_logging`
     cfg = resolve(cfg)
     method = build_method(cfg)
     store = RunStore.of(cfg)
+    file = store.result_file
     result = store.finished(cfg, since)
     if result is None:
+        check_writable("cache_root", cache_directory(cfg))
         inputs = read_inputs(cfg, method)
-        store.check_writable()
+        check_writable("runs_root", store.directory)
         with store.lock(waiting=_say_waiting if since is None else None):
+            store.settle()
             result = store.finished(cfg, since)
             if result is None:
-                if cfg.force:
-                    store.clear()
+                attempt = store.attempt(cfg.force)
                 with _device(cfg):
-                    result = _attempt(cfg, method, inputs, store)
+                    result = _attempt(cfg, method, inputs, attempt)
+                store.accept(attempt)
+                file = store.result_file if result["status"] == "ok" else attempt.result_file
     else:
         print("This run has finished before and is not repeated; force=true repeats it.")
-    print(summary(result, store.directory / "result.json"))
+        if store.parts.exists():  # it was killed between its result and the end
+            with store.lock(waiting=_say_waiting):
+                store.drop_progress()
+    print(summary(result, file))
+    if file != store.result_file:
+        print(f"           the good result from before stays in {store.result_file}")
     return result
 
 
@@ -128,6 +147,8 @@ def _attempt(cfg: DictConfig, method: Method, inputs: Inputs, store: RunStore) -
             run.run()
             result["status"] = "ok"
         except Exception as error:  # not KeyboardInterrupt: an interrupted run is continued
+            if isinstance(error, BadInput) and result["support"] is None:
+                raise  # it was found on the weights, before any work
             result["status"] = "oom" if _out_of_memory(error) else "failed"
             result["error"] = {
                 "type": type(error).__name__,
@@ -136,7 +157,7 @@ def _attempt(cfg: DictConfig, method: Method, inputs: Inputs, store: RunStore) -
             }
             log.error("%s: %s", result["status"], one_line(error))
         result["memory"]["process_rss_peak"] = process_rss_peak()
-        result["environment"]["end"] = now()
+        result["environment"] |= {"kernels": in_use(), "end": now()}
         store.write(result)
         if result["status"] == "ok":
             store.drop_progress()
@@ -157,7 +178,7 @@ class Run:
         self.store = store
         self.device = default_device()
         self.formats = PRECISIONS[cfg.train.precision]
-        self.result = blank_result(cfg, store.directory.name, self.device)
+        self.result = blank_result(cfg, store.key, self.device)
 
     def run(self) -> None:
         """All phases, in order."""
@@ -167,6 +188,10 @@ class Run:
             return
         model = self._start()
         M = supports(model)
+        if self.cfg.mode == "run":
+            self._note_support(M)
+            check_scoring(model, self.inputs.tokenizer, self.cfg.eval)
+            self._score_baselines(model)
         adapted = self._adapt(model)
         if self.method.trains:
             self._train(adapted)
@@ -179,22 +204,50 @@ class Run:
                 self.result[field] = (self.result[field] or {}) | numbers
 
     def _start(self) -> PreTrainedModel:
-        """The pruned model, and the scores of what it was made from."""
+        """The pruned model."""
         cfg = self.cfg
         if cfg.mode == "profile":
             with self._phase("load"):
                 return random_model(self.inputs.shape, self.formats.base, cfg.sparsity, cfg.pattern, cfg.seed)
-        models = Models(cfg, self.inputs)
+        self.models = Models(cfg, self.inputs)
         with self._phase("prune"):
-            models.prune()
+            self.models.prune()
         with self._phase("load"):
-            model = models.pruned()
-        if cfg.eval.baselines:
-            with self._phase("baselines"):
-                self.result["baselines"]["dense"] = models.scores("dense")
-                self.result["baselines"]["pruned"] = pruned = models.scores("pruned", model)
-            self.result["loss"]["eval_before"] = held_out_loss(pruned)
-        return model
+            return self.models.pruned()
+
+    def _note_support(self, M: Mapping[str, Tensor]) -> None:
+        """Measure the zeros that the fine-tuning starts from; without a pruner they are the sparsity of the run.
+
+        Raises:
+            BadInput: The model, which was to be taken as it is, is not as sparse as the config says.
+        """
+        cfg, result = self.cfg, self.result
+        support = support_of({name: partial(M.__getitem__, name) for name in M})
+        if cfg.prune.name == "none":
+            measured = support["sparsity"]
+            follows = all(follows_pattern(of_one, cfg.pattern) for of_one in M.values())
+            if cfg.sparsity is not None and (abs(cfg.sparsity - measured) > SURELY_SPARSE or not follows):
+                wanted = f"sparsity={cfg.sparsity:g} pattern={cfg.pattern}"
+                raise BadInput(
+                    f"{wanted}: must be what the model has with prune=none, {measured:g} and {support['pattern']}; "
+                    "or leave them out"
+                )
+            if measured > SURELY_SPARSE:
+                result["sparsity"] = measured
+                result["pattern"] = support["pattern"] if cfg.pattern == UNSTRUCTURED else cfg.pattern
+                log.info("the model comes with %.2f %% zeros, pattern %s", 100 * measured, result["pattern"])
+        result["support"] = support
+
+    def _score_baselines(self, model: PreTrainedModel) -> None:
+        """Scores of the pruned model and of what it was made from, which of one that comes sparse nobody knows."""
+        cfg, baselines = self.cfg, self.result["baselines"]
+        if not cfg.eval.baselines:
+            return
+        with self._phase("baselines"):
+            if cfg.prune.name != "none" or self.result["sparsity"] == 0:
+                baselines["dense"] = self.models.scores("dense", model if cfg.prune.name == "none" else None)
+            baselines["pruned"] = self.models.scores("pruned", model)
+        self.result["loss"]["eval_before"] = held_out_loss(baselines["pruned"])
 
     def _adapt(self, model: PreTrainedModel) -> nn.Module:
         cfg = self.cfg
@@ -231,17 +284,20 @@ class Run:
                 adapted, self.inputs.rows, collator, cfg.train, method, meter, self.store.directory, cfg.seed
             )
         if peak.allocated is not None:
+            peak = meter.peak()  # that of a training that was only loaded here says nothing
+            breakdown = with_the_rest(result["memory"]["breakdown"], peak.allocated)
             result["memory"] |= {"kind": "cuda", "train_peak": peak.allocated, "reserved_peak": peak.reserved}
+            result["memory"]["breakdown"] = breakdown
         result["time"] |= meter.time_report()
         result["loss"] |= {"first": outcome.first_loss, "last": outcome.last_loss}
         if method.counts is not None:
             result["parameters"] |= method.counts(adapted)
         result["artifacts"]["steps"] = "steps.jsonl"
         if isinstance(adapted, PeftModel):
-            adapted.save_pretrained(self.store.directory / "adapter")
+            adapted.save_pretrained(self._fresh_folder("adapter"))
             result["artifacts"]["adapter"] = "adapter"
 
-    def _finish(self, adapted: nn.Module, M: dict[str, Tensor]) -> None:
+    def _finish(self, adapted: nn.Module, M: Mapping[str, Tensor]) -> None:
         """Bring the model to each of its end states, check the zeros, score it."""
         variants = self.method.merges if self.cfg.mode == "run" else self.method.merges[:1]
         for variant in variants:
@@ -249,7 +305,8 @@ class Run:
             row = self.result if variant == variants[0] else self.result["variants"].setdefault(variant, {})
             with self._phase("merge"):
                 model = finish(self.method, adapted, M, variant, in_place=variant == variants[-1])
-                row |= {"end_state": variant, "zeros": check_zeros(self.cfg, self.method, variant, model, M)}
+                zeros = check_zeros(self.result, self.method, variant, model, M)
+                row |= {"end_state": variant, "zeros": zeros, "eval": None}
             if self.cfg.save_merged and variant != "adapter" and self.result["artifacts"]["merged"] is None:
                 self._save_merged(model)
             row["eval"] = self._score(variant, model)
@@ -275,11 +332,17 @@ class Run:
         return scores
 
     def _save_merged(self, model: PreTrainedModel) -> None:
-        folder = self.store.directory / "merged"
+        folder = self._fresh_folder("merged")
         model.save_pretrained(folder)
         if self.inputs.tokenizer is not None:
             self.inputs.tokenizer.save_pretrained(folder)
         self.result["artifacts"]["merged"] = folder.name
+
+    def _fresh_folder(self, name: str) -> Path:
+        """Where an artifact goes, rid of what a kill has left there, or of a link that leads elsewhere."""
+        folder = self.store.directory / name
+        remove(folder)
+        return folder
 
     def _measure_memory(self, adapted: nn.Module, batch: dict[str, Tensor]) -> dict[str, Any]:
         return training_memory(adapted, batch, self.cfg.train, self.method)
@@ -337,18 +400,24 @@ def _logging(file: Path) -> Iterator[None]:
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     to_console = logging.StreamHandler(sys.stdout)
     to_console.setFormatter(logging.Formatter("%(message)s"))
-    root, ours = logging.getLogger(), logging.getLogger("lors")
+    root, ours, theirs = logging.getLogger(), logging.getLogger("lors"), logging.getLogger("transformers")
     level = ours.level
     root.addHandler(to_file)
     ours.addHandler(to_console)
     ours.setLevel(logging.INFO)
     logging.captureWarnings(True)
-    transformers.logging.set_verbosity_error()
+    # It hands nothing to the root, but to a handler of its own, which prints.
+    transformers.logging.disable_default_handler()
+    transformers.logging.set_verbosity_warning()
+    theirs.addHandler(to_file)
     try:
         yield
     finally:
         logging.captureWarnings(False)
         ours.setLevel(level)
         root.removeHandler(to_file)
+        theirs.removeHandler(to_file)
+        transformers.logging.enable_default_handler()
+        transformers.logging.set_verbosity_error()
         ours.removeHandler(to_console)
         to_file.close()

@@ -20,7 +20,32 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lors.harness.method import Method
 
-__all__ = ["cosine_with_floor", "enable_activation_checkpointing", "gradient_clipping", "make_optimizer"]
+__all__ = [
+    "check_length",
+    "cosine_with_floor",
+    "enable_activation_checkpointing",
+    "gradient_clipping",
+    "make_optimizer",
+]
+
+
+def check_length(train_cfg: Any, rows: int) -> None:
+    """See that a training has an end and at least one step.
+
+    Args:
+        train_cfg: ``steps``, or ``epochs`` where that is None.
+        rows: Number of training rows.
+
+    Raises:
+        ValueError: It does not.
+    """
+    steps, epochs = train_cfg.steps, train_cfg.epochs
+    if rows < 1:
+        raise ValueError("the training data has no row")
+    if steps is not None and (not isinstance(steps, int) or steps < 1):
+        raise ValueError(f"train.steps={steps}: must be a whole number >= 1")
+    if steps is None and (epochs is None or not 0 < epochs * rows < math.inf):
+        raise ValueError(f"train.epochs={epochs}: must be a finite number > 0")
 
 
 def make_optimizer(model: nn.Module, train_cfg: Any, method: Method) -> torch.optim.Optimizer:

@@ -36,7 +36,8 @@ def blank_result(cfg: DictConfig, key: str, device: torch.device) -> dict[str, A
         "model": cfg.model.name,
         "pruner": cfg.prune.name,
         "pattern": cfg.pattern,
-        "sparsity": cfg.sparsity,
+        "sparsity": cfg.sparsity or 0.0,
+        "support": None,
         "seed": cfg.seed,
         "config": OmegaConf.to_container(cfg, resolve=True),
         "environment": environment(device),
@@ -61,12 +62,12 @@ def blank_result(cfg: DictConfig, key: str, device: torch.device) -> dict[str, A
 
 
 def check_zeros(
-    cfg: DictConfig, method: Method, variant: str, model: nn.Module, supports: Mapping[str, Tensor]
+    result: Mapping[str, Any], method: Method, variant: str, model: nn.Module, supports: Mapping[str, Tensor]
 ) -> dict[str, Any]:
     """Zeros before and after the fine-tuning.
 
     Args:
-        cfg: A resolved config: ``sparsity`` and ``pattern``.
+        result: ``sparsity`` and ``pattern`` of the run.
         method: The method.
         variant: The end state that ``model`` is in.
         model: The fine-tuned model.
@@ -79,13 +80,13 @@ def check_zeros(
     Raises:
         RuntimeError: The merge of a method that keeps zeros has lost some.
     """
-    report = zero_report(supports, model, cfg.pattern)
+    report = zero_report(supports, model, result["pattern"])
     if variant == "adapter":
         report |= {"after_merge": None, "lost": None, "gained": None}
     kept = report["lost"] == 0
     if variant == "merged" and method.keeps_zeros and not kept:
         raise RuntimeError(f"method {method.name} has keeps_zeros: true and lost {report['lost']} zeros in its merge")
-    return {"requested": cfg.sparsity, **report, "mergeable": kept}
+    return {"requested": result["sparsity"], **report, "mergeable": kept}
 
 
 def count_parameters(model: nn.Module) -> dict[str, int | float | None]:

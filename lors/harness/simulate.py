@@ -51,7 +51,7 @@ from lors.harness.method import PRECISIONS, Method, adapt, without_values
 from lors.harness.module_trace import ModuleTrace, module_names, without_index
 from lors.harness.recipe import enable_activation_checkpointing, gradient_clipping, make_optimizer
 from lors.harness.result import count_parameters
-from lors.harness.validate import BadInput
+from lors.harness.errors import BadInput
 from lors.sparsity import UNSTRUCTURED
 
 __all__ = ["check_simulated", "simulate"]

@@ -1,101 +1,60 @@
 """The run folder: ``<runs_root>/<name>/<key>/`` with ``result.json``, ``config.yaml``, ``log.txt`` and what
 the run saves; and which runs need not be made again.
 
-The key is a hash of everything that can change the numbers: the resolved config without output paths,
-launcher and logging, and the *content* of every local file or folder that the config names (a path itself
-says nothing about what lies there). The version of the code is not part of it; ``environment`` records that
-beside the numbers.
+Three promises. A good result gives way only to a good one: where one lies, the run is repeated in the folder
+``.repeat`` below and moved over it when it has ended well. Every JSON file carries the SHA-256 of its content: one that
+was changed or cut counts as absent. Every file appears whole or not at all.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
+import secrets
 import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
-from lors.harness.validate import BadInput, one_line
-from lors.microworld import CHECKPOINT
+from lors.harness.errors import BadInput, one_line
+from lors.harness.identity import run_key
 
-__all__ = ["Busy", "RunStore", "cache_directory", "digest", "fingerprint", "local_path", "run_key"]
+__all__ = [
+    "Busy",
+    "Damaged",
+    "RunStore",
+    "atomically",
+    "cache_directory",
+    "check_writable",
+    "read_result",
+    "read_sealed",
+    "remove",
+    "write_sealed",
+    "writing",
+]
 
-# Keys that say where results go, which jobs are run and how, not what is computed.
-NOT_IN_KEY = ("force", "only", "name", "runs_root", "cache_root", "save_merged", "launch", "train.checkpoint_every")
-# The rates of all methods, of which train.learning_rate is the one that counts.
-NOT_IN_KEY += ("train.tuned",)
-# Outside of mode=run there are no tokens and no weights but random ones, and no scores.
-NOT_IN_PROFILE_KEY = ("data", "eval", "model.path", "model.revision")
-# The keys that may name a local file or folder.
-SOURCES = ("model.path", "data.path", "prune.text", "eval.data_root", "eval.perplexity.text")
-# A file that was written longer ago than this (in nanoseconds; clocks of file systems tick in milliseconds) and has
-# kept its size and time is not read again by the same process: a sweep asks for its fingerprint once per job.
-AT_REST = 2_000_000_000
+log = logging.getLogger("lors")
+
 # Bytes that a folder has to take before a run starts in it.
 PROBE = 2**16
+LOCK, RESULT, REPEAT = ".lock", "result.json", ".repeat"
+TEMPORARY = ".*.tmp"
+STATUSES = ("ok", "failed", "oom")
 
 
-def run_key(cfg: DictConfig) -> str:
-    """Key of a run: 16 hexadecimal digits of the hash of all that determines its numbers (see the module's
-    text).
-
-    Args:
-        cfg: A config as ``validate.resolve`` returns it.
-    """
-    config = with_fingerprints(cfg)
-    ignored = NOT_IN_KEY if cfg.mode == "run" else NOT_IN_KEY + NOT_IN_PROFILE_KEY
-    for name in ignored if cfg.mode == "simulate" else (*ignored, "simulate"):
-        *parents, last = name.split(".")
-        _select(config, parents).pop(last, None)
-    return digest(config)
+class Busy(Exception):  # noqa: N818 - named for what happened
+    """Another process is at this run."""
 
 
-def with_fingerprints(cfg: DictConfig) -> dict[str, Any]:
-    """The config as plain containers, with fingerprints in place of the paths of local files and folders."""
-    config = OmegaConf.to_container(cfg, resolve=True)
-    for name in SOURCES:
-        path = local_path(OmegaConf.select(cfg, name))
-        if path is not None and not (cfg.mode != "run" and name in NOT_IN_PROFILE_KEY):
-            *parents, last = name.split(".")
-            _select(config, parents)[last] = fingerprint(path)
-    return config
-
-
-def digest(value: Any) -> str:
-    """16 hexadecimal digits that identify a value made of JSON types."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def local_path(source: str | None) -> Path | None:
-    """The existing file or folder that a source names; None for a name on the Hub and for generated data."""
-    if source is None:
-        return None
-    path = CHECKPOINT if source == "microworld" else Path(source).expanduser()
-    return path if path.exists() else None
-
-
-def fingerprint(path: Path) -> str:
-    """Hash of the content of a file, or of a folder; its documentation and hidden files do not count."""
-    files = [path] if path.is_file() else sorted(entry for entry in path.rglob("*") if entry.is_file())
-    total = hashlib.sha256()
-    for file in files:
-        name = "" if path.is_file() else file.relative_to(path).as_posix()
-        if file.suffix == ".md" or any(part.startswith(".") for part in Path(name).parts):
-            continue
-        stat = file.stat()
-        at_rest = time.time_ns() - stat.st_mtime_ns > AT_REST
-        content = _remembered_sha256(file, stat.st_size, stat.st_mtime_ns) if at_rest else _sha256(file)
-        total.update(f"{name}\0{content}\0".encode())
-    return f"sha256:{total.hexdigest()[:16]}"
+class Damaged(ValueError):  # noqa: N818 - named for what happened
+    """A file is not what was written; the message is one line that names it."""
 
 
 def cache_directory(cfg: DictConfig) -> Path:
@@ -106,21 +65,19 @@ def cache_directory(cfg: DictConfig) -> Path:
     return Path(home) / "lors"
 
 
-class Busy(Exception):  # noqa: N818 - named for what happened
-    """Another process is at this run."""
-
-
 class RunStore:
     """One run folder.
 
     Args:
         directory: The folder; created when something is written.
+        key: Key of the run; the name of the folder unless it is given.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, key: str | None = None) -> None:
         self.directory = directory
+        self.key = key or directory.name
         self.parts = directory / "parts"
-        self.result_file = directory / "result.json"
+        self.result_file = directory / RESULT
 
     @classmethod
     def of(cls, cfg: DictConfig) -> RunStore:
@@ -128,8 +85,15 @@ class RunStore:
         return cls(Path(cfg.runs_root).expanduser() / cfg.name / run_key(cfg))
 
     def result(self) -> dict[str, Any] | None:
-        """The result file, or None if the run has written none."""
-        return read_json(self.result_file)
+        """The result; None if the run has written none, or, with a line of warning, if the file is damaged."""
+        try:
+            result = read_result(self.result_file)
+            if result is not None and result["key"] != self.key:
+                raise Damaged(f"{self.result_file}: belongs to the run {result['key']}")
+        except Damaged as error:
+            log.warning("%s; it counts as absent", error)
+            return None
+        return result
 
     def finished(self, cfg: DictConfig, since: int | None = None) -> dict[str, Any] | None:
         """The result that makes the run of `cfg` unnecessary, if there is one.
@@ -152,47 +116,75 @@ class RunStore:
         except FileNotFoundError:
             return False
 
+    def attempt(self, force: bool) -> RunStore:
+        """The folder in which the run is made now, rid of what kills have left there; hold the lock.
+
+        It is this one, or ``.repeat`` below it if a good result is here. With `force` nothing of an earlier start is
+        taken over, but for that of an interrupted start with `force`.
+        """
+        good = self._is_good()
+        attempt = RunStore(self.directory / REPEAT, self.key) if good else self
+        if force and not (attempt.parts / "forced.json").exists():
+            attempt.clear()
+            attempt.once("forced", lambda: True)
+        attempt.directory.mkdir(parents=True, exist_ok=True)
+        for leftover in attempt.directory.glob(TEMPORARY):
+            remove(leftover)
+        return attempt
+
+    def accept(self, attempt: RunStore) -> None:
+        """Move the good result of `attempt`, a folder below this one, over the result here; hold the lock.
+
+        A kill in the middle does no harm: `settle` does the rest.
+        """
+        if attempt.directory == self.directory or not attempt._is_good():
+            return
+        entries = {entry.name: entry for entry in attempt.directory.iterdir()}
+        for name in sorted(entries, key=lambda name: name == RESULT):  # the result last
+            target = self.directory / name
+            if target.is_dir() or entries[name].is_dir():
+                remove(target)
+            entries[name].replace(target)
+        self._sweep_out(keep={*self._artifacts(), RESULT})
+
+    def settle(self) -> None:
+        """Move a repeated run over the old one that had ended well when its process was killed; hold the lock."""
+        self.accept(RunStore(self.directory / REPEAT, self.key))
+
     def write(self, result: Mapping[str, Any]) -> None:
         """Write the result file; a reader sees the old one or the new one, never half of it.
 
         Raises:
             BadInput: The folder does not take it; what the run has finished is still there.
         """
-        with self._writing():
-            write_json(self.result_file, result)
+        with writing("runs_root", self.directory):
+            value = _finite({**{name: item for name, item in result.items() if name != "sha256"}, "key": self.key})
+            write_json(self.result_file, {**value, "sha256": content_digest(value)})
+        (self.parts / "forced.json").unlink(missing_ok=True)
 
     def write_config(self, cfg: DictConfig) -> None:
         """Write ``config.yaml``, resolved."""
-        write_text(self.directory / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+        with writing("runs_root", self.directory):
+            write_text(self.directory / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
 
     def once(self, part: str, compute: Callable[[], Any]) -> Any:
         """The JSON value of one part of the run; computed unless an interrupted start got so far."""
         file = self.parts / f"{part}.json"
-        if read_json(file) is None:
-            write_json(file, {"value": compute()})
-        return read_json(file)["value"]
+        try:
+            return read_sealed(file)
+        except (FileNotFoundError, Damaged):
+            write_sealed(file, compute())
+        return read_sealed(file)
 
     def drop_progress(self) -> None:
         """Delete what only an interrupted run needs: finished parts and checkpoints of the training."""
-        for folder in (self.parts, *self.directory.glob("checkpoint*")):
-            shutil.rmtree(folder, ignore_errors=True)
-
-    def check_writable(self) -> None:
-        """Make the folder and see that it takes a file.
-
-        Raises:
-            BadInput: It does not: no permission, or no space left.
-        """
-        probe = self.directory / f".probe.{os.getpid()}"
-        with self._writing():
-            write_text(probe, "\0" * PROBE)
-            probe.unlink()
+        # The parts last: while they are there something is left.
+        for entry in (*self.directory.glob("checkpoint*"), self.parts):
+            remove(entry)
 
     def clear(self) -> None:
-        """Delete everything in the folder (``force=true``), its lock excepted."""
-        for entry in self.directory.iterdir():
-            if entry.name != ".lock":
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        """Delete everything in the folder, its lock excepted."""
+        self._sweep_out(keep=())
 
     def busy(self) -> bool:
         """Whether another process is at this run."""
@@ -215,7 +207,7 @@ class RunStore:
             Busy: One of them is at it, and ``waiting`` is None.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.directory / ".lock")
+        lock = FileLock(self.directory / LOCK)
         try:
             lock.acquire(timeout=0)
         except Timeout as error:
@@ -228,20 +220,67 @@ class RunStore:
         finally:
             lock.release()
 
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise BadInput(f"runs_root: cannot write to {self.directory} ({one_line(error)})") from error
+    def _is_good(self) -> bool:
+        result = self.result()
+        return result is not None and result["status"] == "ok"
+
+    def _artifacts(self) -> set[str]:
+        return {name for name in (self.result() or {}).get("artifacts", {}).values() if name is not None}
+
+    def _sweep_out(self, keep: Iterable[str]) -> None:
+        for entry in self.directory.iterdir() if self.directory.is_dir() else ():
+            if entry.name not in {LOCK, *keep}:
+                remove(entry)
 
 
-def read_json(file: Path) -> Any:
-    """The value in a JSON file; None if there is no such file, or if it is damaged."""
+def read_result(file: Path) -> dict[str, Any] | None:
+    """The content of a ``result.json``; None if there is no such file.
+
+    Raises:
+        Damaged: It is no result, or not the one that was written (``sha256``, which old files do not have).
+    """
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        result = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise Damaged(f"{file}: not a result file ({one_line(error)})") from error
+    if not isinstance(result, dict) or not isinstance(result.get("key"), str) or result.get("status") not in STATUSES:
+        raise Damaged(f"{file}: not a result file (it must be an object with key and status)")
+    written = result.pop("sha256", None)
+    if written is not None and written != content_digest(result):
+        raise Damaged(f"{file}: was changed or damaged after it was written (its sha256 is another)")
+    return result
+
+
+def content_digest(value: Any) -> str:
+    """SHA-256 of a value made of JSON types, however its file is laid out."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def read_sealed(file: Path) -> Any:
+    """The value of a file that `write_sealed` has written.
+
+    Raises:
+        FileNotFoundError: There is none.
+        Damaged: It is not what was written.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        value, written = content["value"], content["sha256"]
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+        raise Damaged(f"{file}: damaged ({one_line(error)})") from error
+    if written != content_digest(value):
+        raise Damaged(f"{file}: damaged (its sha256 is another)")
+    return value
+
+
+def write_sealed(file: Path, value: Any) -> None:
+    """Write a JSON value with its digest, atomically."""
+    value = _finite(value)
+    write_json(file, {"sha256": content_digest(value), "value": value})
 
 
 def write_json(file: Path, value: Any) -> None:
@@ -257,29 +296,50 @@ def write_text(file: Path, text: str) -> None:
 
 @contextmanager
 def atomically(file: Path, mode: str, **options: Any) -> Iterator[IO]:
-    """Open a file under a temporary name in the same folder; at the end flush it to the disk and rename it."""
+    """Open a file under a temporary name in the same folder; at the end flush it to the disk and rename it.
+
+    Nobody can guess the name, and nothing that lies under it is opened or followed.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    temporary = file.with_name(f".{file.name}.{secrets.token_hex(8)}.tmp")
     try:
-        with temporary.open(mode, **options) as stream:
+        with open(temporary, mode.replace("w", "x"), **options) as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(file)
-    except OSError:
+    except BaseException:
         temporary.unlink(missing_ok=True)  # on a full disk it would be in the way of everything else
         raise
 
 
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+@contextmanager
+def writing(key: str, folder: Path) -> Iterator[None]:
+    """What goes wrong with files inside is the user's to mend: one line that names the config key and the folder."""
+    try:
+        yield
+    except OSError as error:
+        raise BadInput(f"{key}: cannot write to {folder} ({one_line(error)})") from error
 
 
-@cache
-def _remembered_sha256(file: Path, size: int, modified: int) -> str:
-    """SHA-256 of a file, read once per process for each size and time of its last change."""
-    return _sha256(file)
+def check_writable(key: str, folder: Path) -> None:
+    """Make the folder and see that it takes a file.
+
+    Raises:
+        BadInput: It does not: no permission, no space left, or a file in its place. `key` is the one to change.
+    """
+    with writing(key, folder):
+        probe = folder / f".probe.{secrets.token_hex(8)}.tmp"
+        write_text(probe, "\0" * PROBE)
+        probe.unlink()
+
+
+def remove(entry: Path) -> None:
+    """Delete a file, a folder, or a link but not what it points to; nothing may be there."""
+    if entry.is_dir() and not entry.is_symlink():
+        shutil.rmtree(entry, ignore_errors=True)
+    elif entry.exists() or entry.is_symlink():
+        entry.unlink(missing_ok=True)
 
 
 def _finite(value: Any) -> Any:
@@ -288,9 +348,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _select(config: dict[str, Any], parents: list[str]) -> dict[str, Any]:
-    for name in parents:
-        config = config[name]
-    return config

@@ -34,6 +34,8 @@ def summary(result: dict[str, Any], file: Path) -> str:
 def _title(result: dict[str, Any]) -> str:
     pattern = "" if result["pattern"] == "unstructured" else f" {result['pattern']}"
     pruned = f"{result['pruner']} {result['sparsity']:g}{pattern}" if result["sparsity"] else "not pruned"
+    if result["pruner"] == "none" and result["sparsity"]:
+        pruned = f"comes with {result['sparsity']:.2%} zeros{pattern}"
     return f"{result['method']} · {result['model']} · {pruned} · seed {result['seed']} · {result['status']}"
 
 

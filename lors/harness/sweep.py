@@ -25,8 +25,10 @@ from typing import Any
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from lors.harness.store import RunStore, write_text
-from lors.harness.validate import BadInput, build_method, resolve
+from lors.harness.config import resolve
+from lors.harness.construct import build_method
+from lors.harness.errors import BadInput
+from lors.harness.store import RunStore, check_writable, write_text
 
 __all__ = ["BUSY", "FAILED", "OK", "Job", "begin", "look", "plan", "run"]
 
@@ -80,7 +82,7 @@ def begin(folder: Path, description: str) -> int:
     Raises:
         BadInput: The folder takes no file.
     """
-    RunStore(folder).check_writable()
+    check_writable("runs_root", folder)
     write_text(folder / "multirun.yaml", description)
     return (folder / "multirun.yaml").stat().st_mtime_ns
 
@@ -122,7 +124,7 @@ def look(cfg: DictConfig, since: int | None) -> int | None:
     result = store.finished(cfg, since)
     if result is not None:
         return OK if result["status"] == "ok" else FAILED
-    RunStore(store.directory.parent).check_writable()
+    check_writable("runs_root", store.directory.parent)
     return BUSY if store.busy() else None
 
 
@@ -194,8 +196,10 @@ def _labels(jobs: Sequence[Job]) -> list[str]:
     return [" ".join(override for override in job.overrides if override not in common) for job in jobs]
 
 
-def _outcome(result: dict[str, Any]) -> str:
+def _outcome(result: dict[str, Any] | None) -> str:
     """Status, the number that the table is about, and how long it took."""
+    if result is None:
+        return "its result file is damaged"
     if result["status"] != "ok":
         error = result["error"]
         return f"{result['status']} ({error['type']}: {' '.join(error['message'].split())})"

@@ -6,13 +6,19 @@ schedule and random state. Added here: the loss per target token (`loss`), the s
 the meter, one line of ``steps.jsonl`` per step, a stop at the first number that is not finite, and resuming
 from the newest checkpoint that is intact (`checkpoints`). On a CPU a resumed training ends bit for bit where
 an uninterrupted one does.
+
+There is one way to resume, whatever is left of the training: the Trainer's, to the end, so that every callback
+sees the training begin and end, if only to load what the last step has left. A callback that holds something from
+one step to the next has the methods ``state_dict`` and ``load_state_dict`` of PyTorch's modules and optimizers; it
+is saved with every checkpoint and restored with it. (The Trainer's own ``ExportableState`` would put new
+callbacks behind the others, keeps no tensors, and confuses two of one class.)
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,22 +36,24 @@ from transformers import (
     TrainingArguments,
 )
 
-from lors.harness.checkpoints import newest_intact, seal
+from lors.harness.checkpoints import drop_older, newest_intact, seal, whole_or_gone
 from lors.harness.data import Collator, Row
 from lors.harness.loss import causal_lm_loss, target_count
 from lors.harness.meter import Meter
 from lors.harness.method import PRECISIONS, Method
 from lors.harness.recipe import (
+    check_length,
     cosine_with_floor,
     enable_activation_checkpointing,
     gradient_clipping,
     make_optimizer,
 )
+from lors.harness.store import write_text
 from lors.storage import CompressedLinear
 
 __all__ = ["MeasuredTrainer", "NonFiniteLoss", "TrainOutcome", "train"]
 
-WEIGHTS = "trained.pt"
+WEIGHTS, CALLBACK = "trained.pt", "callback-{}.pt"
 KEPT_CHECKPOINTS = 2  # the newest may be damaged by the kill that makes it needed
 
 
@@ -91,7 +99,7 @@ def train(
 ) -> TrainOutcome:
     """Fine-tune an adapted model in place, on the device that it is on.
 
-    A checkpoint in `output_dir` is continued; a run whose last checkpoint is the last step is only loaded.
+    A checkpoint in `output_dir` is continued, with whatever steps are left; there may be none.
 
     Args:
         model: The adapted model (`method.adapt`).
@@ -104,8 +112,12 @@ def train(
         seed: Order of the rows, dropout.
 
     Raises:
+        ValueError: The recipe and the data make no whole number of steps >= 1; or a checkpoint holds something else
+            than this method trains.
         NonFiniteLoss: A loss or a gradient norm is NaN or infinite; no checkpoint was written since.
+        OSError: A checkpoint could not be written; those before it are still there.
     """
+    check_length(train_cfg, len(data))
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     if train_cfg.activation_checkpointing:
@@ -150,12 +162,14 @@ class MeasuredTrainer(Trainer):
     def run(self, checkpoint: Path | None) -> list[dict[str, Any]]:
         """Train to the end, from `checkpoint` if there is one, and return the whole history."""
         self._restore_history(checkpoint)
-        if checkpoint is not None and self._is_finished(checkpoint):
-            # Trainer.train would make one more step here.
-            self._load_from_checkpoint(str(checkpoint))
-        else:
-            self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         return self.history
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Tensor | int | None]:
+        """Nothing after the last step: resumed from there, the Trainer would make one more."""
+        if self.state.global_step >= self.state.max_steps:
+            return [], None
+        return super().get_batch_samples(*args, **kwargs)
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
@@ -181,18 +195,40 @@ class MeasuredTrainer(Trainer):
         likewise.
 
         PEFT's own format would not do: loading it turns bfloat16 adapters into float32, and it leaves out
-        what is trained outside of an adapter.
+        what is trained outside of an adapter. Beside it what callbacks hold.
         """
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         torch.save({name: tensor.detach() for name, tensor in self._changing()}, folder / WEIGHTS)
+        for name, callback in self._stateful():
+            torch.save(callback.state_dict(), folder / name)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with whole_or_gone(_checkpoint_after(self.args, self.state)):
+            super()._save_checkpoint(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """The Trainer's hook for the weights of a checkpoint, see `save_model`."""
-        saved = torch.load(Path(resume_from_checkpoint) / WEIGHTS, map_location="cpu", weights_only=True)
+        """The Trainer's hook for the weights of a checkpoint, see `save_model`.
+
+        The Trainer itself restores optimizer, schedule and counters; the random state only before a next batch, and
+        there may be none.
+        """
+        folder, changing, stateful = Path(resume_from_checkpoint), dict(self._changing()), dict(self._stateful())
+        saved = _load(folder / WEIGHTS)
+        if _shapes(saved) != _shapes(changing) or not all((folder / name).exists() for name in stateful):
+            raise ValueError(f"{folder}: is no checkpoint of this method on this model; delete it to start over")
         with torch.no_grad():
-            for name, tensor in self._changing():
+            for name, tensor in changing.items():
                 tensor.copy_(saved[name])
+        for name, callback in stateful.items():
+            callback.load_state_dict(_load(folder / name))
+        self._load_rng_state(resume_from_checkpoint)
+
+    def _stateful(self) -> Iterator[tuple[str, Any]]:
+        """Callbacks that hold something, and the names of their files."""
+        for number, callback in enumerate(self.callback_handler.callbacks):
+            if hasattr(callback, "state_dict"):
+                yield CALLBACK.format(number), callback
 
     def _changing(self) -> Iterator[tuple[str, Tensor]]:
         yield from ((name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad)
@@ -232,17 +268,20 @@ class MeasuredTrainer(Trainer):
             loss = loss + self._penalty(self.model) * (target_count(labels) / targets)
         return loss
 
-    def _is_finished(self, checkpoint: Path) -> bool:
-        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        return state.global_step >= state.max_steps
-
     def _restore_history(self, checkpoint: Path | None) -> None:
         """Write ``steps.jsonl`` anew, as of the checkpoint: what came after it never happened."""
         if checkpoint is not None:
             state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
             self.history = [{k: v for k, v in line.items() if k != "epoch"} for line in state.log_history]
-            self._meter.restore(self.history)
-        self._steps_file.write_text("".join(json.dumps(line) + "\n" for line in self.history))
+        write_text(self._steps_file, "".join(json.dumps(line) + "\n" for line in self.history))
+
+
+def _load(file: Path) -> Any:
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 @contextmanager
@@ -259,11 +298,19 @@ def _nothing_left_behind(model: nn.Module) -> Iterator[None]:
             model.forward = forward
 
 
+def _checkpoint_after(args: TrainingArguments, state: TrainerState) -> Path:
+    """Folder of the checkpoint after the present step."""
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
 class _Seal(TrainerCallback):
-    """Seals every checkpoint once all of its files are written."""
+    """Seals every checkpoint once all of its files are written; only then do older ones go."""
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        checkpoint = _checkpoint_after(args, state)
+        with whole_or_gone(checkpoint):
+            seal(checkpoint)
+        drop_older(checkpoint.parent, KEPT_CHECKPOINTS)
 
 
 class _Progress(TrainerCallback):
@@ -299,7 +346,6 @@ def _arguments(train_cfg: Any, method: Method, output_dir: Path, seed: int, devi
         logging_nan_inf_filter=False,
         save_strategy="no" if every is None else "steps",
         save_steps=1 if every is None else every,
-        save_total_limit=KEPT_CHECKPOINTS,
         eval_strategy="no",
         report_to="none",
         disable_tqdm=True,

@@ -1,0 +1,241 @@
+"""Keys: what makes two runs the same run, over time too."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import compose_config
+from omegaconf import OmegaConf
+from test_experiments import jobs_of
+
+from lors import microworld
+from lors.harness import identity
+from lors.harness.config import resolve
+from lors.harness.identity import digest, fingerprint, local_path, run_key, version_of
+from lors.prune import PRUNERS
+
+REFERENCE = Path(__file__).parents[1] / "runs" / "reference"
+# What value_search has found became the default afterwards: their runs are of other choices.
+SINCE_CHANGED = {
+    ("lr_search", "rm_lora"),
+    ("methods_simulated", "rm_lora"),
+    ("methods_simulated", "xgblora"),
+    ("value_search", "rm_lora"),
+    ("value_search", "xgblora"),
+}
+
+
+@pytest.fixture
+def key(composed) -> Callable[..., str]:
+    """Function from overrides to the key of their run."""
+    return lambda *overrides: run_key(resolve(composed(*overrides)))
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "force=true",
+        "name=other",
+        "runs_root=/elsewhere",
+        "cache_root=/elsewhere",
+        "save_merged=true",
+        "launch=torchrun",
+        "only=failed",
+        "+train.tuned.sqft=0.1",  # the rate of another method
+        "train.checkpoint_every=7",
+        "+method.version=1",
+        "method._target_=my.Method",  # a method enters by its name
+        "adapter.alpha=16.0",
+        "sparsity=0.5",  # what null stands for
+        "prune.text=microworld",  # likewise
+    ],
+)
+def test_what_cannot_change_the_numbers_is_not_in_the_key(key, override: str) -> None:
+    assert key(override) == key()
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "seed=1",
+        "sparsity=0.6",
+        "pattern=2:4",
+        "method=lora",
+        "prune=magnitude",
+        "prune.seed=1",
+        "adapter.r=8",
+        "method.peft.exact_gradient=true",
+        "train.steps=151",
+        "train.epochs=1",
+        "eval.limit=3",
+        "mode=profile",
+        "data.loss_on=answer",
+    ],
+)
+def test_what_can_change_the_numbers_is_in_the_key(key, override: str) -> None:
+    assert key(override) != key()
+
+
+def test_steps_do_not_count_once_epochs_replace_them(key) -> None:
+    assert key("train.epochs=2", "train.steps=7") == key("train.epochs=2")
+
+
+def test_a_pruner_does_not_count_where_nothing_is_pruned(key) -> None:
+    assert key("sparsity=0") == key("sparsity=0", "prune=magnitude") == key("sparsity=0", "prune=none")
+
+
+def test_a_profile_does_not_depend_on_data_scores_or_where_the_weights_would_be(key) -> None:
+    profile = ["mode=profile", "model=llama2_7b"]
+    assert key(*profile) == key(*profile, "data=alpaca", "eval=zeroshot", "model.path=my/copy")
+    assert key(*profile) != key(*profile, "model.layers=2")
+
+
+def test_keys_follow_the_content_of_local_sources_not_their_place(key, tmp_path: Path) -> None:
+    here, there, other = (tmp_path / name for name in ("here.jsonl", "there.jsonl", "other.jsonl"))
+    here.write_text('{"text": "one"}\n')
+    there.write_text('{"text": "one"}\n')
+    other.write_text('{"text": "two"}\n')
+    keys = [key("data=text", f"data.path={file}") for file in (here, there, other)]
+    assert keys[0] == keys[1] != keys[2]
+    nested = [key(f"eval.perplexity.text={file}") for file in (here, there, other)]
+    assert nested[0] == nested[1] != nested[2]
+
+
+def test_fingerprint_of_a_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "deep" / "weights").write_bytes(b"\0" * 10)
+    first = fingerprint(folder)
+    folder.rename(tmp_path / "moved")
+    folder = tmp_path / "moved"
+    (folder / "README.md").write_text("a model card says nothing about the numbers")
+    (folder / ".hidden").write_text("nor does this")
+    assert fingerprint(folder) == first
+    (folder / "deep" / "weights").write_bytes(b"\0" * 9 + b"\1")
+    assert fingerprint(folder) != first
+    (folder / "deep" / "weights").write_bytes(b"\0" * 10)
+    (folder / "deep" / "weights").rename(folder / "weights")
+    assert fingerprint(folder) != first
+
+
+def test_sources_on_this_machine_and_elsewhere(tmp_path: Path) -> None:
+    assert local_path(str(tmp_path)) == tmp_path
+    assert local_path("owner/name") is None
+    assert local_path(None) is None
+
+
+def test_a_file_at_rest_is_read_once_and_a_changed_one_again(tmp_path: Path, monkeypatch) -> None:
+    """A sweep asks for the fingerprint of a model once per job."""
+    file, reads = tmp_path / "weights", []
+    digest_of = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda *arguments: reads.append(1) or digest_of(*arguments))
+    file.write_bytes(b"one")
+    young = fingerprint(file), fingerprint(file)
+    assert len(reads) == 2, "a change within the same tick of the clock must be seen"
+    os.utime(file, ns=(1, 1))
+    assert {fingerprint(file), fingerprint(file), *young} == {young[0]} and len(reads) == 3
+    file.write_bytes(b"two")
+    os.utime(file, ns=(2, 2))
+    assert fingerprint(file) != young[0]
+
+
+def test_a_fix_changes_the_keys_of_what_it_fixes_and_no_others(key, monkeypatch) -> None:
+    runs = ((), ("prune=sparsegpt",), ("prune=none",), ("mode=profile",), ("mode=simulate",))
+    before = [key(*run) for run in runs]
+    monkeypatch.setattr(identity, "VERSIONS", {**identity.VERSIONS, "prune.wanda": 2})
+    assert [key(*run) == old for run, old in zip(runs, before, strict=True)] == [False, True, True, True, True]
+    monkeypatch.setattr(identity, "VERSIONS", {**identity.VERSIONS, "prune.wanda": 1, "evaluate": 2})
+    assert [key(*run) == old for run, old in zip(runs, before, strict=True)] == [False, False, False, True, True]
+    assert key("+method.version=2") != key()
+
+
+def test_a_new_option_changes_no_key_and_a_changed_default_meets_no_old_result(composed, monkeypatch) -> None:
+    cfg = resolve(composed())
+    before = run_key(cfg)
+    monkeypatch.setattr(identity, "ABSENT", {**identity.ABSENT, "train.new": "off"})
+    off, on = (OmegaConf.merge(cfg, {"train": {"new": value}}) for value in ("off", "on"))
+    # Whatever conf says now: absence means what it meant.
+    assert run_key(off) == before != run_key(on)
+
+
+def test_a_text_is_what_is_in_it_whatever_its_suffix(key, tmp_path: Path) -> None:
+    """A .md file in a model folder is documentation; a corpus that is one is not."""
+    keys = []
+    for content in ("one", "two"):
+        (tmp_path / "corpus.md").write_text(content)
+        keys.append((key("data=text", f"data.path={tmp_path}/corpus.md"), fingerprint(tmp_path / "corpus.md")))
+    assert keys[0][0] != keys[1][0] and keys[0][1] != keys[1][1]
+
+
+# ---- the numbers of the stages: who changes what a stage makes raises its number, then renews the digest here
+
+
+def test_the_microworld_is_that_of_its_number() -> None:
+    made = {
+        "texts": {split: microworld.texts(split) for split in ("calibration", "heldout")},
+        "instructions": microworld.instruction_rows()[:500],
+        "tasks": {task: [microworld.task_rows(task, split) for split in ("test", "validation")]
+                  for task in microworld.TASKS},
+    }  # fmt: skip
+    assert (version_of("microworld"), digest(made)) == (1, "MICROWORLD")
+
+
+PRUNED = {"magnitude": (1, "A"), "wanda": (1, "B"), "sparsegpt": (1, "C")}
+
+
+@pytest.mark.parametrize("pruner", PRUNERS)
+def test_what_a_pruner_keeps_is_that_of_its_number(pruner: str) -> None:
+    torch.manual_seed(0)
+    W, X = torch.randn(24, 32), torch.randn(200, 32) * torch.linspace(0.1, 3, 32)
+    rule, statistic = PRUNERS[pruner]
+    data = () if statistic is None else (statistic(X),)
+    kept = [rule(W.clone(), *data, sparsity=0.5, pattern=pattern) != 0 for pattern in ("unstructured", "2:4")]
+    assert (version_of(f"prune.{pruner}"), digest([M.tolist() for M in kept])) == PRUNED[pruner]
+
+
+# ---- the committed runs
+
+
+def committed() -> list[Path]:
+    return sorted(REFERENCE.rglob("result.json"))
+
+
+def found(file: Path) -> bool:
+    """Whether the command that made a run finds it today."""
+    result = json.loads(file.read_text())
+    command = result["environment"]["command"]
+    if "-m" in command:  # a sweep without processes, which noted its own command
+        experiment = next(word.partition("=")[2] for word in command if word.startswith("experiment="))
+        return file.parent.name in keys_of_sweep(experiment)
+    overrides = [word for word in command[1:] if "=" in word and not word.startswith("--")]
+    return run_key(resolve(compose_config(*overrides))) == file.parent.name == result["key"]
+
+
+@cache
+def keys_of_sweep(experiment: str) -> set[str]:
+    return {run_key(resolve(compose_config(*job))) for job in jobs_of(experiment)}
+
+
+def changed_since(file: Path) -> bool:
+    return (file.parts[-3], json.loads(file.read_text())["method"]) in SINCE_CHANGED
+
+
+def test_committed_runs_are_found_by_their_commands() -> None:
+    processes = [file for file in committed() if "simulated" not in file.parts[-3] and not changed_since(file)]
+    assert len(processes) > 500
+    assert [file for file in processes[::60] if not found(file)] == []
+
+
+@pytest.mark.slow
+def test_every_committed_run_is_found_by_its_command() -> None:
+    assert {(file.parts[-3], json.loads(file.read_text())["method"]) for file in committed() if not found(file)} == (
+        SINCE_CHANGED
+    )

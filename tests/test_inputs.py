@@ -1,0 +1,62 @@
+"""What a run reads before a model is loaded: the tokenizer, and the tokens that occur."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import compose_config, make_tokenizer, sentence, write_rows
+
+from lors.harness.config import resolve
+from lors.harness.construct import build_method
+from lors.harness.errors import BadInput
+from lors.harness.inputs import Inputs, read_inputs
+
+KNOWN = len(make_tokenizer())
+
+
+@pytest.fixture
+def read(tiny_checkpoint: Path, tmp_path: Path) -> Callable[..., Inputs]:
+    """Function that reads the inputs of a model whose tokenizer has more tokens than the model."""
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "model")
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "<filler>"})
+    tokenizer.add_tokens(["zebra"])
+    assert tokenizer.pad_token_id == KNOWN
+    tokenizer.save_pretrained(folder)
+
+    def run(training: str = "the cat", calibration: str = "the dog") -> Inputs:
+        rows = write_rows(tmp_path / "rows.jsonl", [{"instruction": training, "output": sentence(1)}])
+        text = write_rows(tmp_path / "text.jsonl", [{"text": f"{sentence(2, 40)} {calibration}"}])
+        cfg = resolve(
+            compose_config(
+                *("model=hf", f"model.path={folder}", "data=alpaca", f"data.path={rows}", f"prune.text={text}"),
+                *("prune.samples=4", "prune.sequence_length=16", "eval=none", f"cache_root={tmp_path}/cache"),
+            )
+        )
+        return read_inputs(cfg, build_method(cfg))
+
+    return run
+
+
+def test_tokens_that_do_not_occur_may_be_unknown_to_the_model(read) -> None:
+    """The padding token, which only occurs behind the mask, is replaced."""
+    inputs = read()
+    assert len(inputs.tokenizer) == KNOWN + 2
+    assert inputs.tokenizer.pad_token_id == inputs.tokenizer.eos_token_id < KNOWN
+    assert max(max(row["input_ids"]) for row in inputs.rows) < KNOWN
+
+
+@pytest.mark.parametrize(
+    ("texts", "place"),
+    [({"training": "the zebra"}, "the training rows"), ({"calibration": "the zebra"}, "prune.text")],
+)
+def test_a_token_that_occurs_and_the_model_does_not_know_is_named(read, texts, place) -> None:
+    with pytest.raises(BadInput) as refusal:
+        read(**texts)
+    assert str(refusal.value) == (
+        f"model.path: token {KNOWN + 1} ('zebra') occurs in {place}; "
+        f"the tokenizer has {KNOWN + 2} tokens, the model {KNOWN}"
+    )
