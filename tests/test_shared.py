@@ -17,11 +17,11 @@ import torch
 from conftest import make_tokenizer, sentence, write_rows
 
 from lors.harness import shared
+from lors.harness.config import resolve
 from lors.harness.data import calibration_tokens, training_data
 from lors.harness.errors import BadInput
 from lors.harness.shared import made_once, shared_calibration, shared_rows
 from lors.harness.store import Damaged
-from lors.harness.config import resolve
 
 TOKENIZER = make_tokenizer()
 

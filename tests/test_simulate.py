@@ -17,7 +17,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from analysis import simulated
+from lors.harness.config import resolve
+from lors.harness.construct import build_method
 from lors.harness.data import Collator, random_data
+from lors.harness.errors import BadInput
 from lors.harness.live_tensors import CATEGORIES, LiveTensors, Sharding
 from lors.harness.meter import count_flops, training_memory
 from lors.harness.method import PRECISIONS, adapt
@@ -26,9 +29,6 @@ from lors.harness.pipeline import execute
 from lors.harness.recipe import enable_activation_checkpointing, make_optimizer
 from lors.harness.result import count_parameters
 from lors.harness.simulate import simulate
-from lors.harness.config import resolve
-from lors.harness.construct import build_method
-from lors.harness.errors import BadInput
 
 ROOT = Path(__file__).parents[1]
 METHODS = sorted(file.stem for file in (ROOT / "conf" / "method").glob("*.yaml"))

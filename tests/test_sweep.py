@@ -16,8 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from lors.harness import sweep
 from lors.harness.device_lock import device_lock
-from lors.harness.sweep import BUSY, FAILED, OK, Job, begin, look, plan
 from lors.harness.errors import BadInput
+from lors.harness.sweep import BUSY, FAILED, OK, Job, begin, look, plan
 
 
 class Table:

@@ -10,12 +10,15 @@ and ends with its process. What else runs on the machine, nobody here can know.
 from __future__ import annotations
 
 import fcntl
+import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+
+from lors.harness.store import writing
 
 __all__ = ["device_lock", "device_name"]
 
@@ -30,15 +33,21 @@ def device_lock(folder: Path, device: torch.device, *, alone: bool, waiting: Cal
         alone: Whether no other run may use it meanwhile.
         waiting: Called once if the lock is not free at once.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     kind = fcntl.LOCK_EX if alone else fcntl.LOCK_SH
-    with (folder / f"{device_name(device)}.lock").open("a") as file:
+    with writing("cache_root", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        # No link is followed, and a pipe does not block: others may write here.
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        file = os.open(folder / f"{device_name(device)}.lock", flags, 0o666)
+    try:
         try:
             fcntl.flock(file, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             waiting()
             fcntl.flock(file, kind)
         yield
+    finally:
+        os.close(file)
 
 
 def device_name(device: torch.device) -> str:

@@ -48,7 +48,7 @@ def check_fit(cfg: DictConfig, method: Method, shape: PretrainedConfig) -> None:
     _check_lengths(cfg, shape)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(shape)
+            model = AutoModelForCausalLM.from_config(shape, trust_remote_code=False)
         linears = decoder_linears(model)
     except ValueError as error:
         raise BadInput(f"model={cfg.model.name}: {one_line(error)}") from error

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -27,6 +28,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from lors.harness.errors import BadInput, one_line
 from lors.microworld import CHECKPOINT
 
 __all__ = ["VERSIONS", "digest", "fingerprint", "local_path", "run_key", "version_of", "with_fingerprints"]
@@ -108,7 +110,11 @@ def with_fingerprints(cfg: DictConfig) -> dict[str, Any]:
         path = local_path(OmegaConf.select(cfg, name))
         if path is not None and not (cfg.mode != "run" and name in NOT_IN_PROFILE_KEY):
             *parents, last = name.split(".")
-            _select(config, parents)[last] = fingerprint(path)
+            section = _select(config, parents)
+            try:
+                section[last] = fingerprint(path)
+            except OSError as error:
+                raise BadInput(f"{name}={section[last]}: cannot be read ({one_line(error)})") from error
     return config
 
 
@@ -121,8 +127,8 @@ def local_path(source: str | None) -> Path | None:
     """The existing file or folder that a source names; None for a name on the Hub and for generated data."""
     if source is None:
         return None
-    path = CHECKPOINT if source == "microworld" else Path(source).expanduser()
-    return path if path.exists() else None
+    path = CHECKPOINT if source == "microworld" else Path(os.path.expanduser(source))  # ~nobody is no error
+    return path if os.path.exists(path) else None
 
 
 def fingerprint(path: Path) -> str:

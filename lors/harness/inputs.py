@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from lors.harness.config import needs_calibration
 from lors.harness.data import check_token_ids, random_data
@@ -131,12 +132,15 @@ def _check_weights(cfg: DictConfig) -> None:
     if (Path(path) / "adapter_config.json").exists():  # transformers would load what it points to
         raise BadInput(f"model.path={cfg.model.path}: must be a whole model; adapter_config.json says it is an adapter")
     shown = f"model.path={cfg.model.path}"
+    disable_progress_bar()
     try:
         load_weights(path, revision, shown=shown, device_map="meta")
     except BadInput:
         raise
     except Exception as error:  # each file format has errors of its own
         raise BadInput(f"{shown}: its weights cannot be read ({one_line(error)})") from error
+    finally:
+        enable_progress_bar()
 
 
 def _from_pretrained(kind: type, cfg: DictConfig, wanted: str) -> Any:

@@ -149,7 +149,7 @@ def random_model(
     It is made on the CPU, so that a seed means the same weights everywhere.
     """
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(shape, dtype=dtype).eval()
+    model = AutoModelForCausalLM.from_config(shape, dtype=dtype, trust_remote_code=False).eval()
     if sparsity > 0:
         generator = torch.Generator().manual_seed(seed)
         for linear in tqdm(decoder_linears(model).values(), desc="random sparsity", unit="layer"):

@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from lors.harness.validate import BadInput, one_line
+from lors.harness.errors import BadInput, one_line
 
 __all__ = ["PromptSharingLM"]
 

@@ -44,6 +44,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from lors import compress
 from lors.blocks import decoder_blocks
+from lors.harness.errors import BadInput
 from lors.harness.live_step import count_model, count_optimizer, gradients_counted, training_step
 from lors.harness.live_tensors import LiveTensors, Peak, Sharding
 from lors.harness.meter import flop_formulas
@@ -51,7 +52,6 @@ from lors.harness.method import PRECISIONS, Method, adapt, without_values
 from lors.harness.module_trace import ModuleTrace, module_names, without_index
 from lors.harness.recipe import enable_activation_checkpointing, gradient_clipping, make_optimizer
 from lors.harness.result import count_parameters
-from lors.harness.errors import BadInput
 from lors.sparsity import UNSTRUCTURED
 
 __all__ = ["check_simulated", "simulate"]
@@ -152,7 +152,7 @@ def _shapes(cfg: DictConfig, method: Method, shape: PretrainedConfig) -> nn.Modu
     """The wrapped model on the meta device; outside of fake tensors, whose modules cannot change type."""
     formats = PRECISIONS[cfg.train.precision]
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(shape, dtype=formats.base)
+        model = AutoModelForCausalLM.from_config(shape, dtype=formats.base, trust_remote_code=False)
         if model.config._attn_implementation == "sdpa":
             model.set_attn_implementation(UNMASKED)
         if method.peft is None:

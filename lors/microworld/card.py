@@ -33,9 +33,10 @@ def world_fingerprint() -> str:
 
 def scores_of(folder: Path) -> dict[str, Any]:
     """Scores of the model in `folder` by the seven tasks and the held-out text, as `eval=microworld` computes them."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from lors.harness.evaluate import evaluate
+    from lors.harness.weights import load_weights
 
     settings = SimpleNamespace(
         tasks=[f"microworld_{task}" for task in microworld.TASKS],
@@ -45,7 +46,8 @@ def scores_of(folder: Path) -> dict[str, Any]:
         add_bos_token=True,
         perplexity=SimpleNamespace(text="microworld", window=128),
     )
-    return evaluate(AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder), settings)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return evaluate(load_weights(str(folder), shown=str(folder)), tokenizer, settings)
 
 
 def card(record: dict[str, Any], scores: dict[str, Any]) -> str:

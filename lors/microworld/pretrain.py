@@ -15,7 +15,6 @@ old world is whole the texts turn to comparing and weighing (`STAGES`).
 
 import argparse
 import json
-import os
 import time
 from itertools import islice
 from pathlib import Path
@@ -25,6 +24,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from lors.harness.store import atomically
 from lors.microworld import card
 from lors.microworld.corpus import BINDING_MIX, MIX, NEWCOMER_MIX, REASONING_MIX, documents
 from lors.microworld.tokenizer import VOCABULARY, train_tokenizer
@@ -116,9 +116,8 @@ def optimizer_of(model: LlamaForCausalLM) -> torch.optim.AdamW:
 
 
 def _write(path: Path, state: dict) -> None:
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    os.replace(partial, path)
+    with atomically(path, "wb") as file:
+        torch.save(state, file)
 
 
 def heldout_batch(tokenizer: PreTrainedTokenizerFast, world: World) -> Tensor:
