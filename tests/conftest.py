@@ -83,6 +83,11 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     gc.freeze()
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Let the interpreter take down at its end what was frozen."""
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="session")
 def composed() -> Callable[..., DictConfig]:
     """Function that composes a config: ``composed("method=lora", "seed=1")``."""

@@ -297,6 +297,21 @@ def test_a_good_result_stays_when_its_repetition_fails(tiny, capsys, monkeypatch
     assert merged["loss"] == good["loss"]
 
 
+def test_what_a_kill_after_the_result_has_left_goes_at_the_next_start(tiny, monkeypatch) -> None:
+    cfg = tiny("method=lora", *NO_SCORES)
+
+    def kill(_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(pipeline.RunStore, "drop_progress", kill)
+        execute(cfg)
+    folder = next(Path(cfg.runs_root).rglob("result.json")).parent
+    assert list(folder.glob("checkpoint-*")) and (folder / "parts").exists()
+    execute(cfg)
+    assert not list(folder.glob("checkpoint-*")) and not (folder / "parts").exists()
+
+
 def test_what_transformers_reports_is_in_the_log(tiny, monkeypatch, capsys) -> None:
     cfg = tiny("method=lora", *NO_SCORES)
     real = pipeline.train

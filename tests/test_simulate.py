@@ -259,7 +259,7 @@ def test_a_run_writes_a_result_like_the_others_and_is_not_repeated(composed, tmp
     [
         ("method=none", "method=none: must be one that trains"),
         ("method=shira", "method=shira: must be one whose step needs no values in mode=simulate; torch has no"),
-        ("method.peft.storage=n:m", "method.peft.storage=n:m: must be dense, bitmap or auto for pattern=unstructured"),
+        ("method.peft.storage=n:m", "method.peft.storage=n:m: must be dense, bitmap or auto with pattern=unstructured"),
         ("simulate.shards=0", "simulate.shards=0: must be a whole number >= 1"),
         ("simulate.device=tpu", "simulate.device=tpu: must be one of cuda, cpu"),
         ("train.sequence_length=4096", "train.sequence_length=4096: must be at most 2048"),

@@ -106,7 +106,7 @@ def execute(cfg: DictConfig, since: int | None = None) -> dict[str, Any]:
                 file = store.result_file if result["status"] == "ok" else attempt.result_file
     else:
         print("This run has finished before and is not repeated; force=true repeats it.")
-        if store.parts.exists():  # it was killed between its result and the end
+        if result["status"] == "ok" and store.parts.exists():  # it was killed between its result and the end
             with store.lock(waiting=_say_waiting):
                 store.drop_progress()
     print(summary(result, file))
@@ -393,10 +393,17 @@ def _out_of_memory(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
+class _LogFile(logging.FileHandler):
+    """On a full disk the run ends at what it saves, with one line; lines of the log are lost in silence."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the name is logging's
+        pass
+
+
 @contextmanager
 def _logging(file: Path) -> Iterator[None]:
     """The log file of the run gets everything, the console only what the suite itself says."""
-    to_file = logging.FileHandler(file, encoding="utf-8")
+    to_file = _LogFile(file, encoding="utf-8")
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     to_console = logging.StreamHandler(sys.stdout)
     to_console.setFormatter(logging.Formatter("%(message)s"))

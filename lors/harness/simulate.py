@@ -52,7 +52,6 @@ from lors.harness.method import PRECISIONS, Method, adapt, without_values
 from lors.harness.module_trace import ModuleTrace, module_names, without_index
 from lors.harness.recipe import enable_activation_checkpointing, gradient_clipping, make_optimizer
 from lors.harness.result import count_parameters
-from lors.sparsity import UNSTRUCTURED
 
 __all__ = ["check_simulated", "simulate"]
 
@@ -67,19 +66,17 @@ UNMASKED = "sdpa_of_full_rows"
 AttentionInterface.register(UNMASKED, sdpa_attention_forward)
 
 
-def check_simulated(cfg: DictConfig, method: Method) -> None:
+def check_simulated(method: Method) -> None:
     """Refuse what cannot run on fake tensors.
 
     Raises:
-        BadInput: A method that does not train, or whose step needs values; n:m storage of another pattern.
+        BadInput: A method that does not train, or whose step needs values.
     """
     if not method.trains:
         raise BadInput(f"method={method.name}: must be one that trains in mode=simulate")
     reason = None if method.peft is None else NEEDS_VALUES.get(method.peft.peft_type.value)
     if reason is not None:
         raise BadInput(f"method={method.name}: must be one whose step needs no values in mode=simulate; {reason}")
-    if getattr(method.peft, "storage", None) == "n:m" and cfg.pattern == UNSTRUCTURED:
-        raise BadInput(f"method.peft.storage=n:m: must be dense, bitmap or auto for pattern={cfg.pattern}")
 
 
 def simulate(cfg: DictConfig, method: Method, shape: PretrainedConfig) -> dict[str, dict[str, Any]]:
