@@ -12,13 +12,14 @@ __all__ = ["AVERAGE", "side_by_side"]
 
 AVERAGE, DIFFERENCE = "average", "average_minus_lora"
 # What the tables of one comparison may differ in.
-PRUNING = ("pruner", "pattern", "sparsity", "label")
+PRUNING = ("pruner", "pattern", "sparsity", "label", "prune.seed")
 # Costs that may be the same whatever is zero.
 COSTS = ("trainable", "train_peak_bytes", "flops")
 
 
 def side_by_side(tables: Sequence[Table]) -> list[Table]:
-    """One table for each model and protocol that was trained at two or more sparsities or after several pruners.
+    """One table for each model and protocol that was trained at several sparsities, after several pruners or draws of
+    the samples that a pruner calibrates on.
 
     Cells are those of the single tables: mean ± standard deviation of the average, bold by the test within its column,
     and the difference from LoRA with its standard error.
@@ -38,9 +39,9 @@ def _order(table: Table) -> tuple[str, bool]:
 
 def _joined(tables: list[Table]) -> Table:
     first = tables[0]
-    by_pruner = len({table.axes["pruner"] for table in tables}) > 1
+    by_pruner, by_seed = (len({table.axes.get(axis) for table in tables}) > 1 for axis in ("pruner", "prune.seed"))
     choices = {key: header for table in tables for key, header in table.choices.items()}
-    heads = [f"{table.axes['pruner']} {table.axes['label']}" if by_pruner else table.axes["label"] for table in tables]
+    heads = [_head(table.axes, by_pruner, by_seed) for table in tables]
     columns = [column for table, head in zip(tables, heads, strict=True) for column in _columns(table, head)]
     rows: dict[tuple[object, ...], dict[int, Row]] = {}
     for number, table in enumerate(tables):
@@ -50,7 +51,7 @@ def _joined(tables: list[Table]) -> Table:
                 same = (*same, "again")
             rows.setdefault(same, {})[number] = row
     costs = [replace(column, spread=False) for column in first.cost if _is_shared(column, rows.values())]
-    protocol = settings({key: value for key, value in first.axes.items() if key not in AXES})
+    protocol = settings({key: value for key, value in first.axes.items() if key not in (*AXES, *PRUNING)})
     pruner = [] if by_pruner else [first.axes["pruner"]]
     return Table(
         title=", ".join([first.axes["model"], *pruner, "averages", *protocol]),
@@ -61,7 +62,21 @@ def _joined(tables: list[Table]) -> Table:
         rows=[_row(of_tables, heads, choices, costs) for of_tables in rows.values()],
         notes=[note for note in first.notes if all(note in table.notes for table in tables)],
         failures=(),
+        pooling=_pooling(tables, heads),
     )
+
+
+def _head(axes: Mapping[str, object], by_pruner: bool, by_seed: bool) -> str:
+    pruner = f"{axes['pruner']} " if by_pruner else ""
+    return f"{pruner}{axes['label']}" + (f", prune seed {axes['prune.seed']}" if by_seed else "")
+
+
+def _pooling(tables: Sequence[Table], heads: Sequence[str]) -> str | None:
+    """What the tables say, once if all say the same."""
+    said = dict(zip(heads, (table.pooling for table in tables), strict=True))
+    if len(set(said.values())) == 1:
+        return tables[0].pooling
+    return " ".join(f"{head}: {text}" for head, text in said.items() if text)
 
 
 def _columns(table: Table, head: str) -> Iterator[Column]:

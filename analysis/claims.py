@@ -21,6 +21,7 @@ import pandas as pd
 from analysis.claim_file import Claim, name_of, read_claims
 from analysis.evidence import FAILS, HOLDS, OPEN, Evidence, evidence, prepared, rows_of
 from analysis.results import add_run_arguments, load, output_folder
+from analysis.statistics import CONDITION
 
 __all__ = ["REPRODUCED", "UNCLEAR", "UNTESTABLE", "WRONG", "Finding", "judge", "judge_all", "markdown"]
 
@@ -91,6 +92,8 @@ def markdown(findings: Iterable[Finding]) -> str:
         f"{len(findings)} claims: {', '.join(f'{n} {verdict}' for verdict, n in counts.items())}.",
         "",
         f"Verdicts are on what was run here ({', '.join(models) or 'nothing yet'}), not on the models of the papers.",
+        "Those on scores rest on p values with n - 1 degrees of freedom for the variance over the seeds (not pooled), "
+        f"{CONDITION}.",
         "",
         "| paper | claim | comparison | verdict | evidence |",
         "|---|---|---|---|---|",

@@ -154,7 +154,7 @@ def _axes(row: dict[str, Any], models: dict[str, str]) -> dict[str, Any]:
     train = config["train"]
     length = f"{train['epochs']} epochs" if train["epochs"] is not None else f"{train['steps']} steps"
     source = Path(str(config["model"]["path"])).name.lower()
-    calibrated = row["pruner"] in ("wanda", "sparsegpt")
+    prune, calibrated = config["prune"], row["pruner"] in ("wanda", "sparsegpt")
     return {
         "model": models.get(source, row["model"]),
         **{axis: row[axis] for axis in ("pruner", "pattern", "method")},
@@ -162,7 +162,7 @@ def _axes(row: dict[str, Any], models: dict[str, str]) -> dict[str, Any]:
         "end_state": "" if control else row["end_state"],
         "data": "" if control else config["data"]["name"],
         "r": "" if control else str(config["adapter"]["r"]),
-        "calibration": f"{config['prune']['samples']}x{config['prune']['sequence_length']}" if calibrated else "",
+        "calibration": f"{prune.get('samples')}x{prune.get('sequence_length')}" if calibrated else "",
         "recipe": "" if control else f"{length}, lr {train['learning_rate']:g}",
         "same": json.dumps([parts, [row[name] for name in MACHINE]], sort_keys=True, default=str),
         "key": row["key"],

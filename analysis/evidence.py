@@ -22,7 +22,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.claim_file import COSTS, SCORES, Claim, Side
-from analysis.groups import CHOICES, IGNORED, IGNORED_WITHOUT_DATA, OF_CONTROLS, below, flat, repeats_shared, text_of
+from analysis.groups import CHOICES, IGNORED, IGNORED_WITHOUT_DATA, OF_CONTROLS, below, configs, repeats_shared, text_of
 from analysis.results import CONTROLS, MACHINE
 from analysis.statistics import ALPHA, Sample, difference
 
@@ -61,7 +61,7 @@ def prepared(table: pd.DataFrame) -> pd.DataFrame:
     learning rate).
     """
     rows = table[table.status == "ok"]
-    values = [flat(config) for config in rows.config]
+    values = configs(rows)
     repeated = {key for key in set().union(*values) if repeats_shared(key, values)}
     chosen = [
         {key: value for key, value in of_row.items() if below(key, CHOICES) and key not in repeated}

@@ -7,6 +7,7 @@ data; PNG for the screen and PDF for the paper, without the date in it, so that 
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from itertools import accumulate, pairwise
@@ -135,9 +136,11 @@ def finish(figure: Figure, axes: Iterable[Axes]) -> Figure:
             entries.setdefault(label, handle[0] if isinstance(handle, tuple) else handle)
     if not entries:
         return figure
+    widest = int((WIDTH - LEGEND_SIGN) / LETTER)
+    entries = {"\n".join(textwrap.wrap(label, widest)): handle for label, handle in entries.items()}
     columns = next(n for n in range(len(entries), 0, -1) if n == 1 or _legend_width(list(entries), n) <= WIDTH)
     width, height = figure.get_size_inches()
-    figure.set_size_inches(width, height + LEGEND_LINE * math.ceil(len(entries) / columns) + 0.05)
+    figure.set_size_inches(width, height + LEGEND_LINE * _legend_lines(list(entries), columns) + 0.05)
     figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns, frameon=False,
                   handlelength=2.2, handletextpad=0.5, columnspacing=1.0, labelspacing=0.35, borderpad=0.1)  # fmt: skip
     return figure
@@ -153,11 +156,21 @@ def save(figure: Figure, path: Path) -> list[Path]:
 
 
 def _legend_width(labels: list[str], columns: int) -> float:
-    """About how wide a legend is, in inches: matplotlib fills column after column, the first ones with one more."""
+    """About how wide a legend is, in inches."""
+    longest = [max(len(line) for label in column for line in label.split("\n")) for column in _filled(labels, columns)]
+    return sum(LETTER * length + LEGEND_SIGN for length in longest)
+
+
+def _legend_lines(labels: list[str], columns: int) -> int:
+    """How many lines of text are one above the other."""
+    return max(sum(label.count("\n") + 1 for label in column) for column in _filled(labels, columns))
+
+
+def _filled(labels: list[str], columns: int) -> list[list[str]]:
+    """The columns of a legend: matplotlib fills one after the other, the first ones with one more."""
     short, longer = divmod(len(labels), columns)
     ends = list(accumulate([short + 1] * longer + [short] * (columns - longer), initial=0))
-    longest = [max(map(len, labels[start:end])) for start, end in pairwise(ends)]
-    return sum(LETTER * length + LEGEND_SIGN for length in longest)
+    return [labels[start:end] for start, end in pairwise(ends)]
 
 
 def _short(value: float) -> str:

@@ -7,8 +7,10 @@ The config of every run is in its result file, so nobody has to say what was swe
 - a *choice* of the one who uses a method: rank, scale, learning rate, the method's own options. Runs of another choice
   are another row of the same table, and a column shows the value.
 
-Runs that differ in nothing but the seed are one row. Nothing else is ever averaged. Measured and simulated results have
-different modes and never meet; results of several machines meet only on demand, as rows of their own.
+Runs that differ in nothing but the seed are one row. Nothing else is ever averaged: not two pruned checkpoints either,
+whether they come from another `prune.seed` or from a model that came with zeros; the fingerprint of the zeros is a
+protocol value. Measured and simulated results have different modes and never meet; results of several machines meet
+only on demand, as rows of their own.
 """
 
 import json
@@ -19,13 +21,15 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.results import CONTROLS, MACHINE
+from analysis.results import CONTROLS, MACHINE, is_dense
+from lors.harness.identity import ABSENT, CONSTRUCTION
 
 __all__ = [
     "AXES",
     "Group",
     "below",
     "check_one_machine",
+    "configs",
     "flat",
     "groups_of",
     "repeats_shared",
@@ -40,7 +44,7 @@ IGNORED = (
     *("seed", "mode", "sparsity", "pattern", "force", "only", "name", "runs_root", "cache_root", "save_merged"),
     *("launch", "model.name", "prune.name", "eval.baselines"),
     *("train.checkpoint_every", "train.steps_by_mode", "train.tuned"),
-    *("method.name", "method._target_", "method.merges", "method.keeps_zeros"),
+    *("method.name", "method.merges", "method.keeps_zeros"),
 )
 # On random weights and tokens, without scores, these say nothing.
 IGNORED_WITHOUT_DATA = ("data", "eval", "prune", "model.path", "model.revision")
@@ -48,6 +52,8 @@ CHOICES = (
     *("adapter", "method", "train.learning_rate", "train.minimum_learning_rate", "train.warmup_steps"),
     *("train.weight_decay", "train.betas", "train.max_grad_norm", *MACHINE),
 )
+# Digits of a fingerprint.
+SHOWN = 12
 # Folders of conf/ in which every file has keys of its own: values are compared between runs of the same file.
 OWNERS = {name: f"{name}.name" for name in ("model", "prune", "method", "data", "eval")}
 # What the scores of a model without fine-tuning depend on.
@@ -89,7 +95,8 @@ def groups_of(table: pd.DataFrame, *, mix: bool = False) -> list[Group]:
     Raises:
         ValueError: A table would mix devices or versions, and `mix` is false.
     """
-    table = table.assign(values=[_values(row) for _, row in table.iterrows()])
+    values = zip(table.iterrows(), configs(table), strict=True)
+    table = table.assign(values=[_values(row, config) for (_, row), config in values])
     is_control = table.method.isin(CONTROLS)
     trained, controls = table[~is_control], table[is_control & (table["mode"] == "run")]
     groups = []
@@ -115,7 +122,7 @@ def varying(configs: Iterable[Values]) -> list[str]:
     What belongs to one method, pruner or the like is compared within it. A key of a method that repeats a shared one is
     left out.
     """
-    configs = list(configs)
+    configs = sorted(configs, key=text_of)  # the order of columns must not depend on names of folders
     seen: dict[str, dict[Any, set[str]]] = defaultdict(lambda: defaultdict(set))
     for key in dict.fromkeys(key for config in configs for key in config):
         owner = OWNERS.get(key.split(".")[0])
@@ -149,9 +156,9 @@ def _group(
     """The table that `head` stands in: its controls are those of the same protocol (and, unless mixed, machine)."""
     same_protocol = [key for key in keys if not key.startswith("prune.")]
     wanted = text_of(_picked(head["values"], same_protocol))
-    dense = trained[(trained.pruner == "none") & (trained.model == head.model)]
+    dense = trained[(trained.pruner == "none") & (trained.sparsity == 0) & (trained.model == head.model)]
     dense = _where(dense, lambda row: text_of(_picked(row["values"], same_protocol)) == wanted)
-    if head.pruner == "none" or head["mode"] != "run":
+    if is_dense(head) or head["mode"] != "run":
         dense = dense.iloc[:0]
     controls = _where(controls, lambda row: _is_control_of(row, head))
     if not mix:
@@ -170,9 +177,26 @@ def _group(
     )
 
 
-def _values(row: pd.Series) -> Values:
+def configs(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """The flat config of every row of `results.load`, with what tells two runs apart that were configured alike.
+
+    That is the fingerprint of the zeros (`prune.support`), where it is needed. Class paths are left out: a method is
+    known by its name. An option that older runs of a method lack gets the value that its absence means (`ABSENT`).
+    """
+    flats = [{key: value for key, value in flat(config).items() if key.split(".")[-1] not in CONSTRUCTION}
+             for config in table.config]  # fmt: skip
+    known = {(config["method.name"], key) for config in flats for key in ABSENT if key in config}
+    for config, support in zip(flats, table.support, strict=True):
+        for key in ABSENT:
+            if (config["method.name"], key) in known:
+                config.setdefault(key, ABSENT[key])
+        if support is not None:
+            config["prune.support"] = support[:SHOWN]
+    return flats
+
+
+def _values(row: pd.Series, config: Values) -> Values:
     """The flat config as far as it can matter for this row, and the machine."""
-    config = flat(row.config)
     if row.method in CONTROLS:
         config = {key: value for key, value in config.items() if below(key, OF_CONTROLS[row.method])}
     elif row["mode"] != "run":

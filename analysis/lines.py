@@ -8,8 +8,9 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.groups import Group, sortable
+from analysis.groups import Group, below, sortable
 from analysis.measures import Measure
+from analysis.results import is_dense
 from analysis.statistics import Sample
 from analysis.style import END_STATES, name_of, order_of
 
@@ -17,6 +18,8 @@ __all__ = ["Line", "choice_headers", "contenders", "lines_of", "reference_of", "
 
 REFERENCE = "lora"
 ABSENT = "-"
+# Last parts of config keys that several groups have.
+VAGUE = ("name", "path", "seed", "split", "text")
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,14 @@ class Line:
         """Whether every run ended as one model in which every zero of the pruned one is still there."""
         return bool((self.rows.zeros_kept == 1).all())
 
+    @property
+    def pool(self) -> str | None:
+        """Name of the variants of one method that this is one of, as `statistics` has them; None for a control."""
+        if self.role == "control":
+            return None
+        shared = {key: value for key, value in self.choices.items() if not below(key, ("method",))}
+        return f"{self.method} {self.end_state} {json.dumps(shared, default=str)}"
+
     def sample(self, measure: Measure) -> Sample:
         """A number by seed, without the runs that do not have it."""
         return measure.sample(self.rows)
@@ -71,14 +82,15 @@ def lines_of(group: Group, *, controls: bool) -> list[Line]:
     """
     lines = []
     if controls:
-        lines += _control("dense", group)
-        if group.axes["pruner"] != "none":
-            lines += _tuned_dense(group) + _control("pruned", group)
+        comes_sparse = group.axes["pruner"] == "none" and not is_dense(group.axes)  # from what, nobody knows
+        lines += [] if comes_sparse else _control("dense", group)
+        if not is_dense(group.axes):
+            lines += ([] if comes_sparse else _tuned_dense(group)) + _control("pruned", group)
     return lines + sorted(_trained(group.runs, group), key=_order)
 
 
-def reference_of(line: Line, lines: list[Line]) -> Line | None:
-    """The LoRA line that a line is compared with: the adapter as trained, the shared settings the same.
+def reference_of(line: Line, lines: list[Line]) -> int | None:
+    """Place of the LoRA line that a line is compared with: the adapter as trained, the shared settings the same.
 
     A setting counts if some method was run with several values of it (a sweep of ranks, say); one that was tuned for
     each method does not. None if there is no such LoRA line, or more than one.
@@ -87,8 +99,8 @@ def reference_of(line: Line, lines: list[Line]) -> Line | None:
         return None
     swept = [key for key in line.choices if not key.startswith("method.") and _is_swept(key, lines)]
     same = [
-        other
-        for other in lines
+        place
+        for place, other in enumerate(lines)
         if (other.method, other.role, other.headline) == (REFERENCE, "method", True)
         and all(other.choices.get(key) == line.choices[key] for key in swept)
     ]
@@ -191,8 +203,9 @@ def _identity(line: Line) -> str:
 
 
 def short_name(key: str) -> str:
-    """A config key for readers: its last part, in words."""
-    return key.split(".")[-1].replace("_", " ")
+    """A config key for readers: its last part in words, with the one before where the last says nothing by itself."""
+    parts = key.split(".")
+    return " ".join(parts[-2 if parts[-1] in VAGUE else -1 :]).replace("_", " ")
 
 
 def _text(value: Any) -> str:

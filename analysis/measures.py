@@ -30,7 +30,7 @@ class Measure:
     def sample(self, rows: pd.DataFrame, factor: float = 1.0) -> Sample:
         """`factor` times the number by seed, without the runs that do not have it."""
         values, errors, items = {}, [], {}
-        for _, row in rows.iterrows():
+        for _, row in rows.sort_values("seed", kind="stable").iterrows():  # sums must not depend on names of folders
             value = self.value(row)
             if math.isnan(value):
                 continue

@@ -1,27 +1,30 @@
 """The words around a table: its title, what a reader must know of its numbers, and the runs that have none."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 
 from analysis.groups import Group, sortable
-from analysis.lines import short_name
+from analysis.lines import Line, short_name
+from analysis.measures import ACCURACY
 from analysis.results import MACHINE
-from analysis.statistics import ALPHA
+from analysis.statistics import ALPHA, CONDITION, pooled
 from analysis.style import name_of, order_of
 
-__all__ = ["LEGEND", "failures_of", "notes_of", "settings", "slug", "slug_of", "title_of"]
+__all__ = ["LEGEND", "failures_of", "notes_of", "pooling_of", "pruning_of", "settings", "slug", "slug_of", "title_of"]
 
 LEGEND = (
     "Scores are in per cent; ± is the standard deviation over n seeds, beside `Δ LoRA` the standard error of the "
     "difference. `Δ LoRA` and `× LoRA` compare with LoRA as trained (the adapter beside the sparse weight) with the "
     "same settings.",
-    f"A score is **bold** if it differs from that of every other row at the two-sided level {ALPHA:g}: a paired t-test "
-    "over seeds and test items, which all methods share (two-way layout, Welch-Satterthwaite degrees of freedom; where "
-    "single items are not recorded, the errors of two methods on them are taken as independent, which is cautious). "
-    "One seed shows no spread, so nothing is bold then. Controls, and models that lost zeros or are not one merged "
-    "model, do not compete.",
+    "A score is **bold** if it differs from that of every other row at the two-sided level "
+    f"{ALPHA:g}, in a test that is paired over seeds and test items, which all methods share (two-way layout; a line "
+    "below each table says how many degrees of freedom the variance over the seeds has; where single items are not "
+    "recorded, the errors of two methods on them are taken as independent, which is cautious). One seed shows no "
+    "spread: nothing is bold then. Controls, and models that lost zeros or are not one merged model, do not compete.",
+    f"This, and every p value in `differences.csv` (`holm`: corrected for all pairs of its table), is {CONDITION}.",
     "A cost is **bold** if its range ends before every other one begins: step times from p10 to p90, bytes over the "
     "seeds.",
     "`-` was not measured; OOM ran out of memory.",
@@ -37,10 +40,17 @@ MODES = {"run": "", "profile": "random weights, time and memory only", "simulate
 def title_of(group: Group) -> str:
     """Model, how it was pruned, and the protocol where there are several."""
     axes = group.axes
-    pruned = "not pruned" if axes["sparsity"] == 0 else f"{axes['pruner']} {axes['label']}"
+    pruned = pruning_of(axes)
     if axes["mode"] != "run":
         pruned = f"sparsity {axes['label']}"
     return ", ".join(part for part in (axes["model"], pruned, MODES[axes["mode"]], *settings(group.protocol)) if part)
+
+
+def pruning_of(axes: Mapping[str, Any]) -> str:
+    """How a model came to its zeros."""
+    if axes["sparsity"] == 0:
+        return "not pruned"
+    return f"{'came with zeros,' if axes['pruner'] == 'none' else axes['pruner']} {axes['label']}"
 
 
 def settings(values: Mapping[str, object]) -> list[str]:
@@ -65,6 +75,25 @@ def notes_of(group: Group) -> list[str]:
     notes = (_contradiction(group.controls), _items(finished), _perplexity(finished), _memory(group.runs),
              _machine(finished), _code(finished))  # fmt: skip
     return [note for note in notes if note]
+
+
+def pooling_of(lines: Sequence[Line]) -> str | None:
+    """Over which lines of a table the variance over the seeds was pooled; None if there is none to pool."""
+    pools: dict[str, list[Line]] = {}
+    for line in lines:
+        if line.pool is not None and line.n > 1:
+            pools.setdefault(line.pool, []).append(line)
+    if not pools:
+        return None
+    found = []
+    for same in pools.values():
+        rows = pooled([line.sample(ACCURACY) for line in same])
+        if rows:
+            degrees = (len(rows) - 1) * (rows[0].n - 1)
+            found.append(f"over the {len(rows)} rows of {same[0].label} ({degrees} degrees of freedom)")
+    if not found:
+        return "Variance over the seeds: not pooled, n - 1 degrees of freedom for every pair."
+    return f"Variance over the seeds: pooled {' and '.join(found)}, else n - 1 degrees of freedom."
 
 
 def failures_of(group: Group) -> list[str]:

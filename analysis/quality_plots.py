@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import textwrap
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,6 +18,7 @@ from analysis.measures import ACCURACY, number
 from analysis.notes import slug, slug_of
 from analysis.results import CONTROLS
 from analysis.statistics import ALPHA, Sample, difference
+from analysis.steps import losses_of
 from analysis.style import DOTTED, Style, name_of, order_of, style_of
 
 if TYPE_CHECKING:
@@ -33,8 +34,8 @@ TUNED_DENSE = replace(style_of("dense"), name="dense, same fine-tuning", marker=
 SMOOTHED = 0.05
 # Marks on a loss curve.
 MARKS = 6
-# Inches, of one method in a plot that has a line of text for each.
-ROW_HEIGHT = 0.17
+# Of a plot that has a line of text for each method: its height in inches, and the letters that fit beside the axis.
+ROW_HEIGHT, NAME_LETTERS = 0.17, 20
 
 
 def accuracy_by_sparsity(groups: list[Group], mix: bool) -> Iterator[Drawn]:
@@ -182,19 +183,23 @@ def _sparsity_figure(
 
 def _recovery(lines: list[Line], controls: dict[str, Sample], pruned: float, lost: float) -> Figure:
     """One row for each method: mean and standard deviation over the seeds, and its control."""
-    figure, (axes,) = new_figure(height=ROW_HEIGHT * len(lines) + 0.75)
+    # A row is as high as its name, which must leave room for the axis.
+    names = [textwrap.wrap(line.label, NAME_LETTERS) for line in lines]
+    heights = np.array([len(name) for name in names])
+    rows = heights.cumsum() - heights / 2 - 0.5
+    figure, (axes,) = new_figure(height=ROW_HEIGHT * heights.sum() + 0.75)
     shares = [Sample({seed: 100 * (v - pruned) / lost for seed, v in _score(line).values.items()}) for line in lines]
-    for row, (line, style, share) in enumerate(zip(lines, styles_of(lines), shares, strict=True)):
+    for row, line, style, share in zip(rows, lines, styles_of(lines), shares, strict=True):
         curve(axes, replace(style, name="_"), [share.mean], [row], error_x=[share.std])  # named on the axis
         if line.method in controls:
             mark(axes, TUNED_DENSE, 100 * (controls[line.method].mean - pruned) / lost, row)
     axes.axvline(0, **_without_marker(style_of("pruned")))
     axes.axvline(100, **_without_marker(style_of("dense")))
-    axes.set_yticks(range(len(lines)), [line.label for line in lines])
-    axes.set_ylim(len(lines) - 0.4, -0.6)
+    axes.set_yticks(rows, ["\n".join(name) for name in names])
+    axes.set_ylim(heights.sum() - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
     axes.margins(x=0.1)  # so that the last number below the axis is whole
-    axes.set_xlabel("share of the pruning loss won back (%)")
+    axes.set_xlabel("share of the pruning loss won back (%)", loc="right")  # it may be wider than the axis
     return finish(figure, [axes])
 
 
@@ -205,10 +210,7 @@ def _tuned_dense(lines: list[Line]) -> list[Line]:
 
 def _losses(line: Line) -> np.ndarray:
     """Loss by step, mean over the seeds as far as all of them go, smoothed."""
-    runs = []
-    for file in line.rows.steps_file:
-        if file is not None and file.exists():
-            runs.append([json.loads(text)["loss"] for text in file.read_text(encoding="utf-8").splitlines()])
+    runs = [[loss for _, loss in losses] for file in line.rows.steps_file if (losses := losses_of(file))]
     steps = min(map(len, runs), default=0)
     if steps < 2:
         return np.array([])

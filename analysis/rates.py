@@ -2,7 +2,8 @@
 
 Every method must have had the same search: the same rates, each with the same seeds. The rate with the best mean
 accuracy wins, on items that no table scores; a rate at which a run diverged cannot. A winner at an end of the grid says
-that the grid was too narrow. The winners are written into the recipe that the tables use.
+that the grid was too narrow. With ``--write`` the winners reach the recipe that the tables use; methods that were not
+searched keep the rates that they have there.
 """
 
 import argparse
@@ -10,8 +11,10 @@ import re
 from pathlib import Path
 
 import pandas as pd
+import yaml
 
 from analysis.results import CONTROLS, add_run_arguments, load, output_folder
+from lors.harness.store import write_text
 
 __all__ = ["add_arguments", "run", "searched", "table_of", "winners", "write_recipe"]
 
@@ -22,7 +25,7 @@ def searched(table: pd.DataFrame) -> pd.DataFrame:
     """Mean accuracy in points, a row for each method and a column for each rate; NaN where a run did not end well.
 
     Raises:
-        ValueError: No fine-tuned run, or methods that were not searched alike.
+        ValueError: No fine-tuned run, methods that were not searched alike, or no search: a single rate.
     """
     rows = table[table.headline & ~table.method.isin(CONTROLS)]
     if rows.empty:
@@ -35,6 +38,8 @@ def searched(table: pd.DataFrame) -> pd.DataFrame:
     for method, other in others:
         if other != budget:
             raise ValueError(f"runs: not the same search for {first} ({len(budget)} runs) and {method} ({len(other)})")
+    if rows.rate.nunique() == 1:
+        raise ValueError(f"runs: only the rate {rows.rate.iloc[0]:g} below; a search has two or more")
     means = rows.groupby(["method", "rate"]).accuracy.agg(lambda values: values.mean(skipna=False))
     return means.unstack("rate").astype(float)
 
@@ -67,30 +72,35 @@ def table_of(means: pd.DataFrame) -> str:
 
 
 def write_recipe(best: dict[str, float], file: Path) -> None:
-    """Replace the rates (``tuned``) in a recipe like ``conf/train/tuned.yaml``, and nothing else in it.
+    """Set the rates of these methods (``tuned``) in a recipe like ``conf/train/tuned.yaml``, and nothing else in it.
 
     Raises:
         ValueError: The file has no such key.
     """
-    block = "tuned:\n" + "".join(f"  {method}: {rate!r}\n" for method, rate in sorted(best.items()))
-    text, found = re.subn(r"^tuned:.*\n(?:[ ]+.*\n)*", block, file.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    if found != 1:
-        raise ValueError(f"--recipe={file}: must have one key tuned, as conf/train/tuned.yaml has")
-    file.write_text(text, encoding="utf-8")
+    text = file.read_text(encoding="utf-8")
+    blocks = list(re.finditer(r"^tuned:.*\n(?:[ ]+.*\n?)*", text, flags=re.MULTILINE))
+    known = yaml.safe_load(blocks[0][0])["tuned"] if len(blocks) == 1 else None
+    if not isinstance(known, dict):
+        raise ValueError(f"--recipe={file}: must have one key tuned with a rate for each method, as {RECIPE.name} has")
+    rates = "".join(f"  {method}: {rate!r}\n" for method, rate in sorted((known | best).items()))
+    start, end = blocks[0].span()
+    write_text(file, f"{text[:start]}tuned:\n{rates}{text[end:]}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The folders of runs, and the recipe to write to."""
+    """The folders of runs, and the recipe."""
     add_run_arguments(parser)
-    parser.add_argument("--recipe", type=Path, default=RECIPE, help=f"file to write the rates to; default: {RECIPE}")
+    parser.add_argument("--write", action="store_true", help="write the rates that were found into the recipe")
+    parser.add_argument("--recipe", type=Path, default=RECIPE, help=f"file that has the rates; default: {RECIPE}")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the search and write the winners; ``lr.md`` keeps it beside the runs."""
+    """Print the search, and write the winners if asked to; ``lr.md`` keeps the search beside the runs."""
     means = searched(load(options.runs))
     text = table_of(means)
     output = output_folder(options)
     (output / "lr.md").write_text(text, encoding="utf-8")
-    write_recipe(winners(means), options.recipe)
-    print(f"{text}\n{options.recipe}: written")
+    if options.write:
+        write_recipe(winners(means), options.recipe)
+    print(f"{text}\n{options.recipe}: {'written' if options.write else 'not changed; --write sets these rates'}")
     return 0

@@ -30,7 +30,7 @@ def markdown(tables: Sequence[Table]) -> str:
     for table in tables:
         parts.append(f"## {table.title}")
         parts += [_pipes(_grid(table, *panel, bold="**{}**".format)) for panel in _panels(table)]
-        own = [note for note in table.notes if note not in shared]
+        own = [note for note in table.remarks if note not in shared]
         parts += [*([" ".join(own)] if own else []), *_failures(table)]
     return "\n\n".join(parts) + "\n"
 
@@ -91,7 +91,7 @@ def _environment(table: Table, columns: Sequence[Column], rows: Sequence[Row]) -
     controls = sum(row.role == "control" for row in rows)
     if 0 < controls < len(rows):
         lines.insert(controls, r"\midrule")
-    notes = " ".join([*table.notes, *(f"No result: {line}." for line in table.failures)])
+    notes = " ".join([*table.remarks, *(f"No result: {line}." for line in table.failures)])
     return "\n".join(
         [
             r"\begin{table*}[t]",

@@ -13,6 +13,8 @@ from analysis.claims import REPRODUCED, UNCLEAR, UNTESTABLE, WRONG, Finding
 from analysis.columns import Column
 from analysis.compare import Comparison
 from analysis.report_runs import Run, Runs, pruning
+from analysis.results import zeros_kept
+from analysis.statistics import CONDITION
 from analysis.style import name_of, style_of
 from analysis.table_parts import Row, Table
 
@@ -76,7 +78,7 @@ def results(tables: Sequence[Table], of: Runs, legend: Sequence[str]) -> Section
         )
         panels = (("Scores", quality, table.rows), ("Size, memory and time", table.cost, table.trainings))
         body += [_panel(name, columns, rows, table, of) for name, columns, rows in panels if columns and rows]
-        own = [note for note in table.notes if note not in shared] + list(table.failures)
+        own = [note for note in table.remarks if note not in shared] + list(table.failures)
         body += [f'<p class="notes">{" ".join(map(_marked, own))}</p>'] if own else []
     reading = "".join(f"<p>{_marked(text)}</p>" for text in [*legend, *shared])
     body.insert(0, f'<details class="notes"><summary>How to read the tables</summary>{reading}</details>')
@@ -148,7 +150,8 @@ def claims(findings: Sequence[Finding], of: Runs) -> Section:
     models = list(dict.fromkeys(model for finding in findings for model in finding.models))
     intro = (
         f"<p>What the papers claim, weighed against these runs. A verdict is about <strong>{escape(', '.join(models))}"
-        "</strong>; on the models of the papers it may be another. A tolerance is ours, the papers name none.</p>"
+        "</strong>; on the models of the papers it may be another. A tolerance is ours, the papers name none. Verdicts "
+        f"on scores rest on p values that are {CONDITION}.</p>"
         if models
         else "<p>What the papers claim. These runs bear on none of it.</p>"
     )
@@ -264,14 +267,12 @@ def _run_row(run: Run) -> str:
     scores, zeros, memory, time = content["eval"] or {}, content["zeros"] or {}, content["memory"], content["time"]
     ok = content["status"] == "ok"
     perplexity, average = scores.get("perplexity") or {}, scores.get("average") or {}
-    kept = None
-    if zeros.get("lost") is not None and zeros.get("after_prune"):
-        kept = 100.0 if zeros["lost"] == 0 else 100 * min(1.0, zeros["after_merge"] / zeros["after_prune"])
+    kept = 100 * zeros_kept(zeros)
     values = [
         (content["seed"], "{:.0f}"),
         (None if average.get("value") is None else 100 * average["value"], "{:.1f}"),
         (perplexity.get("value"), "{:.2f}"),
-        (kept, "{:.2f}"),
+        (None if math.isnan(kept) else kept, "{:.2f}"),
         (None if not memory.get("train_peak") else memory["train_peak"] / MEBIBYTE, "{:,.1f}"),
         ((time["step_ms"] or {}).get("p50"), "{:,.1f}"),
     ]

@@ -12,6 +12,9 @@ from urllib.parse import quote
 import pandas as pd
 
 from analysis.groups import flat
+from analysis.notes import pruning_of
+from analysis.results import read
+from analysis.steps import losses_of
 from analysis.style import END_STATES, name_of
 
 __all__ = ["Run", "Runs", "gather"]
@@ -100,7 +103,7 @@ def gather(table: pd.DataFrame, output: Path) -> Runs:
     runs: dict[str, Run] = {}
     taken: set[str] = set()
     for path in dict.fromkeys(table.path):
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read(path)
         name = f"run-{content['key']}"
         # One key may have been run on several machines.
         name = next(free for n in range(1, len(taken) + 2) if (free := name if n == 1 else f"{name}-{n}") not in taken)
@@ -113,10 +116,8 @@ def gather(table: pd.DataFrame, output: Path) -> Runs:
 
 def pruning(content: Mapping[str, Any]) -> str:
     """How the model of a run was pruned, in words."""
-    if not content["sparsity"]:
-        return "not pruned"
-    label = content["pattern"] if content["pattern"] != "unstructured" else f"{content['sparsity']:g}"
-    return f"{content['pruner']} {label}"
+    label = content["pattern"] if content["pattern"] != "unstructured" else f"{content['sparsity']:.4g}"
+    return pruning_of({**content, "label": label})
 
 
 def _link(file: Path, output: Path) -> str:
@@ -124,10 +125,7 @@ def _link(file: Path, output: Path) -> str:
 
 
 def _loss(file: Path) -> list[tuple[int, float]]:
-    if not file.exists():
-        return []
-    steps = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    points = [(step["step"], step["loss"]) for step in steps if isinstance(step.get("loss"), int | float)]
+    points = [(step, loss) for step, loss in losses_of(file) if not math.isnan(loss)]
     every = max(1, math.ceil(len(points) / POINTS))
     thinned = points[::every]
     thinned += points[-1:] if points and thinned[-1] != points[-1] else []

@@ -5,7 +5,9 @@ Runs that failed or ran out of memory are rows too, with their axes and sizes an
 that no mean can pick up what a broken run had measured before it broke. The columns:
 
     axes      status (ok, oom, failed), mode, method, model, pruner, pattern, sparsity, seed (NaN for a control),
-              label ("0.5", "2:4", "0"), end_state, headline (the first end state of its run)
+              label ("0.5", "2:4", "0"), end_state, headline (the first end state of its run). A model that came with
+              zeros has the pruner none and the sparsity that was measured
+    support   fingerprint of the zeros that the run started from, where runs with one config have several; else None
     run       key, path (of result.json), experiment, error, config (nested, resolved), steps_file
     machine   device, threads, python, torch, transformers, peft, lm_eval, datasets, git_commit, git_dirty
     quality   accuracy and accuracy_stderr (points), accuracy_metric, averaged (tasks), tasks, task_stderr, task_metric,
@@ -23,14 +25,18 @@ that no mean can pick up what a broken run had measured before it broke. The col
 
 import argparse
 import json
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-__all__ = ["CONTROLS", "MACHINE", "add_run_arguments", "load", "output_folder"]
+from analysis.shape import problem_of
+from lors.harness.store import read_result
+
+__all__ = ["CONTROLS", "MACHINE", "add_run_arguments", "is_dense", "load", "output_folder", "read", "zeros_kept"]
 
 SCHEMA = 1
 # Models that no method has trained; rows of their own, whatever run they were scored in.
@@ -58,19 +64,27 @@ def output_folder(options: argparse.Namespace) -> Path:
 def load(folders: Iterable[Path]) -> pd.DataFrame:
     """All results below `folders`, columns as in the module's text.
 
-    A ``method=none`` run is the control that it scores: "pruned", or "dense" if nothing was pruned. A run that was
+    A ``method=none`` run is the control that it scores: "pruned", or "dense" if it has no zeros. A run that was
     repeated on the same machine counts once: the finished one, then the latest.
 
     Raises:
-        ValueError: No result file below `folders`, or one that cannot be read.
+        ValueError: No result file below `folders`, or one that is damaged.
     """
     folders = [Path(folder) for folder in folders]
-    files = [file for folder in folders for file in sorted(folder.rglob("result.json"))]
+    # Hidden is a repetition under way, or failed, beside its good result.
+    files = [
+        file
+        for folder in folders
+        for file in sorted(folder.rglob("result.json"))
+        if not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    ]
     if not files:
         raise ValueError(f"runs={', '.join(map(str, folders))}: no result.json below")
     rows: dict[tuple[str, ...], dict[str, Any]] = {}
-    for file, result in _newest((file, _read(file)) for file in files):
-        for row in _rows(result, file):
+    results = _newest((file, read(file)) for file in files)
+    supports = _supports(result for _, result in results)
+    for file, result in results:
+        for row in _rows(result, file, supports[_pruned_model(result)]):
             if row["method"] not in CONTROLS:
                 rows[result["key"], *_machine(row), str(row["end_state"])] = row
             elif row["status"] == "ok":
@@ -82,23 +96,58 @@ def load(folders: Iterable[Path]) -> pd.DataFrame:
     return table.astype({name: float for name in table if set(map(type, table[name])) == {float}})
 
 
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        result = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file}: not a result file ({error})") from error
-    if not isinstance(result, dict) or result.get("schema") != SCHEMA:
-        found = result.get("schema") if isinstance(result, dict) else result
-        raise ValueError(f"{file}: schema {found}; this version reads {SCHEMA}")
+def read(file: Path) -> dict[str, Any]:
+    """The content of a result file.
+
+    Raises:
+        ValueError: It is damaged: no JSON, changed since it was written, or without a field that is read here.
+    """
+    result = read_result(file)
+    if result is None:
+        raise ValueError(f"{file}: is gone")
+    if result.get("schema") != SCHEMA:
+        raise ValueError(f"{file}: schema {result.get('schema')}; this version reads {SCHEMA}")
+    if problem := problem_of(result):
+        raise ValueError(f"{file}: damaged, {problem}")
     return result
+
+
+def is_dense(values: Mapping[str, Any]) -> bool:
+    """Whether a run, by its axes, starts from the model as it is, without zeros."""
+    return values["pruner"] == "none" and values["sparsity"] == 0
+
+
+def _pruned_model(result: dict[str, Any]) -> str:
+    """What a pruned model is made of."""
+    axes = [result[axis] for axis in ("mode", "pruner", "pattern", "sparsity")]
+    return json.dumps([*axes, result["config"]["model"], result["config"]["prune"]], sort_keys=True)
+
+
+def _supports(results: Iterable[dict[str, Any]]) -> dict[str, set[str]]:
+    """The fingerprints that are known of each pruned model."""
+    known: dict[str, set[str]] = defaultdict(set)
+    for result in results:
+        if result["mode"] == "run" and result.get("support"):
+            known[_pruned_model(result)].add(result["support"]["sha256"])
+    return known
+
+
+def _support(result: dict[str, Any], known: set[str]) -> str | None:
+    """The fingerprint of a run, where it takes one to tell its pruned model from another."""
+    own = result.get("support")
+    return own["sha256"] if own and len(known) > 1 and not is_dense(result) else None
 
 
 def _newest(results: Iterable[tuple[Path, dict[str, Any]]]) -> list[tuple[Path, dict[str, Any]]]:
     """One result for each run and machine; those that scored a control by itself come first."""
     kept: dict[tuple[str, ...], tuple[Path, dict[str, Any]]] = {}
-    for file, result in sorted(results, key=lambda item: (item[1]["status"] == "ok", item[1]["environment"]["end"])):
+    for file, result in sorted(results, key=lambda item: (item[1]["status"] == "ok", _end(item[1]))):
         kept[result["key"], *_machine(result["environment"])] = (file, result)
     return sorted(kept.values(), key=lambda item: (item[1]["method"] != "none", item[0]))
+
+
+def _end(result: dict[str, Any]) -> str:
+    return result["environment"]["end"] or ""
 
 
 def _machine(values: dict[str, Any]) -> tuple[str, ...]:
@@ -114,18 +163,19 @@ def _control_identity(row: dict[str, Any]) -> tuple[str, ...]:
     config = row["config"]
     parts = [config["model"], config["eval"]] + ([config["prune"]] if row["method"] == "pruned" else [])
     scores = f"{row['accuracy']:.2f} {row['heldout_loss']:.3f}"
-    return (row["method"], row["label"], json.dumps(parts, sort_keys=True), *_machine(row), scores)
+    return (row["method"], row["label"], str(row["support"]), json.dumps(parts, sort_keys=True), *_machine(row), scores)
 
 
-def _rows(result: dict[str, Any], file: Path) -> Iterator[dict[str, Any]]:
-    run = {**_axes(result), **_origin(result, file), **_sizes(result["parameters"])}
+def _rows(result: dict[str, Any], file: Path, supports: set[str]) -> Iterator[dict[str, Any]]:
+    run = {**_axes(result), "support": _support(result, supports), **_origin(result, file)}
+    run |= _sizes(result["parameters"])
     ok = result["status"] == "ok"
     cost = {**_memory(result["memory"] if ok else {}), **_time(result if ok else {})}
     if result["method"] == "none":
         yield (
             run
             | cost
-            | _as_control("dense" if result["pruner"] == "none" else "pruned")
+            | _as_control("dense" if is_dense(result) else "pruned")
             | (_quality(result["eval"] if ok else None) | _zeros(result["zeros"] if ok else None))
         )
         yield from _controls(result, run, ("dense",)) if ok else ()
@@ -142,14 +192,14 @@ def _controls(result: dict[str, Any], run: dict[str, Any], names: Iterable[str])
     """The baseline scores that a run carries; none of its own cost belongs to them."""
     for name in names:
         scores = result["baselines"][name]
-        if scores is None or (name == "pruned" and result["pruner"] == "none"):
+        if scores is None or (name == "pruned" and is_dense(result)):
             continue
         row = run | _as_control(name) | _sizes({"trainable": 0}) | _memory({}) | _time({}) | _quality(scores)
         zeros = result["zeros"] if name == "pruned" else None
         before = {} if zeros is None else {"after_prune": zeros["after_prune"], "after_merge": zeros["after_prune"]}
         row |= _zeros(before | {"lost": 0, "gained": 0} if before else None)
         if name == "dense":
-            row |= {"pruner": "none", "pattern": "unstructured", "sparsity": 0.0, "label": "0"}
+            row |= {"pruner": "none", "pattern": "unstructured", "sparsity": 0.0, "label": "0", "support": None}
         yield row
 
 
@@ -159,7 +209,7 @@ def _as_control(name: str) -> dict[str, Any]:
 
 def _axes(result: dict[str, Any]) -> dict[str, Any]:
     axes = ("status", "mode", "method", "model", "pruner", "pattern")
-    label = result["pattern"] if result["pattern"] != "unstructured" else f"{result['sparsity']:g}"
+    label = result["pattern"] if result["pattern"] != "unstructured" else f"{result['sparsity']:.4g}"
     numbers = {axis: _number(result[axis]) for axis in ("sparsity", "seed")}
     return {**{axis: result[axis] for axis in axes}, **numbers, "label": label}
 
@@ -213,13 +263,13 @@ def _zeros(zeros: dict[str, Any] | None) -> dict[str, Any]:
         "zeros_after": _number(zeros.get("after_merge")),
         "zeros_lost": _number(zeros.get("lost")),
         "zeros_gained": _number(zeros.get("gained")),
-        "zeros_kept": _kept(zeros),
+        "zeros_kept": zeros_kept(zeros),
         "pattern_valid": zeros.get("pattern_valid"),
     }
 
 
-def _kept(zeros: dict[str, Any]) -> float:
-    """Fraction of the old zeros that are still zero; NaN where it is not known.
+def zeros_kept(zeros: Mapping[str, Any]) -> float:
+    """Fraction of the zeros of the pruned model that are still zero; NaN where it is not known.
 
     The file has the fractions z and z' of zeros before and after, and the numbers of lost and of gained ones. From
     gained - lost = (z' - z) N follows N, the number of weights.

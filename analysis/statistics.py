@@ -1,8 +1,8 @@
 """Which difference is more than noise, from few seeds on one set of test items.
 
-A score has two sources of error. *Seeds*: another seed of the fine-tuning gives another model. *Items*: another draw of
-test questions gives another score, and more seeds do not help, because all of them answer the same questions. Both are
-in the difference d of two methods a and b that answered the same items i = 1 .. N with the same seeds s = 1 .. n:
+A score has two sources of error. *Seeds*: another seed of the fine-tuning gives another model. *Items*: another draw
+of test questions gives another score, and more seeds do not help, because all of them answer the same questions. Both
+are in the difference d of two methods a and b that answered the same items i = 1 .. N with the same seeds s = 1 .. n:
 
     d_si = a_si - b_si,    d_s = mean over i,    d_i = mean over s,    d = mean over both
 
@@ -13,37 +13,91 @@ Var(d) = S^2 / n + I^2 / N + R^2 / (n N), estimated by the mean squares of the t
     v_items = var(d_i) / N                                        I^2 / N + R^2 / (n N)
     v_rest  = var(d_si - d_s - d_i + d) / (n N)                   R^2 / (n N)          (n - 1)(N - 1) degrees of freedom
 
-    v = v_seeds + v_items - v_rest, but not less than v_seeds or v_items: each of them is in it
+    v = v_seeds + w    with    w = v_items - v_rest, but not less than 0
 
 A mean over tasks has v_items and v_rest of each task, over the squared number of tasks. The items of the held-out loss
-are the windows of the text. Where a score comes without its items, their errors e are taken as independent, v = v_seeds
-+ e_a^2 + e_b^2: an upper bound, since models that come from the same pruned one err on the same questions. Then
+are the windows of the text. Where a score comes without its items, their errors e are taken as independent, w = e_a^2
++ e_b^2: an upper bound, since models that come from the same pruned one err on the same questions. The standard error
+that is shown is sqrt(v), but not less than sqrt(v_items): each of the three parts is at least 0.
 
-    t = d / sqrt(v)    with    (n - 1) v^2 / v_seeds^2
+**Pooling.** v_seeds has f = n - 1 degrees of freedom: two, for three seeds. Of two different methods nothing better is
+known. Their spreads run from 0.0 to 1.7 points in one table; a pooled variance would be too small for those that
+spread most, and no pretest sees that from three seeds. So it is decided by design, never by the data: pooled are rows
+that are *variants of one method* in one table, that is on one pruned model with the same data, recipe, rate and rank,
+in one end state, which differ in that method's own options alone. For m >= 3 such rows with the same seeds, y_ks the
+score of row k with seed s,
 
-degrees of freedom (Welch 1947, Satterthwaite 1946: v_seeds is estimated from n - 1, the rest from hundreds of items).
-With three seeds and no item error this is Student's t with two degrees; with the item error it is milder, as it should
-be. A method that was run with one seed shows no spread and cannot win; a control has no seed and therefore none.
+    v_seeds = 2 var(y_ks - y_k - y_s + y) / n                     f = (m - 1)(n - 1) degrees of freedom
 
-*Best* is the row with the best mean if it differs from every other row at the two-sided level ALPHA. Picking the winner
-first and testing it afterwards needs no further correction: the two-sided p-value of the winner against the runner-up
-is valid for any number of rows (Gutmann and Maymin, Annals of Statistics 15, 1987; Hung and Fithian, arXiv 1610.03944).
+which is the mean of var(d_s) / n over all pairs of them. It assumes that they spread alike. Every table says whether
+it was pooled. Claims never are: their sides are two methods, or two variants without the others.
+
+**p values.** d / sqrt(v) has no t distribution: only a part of v rests on f degrees of freedom. Satterthwaite's
+explode where v_seeds is small by luck, and with three seeds a nominal 0.001 is then up to 0.016; f degrees for the
+whole of v are safe, and blind where the items dominate. Here
+
+    p = P(|sqrt(v_seeds) T_f + sqrt(w) T_g| > |d|)
+
+with independent t variables (Behrens 1929, Fisher 1935), g from the items, after Satterthwaite over the tasks. It is
+Student's test where w = 0 and that of the items where v_seeds = 0; in between its true size is below the nominal one,
+for small f far below. From f = `ENOUGH` on nothing forces this loss, and the prior of Ghosh and Kim (Canadian Journal
+of Statistics 29, 2001), with which nominal and true size agree, takes the place of Fisher's 1 / V for the true
+variance V of the seeds: (V + w) / V^2. p is then a mixture: with the weight v_seeds / v the one above, with the weight
+w / v the same for f + 2 degrees of freedom and v_seeds f / (f + 2). Sizes are simulated in
+`tests/test_analysis_statistics.py`: at 0.05, 0.01 and 0.001 at most 1.2 times the nominal one, and at least 0.8 times
+where six or more rows are pooled.
+
+All pairs of a table are corrected by Holm. *Best* is the row with the best mean if it differs from every other row at
+the two-sided level ALPHA. Picking the winner first and testing it afterwards needs no further correction: the
+two-sided p value of the winner against the runner-up is valid for any number of rows (Gutmann and Maymin, Annals of
+Statistics 15, 1987; Hung and Fithian, arXiv 1610.03944). A method that was run with one seed shows no spread and
+cannot win; a control has no seed and therefore none.
+
+Every p is conditional, and `CONDITION` says so wherever one stands: the seeds are those of the fine-tuning. Another
+pruned checkpoint, or another search of the rates, is a source of variation that no p here knows. The first can be
+varied (`experiment=prune_seeds`); its runs are tables of their own.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from itertools import combinations
 from typing import TypeVar
 
 import numpy as np
-from scipy import stats
+from numpy.polynomial.legendre import leggauss
+from scipy import special, stats
 
-__all__ = ["ALPHA", "Difference", "Sample", "best", "best_range", "difference", "pareto_front"]
+__all__ = [
+    "ALPHA",
+    "CONDITION",
+    "Difference",
+    "Sample",
+    "best",
+    "best_range",
+    "between",
+    "difference",
+    "differences",
+    "p_value",
+    "pareto_front",
+    "pooled",
+]
 
 ALPHA = 0.05
+CONDITION = "conditional on one pruned checkpoint and on learning rates from one search seed"
+# Degrees of freedom from which on p is the matching one; fewer rows than LEAST_POOLED have no more than n - 1.
+ENOUGH = 8
+LEAST_POOLED = 3
+# Points of the quadrature over a chi-square variable, of the seeds and of the items: p is right to 1e-4 of itself down
+# to 1e-8.
+POINTS, ITEM_POINTS = 128, 32
 Key = TypeVar("Key", bound=Hashable)
 # The score of each item, in the unit of the score, task by task.
 Items = Sequence[np.ndarray]
+# Name of the pool of each row.
+Pools = Mapping[Key, Hashable | None]
 
 
 @dataclass(frozen=True)
@@ -91,52 +145,161 @@ class Difference:
         mean: d, see the module's text.
         error: Its standard error from seeds and items.
         n: Seeds that both have.
-        p: Two-sided p-value of "no difference".
+        p: Two-sided p value of "no difference", of this pair alone.
+        degrees: Degrees of freedom f of the variance over the seeds; infinite where there are no seeds.
+        pooled: Number of rows that it was pooled over; 0 if it was not.
+        holm: p corrected for all pairs of the table; NaN before that.
     """
 
     mean: float
     error: float
     n: int
     p: float
+    degrees: float
+    pooled: int = 0
+    holm: float = math.nan
 
 
-def difference(a: Sample, b: Sample) -> Difference | None:
-    """Compare two methods over the seeds that both have; None if fewer than two say how far a seed matters."""
+def difference(a: Sample, b: Sample, pool: Sequence[Sample] = ()) -> Difference | None:
+    """Compare two methods over the seeds that both have; None if fewer than two say how far a seed matters.
+
+    Args:
+        a: One of them.
+        b: The other.
+        pool: The variants of one method, a and b among them, whose variance over the seeds is taken as one.
+    """
     pairs = _pairs(a, b)
     known = a.fixed and b.fixed
     n = len(pairs)
     if n < 2 and not known:
         return None
-    differences = [a.values[i] - b.values[j] for i, j in pairs]
-    mean = sum(differences) / n
-    of_seeds = 0.0 if known else _variance(differences) / n
+    d_s = [a.values[i] - b.values[j] for i, j in pairs]
+    mean = sum(d_s) / n
+    rows = pooled(pool)
+    rows = rows if {id(a), id(b)} <= set(map(id, rows)) else []
+    if known:
+        of_seeds, degrees = 0.0, math.inf
+    elif rows:
+        of_seeds, degrees = _pooled_variance(rows), (len(rows) - 1) * (n - 1)
+    else:
+        of_seeds, degrees = _variance(d_s) / n, n - 1
     paired = _item_differences(a, b, pairs)
     if paired is None:
-        variance = of_seeds + a.item_error**2 + b.item_error**2
+        of_items, of_rest, item_degrees = a.item_error**2 + b.item_error**2, 0.0, math.inf
     else:
-        of_items, of_rest = _item_variances(paired)
-        variance = max(of_seeds + of_items - of_rest, of_seeds, of_items)
-    return Difference(mean, math.sqrt(variance), n, _p_value(mean, of_seeds, variance, n))
+        of_items, of_rest, item_degrees = _item_variances(paired)
+    error = math.sqrt(max(of_seeds + of_items - of_rest, of_seeds, of_items))
+    p = float(p_value(mean, of_seeds, degrees, max(of_items - of_rest, 0.0), item_degrees))
+    return Difference(mean, error, n, p, degrees, len(rows))
 
 
-def best(samples: Mapping[Key, Sample], *, higher: bool) -> Key | None:
+def between(a: Key, b: Key, samples: Mapping[Key, Sample], pools: Pools | None = None) -> Difference | None:
+    """Compare two rows of a table.
+
+    Args:
+        a: One of them.
+        b: The other.
+        samples: The rows.
+        pools: For each row the name of the variants that it is one of, or None; without it nothing is pooled.
+    """
+    name = None if pools is None else pools[a]
+    pool = [] if name is None else [sample for key, sample in samples.items() if pools[key] == name]
+    return difference(samples[a], samples[b], pool)
+
+
+def differences(samples: Mapping[Key, Sample], pools: Pools | None = None) -> dict[tuple[Key, Key], Difference]:
+    """All pairs of a table that can be compared, in the order of the rows, corrected by Holm; see `between`."""
+    # It takes seconds to import, and only tables of pairs need it.
+    from statsmodels.stats.multitest import multipletests
+
+    of_pairs = {(a, b): between(a, b, samples, pools) for a, b in combinations(samples, 2)}
+    found = {pair: one for pair, one in of_pairs.items() if one is not None}
+    if not found:
+        return {}
+    corrected = multipletests([one.p for one in found.values()], method="holm")[1]
+    return {pair: replace(one, holm=float(p)) for (pair, one), p in zip(found.items(), corrected, strict=True)}
+
+
+def best(samples: Mapping[Key, Sample], *, higher: bool, pools: Pools | None = None) -> Key | None:
     """The method that is better than every other one, or None if noise may have put it first.
 
     Args:
         samples: Two or more methods; with fewer nothing can be the best.
         higher: Whether more is better.
+        pools: As `between` takes them.
     """
     measured = {key: sample for key, sample in samples.items() if sample.values}
     if len(measured) < 2:
         return None
     sign = 1 if higher else -1
     first = max(measured, key=lambda key: sign * measured[key].mean)
-    for key, sample in measured.items():
+    for key in measured:
         if key != first:
-            lead = difference(measured[first], sample)
+            lead = between(first, key, measured, pools)
             if lead is None or lead.p >= ALPHA or sign * lead.mean <= 0:
                 return None
     return first
+
+
+def pooled(pool: Sequence[Sample]) -> list[Sample]:
+    """The rows of a pool whose variance over the seeds is taken as one: those with the same seeds as most others.
+
+    Empty if these are fewer than `LEAST_POOLED`, or have fewer than two seeds.
+    """
+    by_seeds = defaultdict(list)
+    for one in pool:
+        by_seeds[frozenset(one.values)].append(one)
+    rows = max(by_seeds.values(), key=len, default=[])
+    return rows if len(rows) >= LEAST_POOLED and rows[0].n > 1 else []
+
+
+def p_value(
+    mean: np.ndarray | float,
+    of_seeds: np.ndarray | float,
+    degrees: float,
+    of_items: np.ndarray | float = 0.0,
+    item_degrees: float = math.inf,
+) -> np.ndarray:
+    """Two-sided p of a mean difference d whose variance is a sum of two estimates; see the module's text.
+
+    Args:
+        mean: d.
+        of_seeds: v_seeds.
+        degrees: f.
+        of_items: w.
+        item_degrees: g; infinite for a variance that is known.
+
+    Returns:
+        p, in the common shape of the arrays.
+    """
+    d, s, w = (np.asarray(value, float) for value in (mean, of_seeds, of_items))
+    p = _tail(d, s, degrees, w, item_degrees)
+    if ENOUGH <= degrees < math.inf:
+        wider = _tail(d, s * degrees / (degrees + 2), degrees + 2, w, item_degrees)
+        share = np.divide(s, s + w, out=np.ones(np.broadcast(s, w).shape), where=s + w > 0)
+        p = share * p + (1 - share) * wider
+    return p
+
+
+def _tail(d: np.ndarray, of_seeds: np.ndarray, f: float, of_items: np.ndarray, g: float) -> np.ndarray:
+    """P(|sqrt(of_seeds) T_f + sqrt(of_items) T_g| > |d|): a mean over the chi-square variables below T_f and T_g."""
+    seeds, weights = _chi_square(f, POINTS)
+    items, item_weights = _chi_square(g, ITEM_POINTS)
+    spread = np.sqrt(of_seeds[..., None, None] / seeds[:, None] + of_items[..., None, None] / items)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        far = np.abs(d)[..., None, None] / spread
+    p = np.einsum("...ij,i,j", 2 * special.ndtr(-far), weights, item_weights)
+    return np.where(d == 0, 1.0, p)  # also where nothing spreads
+
+
+@lru_cache(maxsize=256)
+def _chi_square(degrees: float, points: int) -> tuple[np.ndarray, np.ndarray]:
+    """Values and weights that stand for a chi-square variable over its degrees of freedom."""
+    if math.isinf(degrees):
+        return np.ones(1), np.ones(1)
+    x, weights = leggauss(points)
+    u = (x + 1) / 2  # its fourth power is the probability below the value: the far tail of t is in the smallest ones
+    return stats.chi2.ppf(u**4, degrees) / degrees, 2 * weights * u**3
 
 
 def best_range(ranges: Mapping[Key, tuple[float, float]]) -> Key | None:
@@ -182,27 +345,30 @@ def _item_differences(a: Sample, b: Sample, pairs: Sequence[tuple[int | None, in
     return [np.stack(task) for task in zip(*rows, strict=True)]
 
 
-def _item_variances(differences: Items) -> tuple[float, float]:
-    """v_items and v_rest of a mean over tasks, from d_si (n x N) of each."""
-    of_items = of_rest = 0.0
+def _item_variances(differences: Items) -> tuple[float, float, float]:
+    """v_items and v_rest of a mean over tasks, from d_si (n x N) of each, and the degrees of freedom of v_items."""
+    of_items = of_rest = spread = 0.0
     for d in differences:
         n, count = d.shape
         d_i = d.mean(axis=0)
-        of_items += d_i.var(ddof=1) / count
+        of_task = d_i.var(ddof=1) / count
+        of_items += of_task
+        spread += of_task**2 / (count - 1)
         if n > 1:
             rest = d - d_i - d.mean(axis=1, keepdims=True) + d.mean()
             of_rest += (rest**2).sum() / ((n - 1) * (count - 1)) / (n * count)
-    return of_items / len(differences) ** 2, of_rest / len(differences) ** 2
+    tasks = len(differences) ** 2
+    return of_items / tasks, of_rest / tasks, of_items**2 / spread if spread else math.inf
+
+
+def _pooled_variance(rows: Sequence[Sample]) -> float:
+    """v_seeds of a difference of two of these rows, from all of them; they have the same seeds."""
+    y = np.array([[row.values[seed] for seed in rows[0].values] for row in rows])  # m x n
+    rest = y - y.mean(axis=1, keepdims=True) - y.mean(axis=0) + y.mean()
+    m, n = y.shape
+    return float(2 * (rest**2).sum() / ((m - 1) * (n - 1)) / n)
 
 
 def _variance(values: Sequence[float]) -> float:
     mean = sum(values) / len(values)
     return sum((value - mean) ** 2 for value in values) / (len(values) - 1)
-
-
-def _p_value(mean: float, of_seeds: float, variance: float, n: int) -> float:
-    if variance == 0:
-        return 1.0 if mean == 0 else 0.0
-    share = (of_seeds / variance) ** 2
-    degrees = math.inf if share == 0 else (n - 1) / share
-    return float(2 * stats.t.sf(abs(mean) / math.sqrt(variance), degrees))

@@ -79,6 +79,7 @@ class Table:
         cost: Columns of size, memory and time; empty if nothing was trained.
         rows: In the order in which they are shown.
         notes: What a reader must know of these numbers.
+        pooling: Over what the variance over the seeds was pooled; None where nothing is tested.
         failures: One line for each run that has none.
     """
 
@@ -89,7 +90,13 @@ class Table:
     cost: Sequence[Column]
     rows: Sequence[Row]
     notes: Sequence[str]
+    pooling: str | None
     failures: Sequence[str]
+
+    @property
+    def remarks(self) -> list[str]:
+        """All that stands below the table."""
+        return [*self.notes, *filter(None, [self.pooling])]
 
     @property
     def trainings(self) -> list[Row]:

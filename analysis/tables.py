@@ -18,9 +18,9 @@ from analysis.columns import Column, cost_columns, quality_columns
 from analysis.differences import pairwise
 from analysis.groups import Group, groups_of
 from analysis.lines import Line, choice_headers, lines_of, reference_of
-from analysis.notes import failures_of, notes_of, title_of
+from analysis.notes import failures_of, notes_of, pooling_of, title_of
 from analysis.results import add_run_arguments, load, output_folder
-from analysis.statistics import Sample, best, best_range, difference
+from analysis.statistics import Sample, best, best_range, between
 from analysis.table_parts import Cell, Row, Table
 
 __all__ = ["build"]
@@ -72,6 +72,7 @@ def _table(group: Group) -> Table:
         cost=cost,
         rows=[_row(line, of_line, group) for line, of_line in zip(lines, cells, strict=True)],
         notes=notes_of(group),
+        pooling=pooling_of(lines) if quality else None,
         failures=failures_of(group),
     )
 
@@ -109,16 +110,17 @@ def _cells(column: Column, lines: list[Line], group: Group) -> list[Cell]:
 
 def _relative_cells(column: Column, lines: list[Line], group: Group) -> list[Cell]:
     """Ratio of the means, or mean paired difference with its standard error."""
+    samples = {index: line.sample(column.base.measure) for index, line in enumerate(lines)}
     cells = []
-    for line in lines:
-        reference = reference_of(line, lines)
-        own, other = (Sample({}) if one is None else one.sample(column.base.measure) for one in (line, reference))
-        if not own.n or not other.n or (reference is line and column.relative == "difference"):
+    for index, line in enumerate(lines):
+        place = reference_of(line, lines)
+        own, other = samples[index], Sample({}) if place is None else samples[place]
+        if not own.n or not other.n or (place == index and column.relative == "difference"):
             cells.append(Cell())
         elif column.relative == "ratio":
             cells.append(Cell(own.mean / other.mean, n=own.n))
         else:
-            paired = difference(own, other)
+            paired = between(index, place, samples, _pools(lines))
             cells.append(Cell(own.mean - other.mean) if paired is None else Cell(paired.mean, paired.error, paired.n))
     return cells
 
@@ -132,7 +134,7 @@ def _winner_by_test(column: Column, lines: list[Line], group: Group) -> Line | N
         for index, line in enumerate(lines)
         if line.role == "method" and (group.axes["sparsity"] == 0 or line.keeps_zeros)
     }
-    index = best(samples, higher=column.better == "more")
+    index = best(samples, higher=column.better == "more", pools=_pools(lines))
     return None if index is None else lines[index]
 
 
@@ -147,6 +149,10 @@ def _winner_by_range(column: Column, lines: list[Line]) -> Line | None:
                 ranges[index] = (min(ends), max(ends))
     index = best_range(ranges)
     return None if index is None else lines[index]
+
+
+def _pools(lines: list[Line]) -> dict[int, str | None]:
+    return {index: line.pool for index, line in enumerate(lines)}
 
 
 def _same_training(line: Line, winner: Line, *, any_end: bool) -> bool:

@@ -1,6 +1,7 @@
 """Result files as the harness writes them, with numbers that a test chooses."""
 
 import copy
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -40,12 +41,13 @@ def result(
     lost: int = 0,
     states: tuple[str, ...] = ("merged",),
     status: str = "ok",
+    support: str | None = None,
     dense: tuple[float, float] = (0.8, 0.9),
     pruned: tuple[float, float] = (0.6, 1.2),
     config: dict[str, Any] | None = None,
     environment: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """One result. `config` holds changes by dotted key."""
+    """One result. `config` holds changes by dotted key, `support` is a fingerprint; older files have none."""
     trains = method != "none"
     full = _config(method, model, pruner, pattern, sparsity, seed, mode)
     for key, value in (config or {}).items():
@@ -74,6 +76,7 @@ def result(
         "status": status,
         "error": error,
         **{"mode": mode, "method": method, "model": model, "pruner": pruner, "pattern": pattern},
+        "support": None if support is None else {"sparsity": sparsity, "pattern": pattern, "sha256": support},
         **{"sparsity": sparsity, "seed": seed, "config": full, "environment": _environment() | (environment or {})},
         "parameters": {"total": 10**6, "trainable": trainable, "adapter_bytes": 4 * trainable},
         "end_state": first,
@@ -109,9 +112,7 @@ def write(folder: Path, *results: dict[str, Any]) -> None:
 
 
 def _key(config: dict[str, Any]) -> str:
-    from lors.harness.store import digest
-
-    return digest(config)
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _environment() -> dict[str, Any]:

@@ -1,13 +1,15 @@
 """Result files as one table, the margins of the embedded model, and the command line."""
 
 import json
+import math
 
 import pytest
 from synthetic_runs import result, scores, write
 
 from analysis import margins
 from analysis.__main__ import COMMANDS, main
-from analysis.results import MACHINE, load
+from analysis.results import MACHINE, load, read
+from analysis.steps import losses_of
 
 
 def scored(runs, pruner, pattern, sparsity, accuracy, loss, method="none", seed=0):
@@ -96,12 +98,117 @@ def test_missing_text_is_none_and_missing_numbers_are_nan(tmp_path):
 def test_bad_input_is_one_line(tmp_path, capsys):
     assert main(["tables", str(tmp_path)]) == 2
     assert capsys.readouterr().err == f"error: runs={tmp_path}: no result.json below\n"
-    (tmp_path / "result.json").write_text("{")
-    assert main(["plots", str(tmp_path)]) == 2
-    assert "result.json: not a result file" in capsys.readouterr().err
     (tmp_path / "result.json").write_text(json.dumps(result() | {"schema": 99}))
     assert main(["tables", str(tmp_path)]) == 2
     assert "schema 99; this version reads 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["tables", "plots", "report", "claims", "compare", "lr", "margins", "simulated"])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"{}", b"[]", b"null", b"7", b'{"key": "a", "status": "ok"}', b"\xff\x00"]
+)
+def test_a_damaged_result_is_one_line_that_names_it(tmp_path, capsys, content, command):
+    write(tmp_path, result("lors"))
+    file = tmp_path / "damaged" / "result.json"
+    file.parent.mkdir()
+    file.write_bytes(content)
+    assert main([command, str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {file}: ") and error.count("\n") == 1
+
+
+def test_a_result_that_was_changed_after_it_was_written_is_damaged(tmp_path, capsys):
+    from lors.harness.store import content_digest
+
+    content = result("lors")
+    write(tmp_path, content | {"sha256": content_digest(content)})
+    assert len(load([tmp_path]).query("method == 'lors'")) == 1
+    file = tmp_path / content["key"] / "result.json"
+    file.write_text(file.read_text().replace('"seed": 0', '"seed": 1', 1))
+    assert main(["tables", str(tmp_path)]) == 2
+    assert str(file) in capsys.readouterr().err
+
+
+def fields(content, path=()):
+    """Every field of nested objects, by its path."""
+    for name, value in content.items():
+        yield (*path, name)
+        if isinstance(value, dict):
+            yield from fields(value, (*path, name))
+
+
+def several_ends():
+    """A result that has everything."""
+    return result("lora", states=("adapter", "dense"), support="a" * 64)
+
+
+def broken(content, path, change):
+    """The result without one field, or with a value of another type in it."""
+    node, (*parents, last) = content, path
+    for name in parents:
+        node = node.get(name, {}) if isinstance(node, dict) else {}
+    if last in node and change == "missing":
+        del node[last]
+    elif last in node:
+        node[last] = {"text": "x", "list": [1], "object": {"x": []}}[change]
+    return content
+
+
+def loads(file, content):
+    """Whether a result can be read; if it cannot, the error is one line that names the file."""
+    file.write_text(json.dumps(content))
+    try:
+        return bool(read(file))
+    except ValueError as error:
+        assert str(error).startswith(f"{file}: ") and "\n" not in str(error)
+        return False
+
+
+# A few of the fields that every table takes.
+READ = {"seed", "zeros.lost", "time.step_ms.p50", "eval.average.value", "variants.dense.zeros", "config.train.steps"}
+
+
+@pytest.mark.parametrize("change", ["missing", "text", "list", "object"])
+def test_a_field_that_is_missing_or_of_another_type_is_one_line_or_no_matter(tmp_path, monkeypatch, change):
+    monkeypatch.setattr("analysis.plots.draw", lambda *_, **__: ([], []))
+    paths = list(fields(several_ends()))
+    idle = [path for path in paths if loads(tmp_path / "result.json", broken(several_ends(), path, change))]
+    assert idle and not READ & {".".join(path) for path in idle}
+    content = several_ends()
+    for path in idle:
+        broken(content, path, change)
+    assert loads(tmp_path / "result.json", content)
+    assert main(["report", str(tmp_path)]) == 0
+
+
+def torn(folder, *lines):
+    content = result("lors")
+    write(folder, content)
+    file = folder / content["key"] / "steps.jsonl"
+    file.write_text("".join(lines))
+    return file
+
+
+def test_a_torn_last_line_of_the_steps_is_left_out_and_said_once(tmp_path, capsys):
+    file = torn(tmp_path, *(f'{{"step": {step}, "loss": {1 / step}}}\n' for step in range(1, 5)), '{"step": 5, "lo')
+    assert losses_of(file) == [(step, pytest.approx(1 / step)) for step in range(1, 5)]
+    assert main(["report", str(tmp_path)]) == 0
+    assert capsys.readouterr().err == f"warning: {file}: the last line is torn and left out\n"
+
+
+@pytest.mark.parametrize("line", ["{", "[]", "7", '{"step": 2}', '{"step": 2, "loss": "low"}', "\0\0"])
+@pytest.mark.parametrize("command", ["plots", "report"])
+def test_another_damaged_line_is_an_error_that_names_it(tmp_path, capsys, line, command):
+    file = torn(tmp_path, '{"step": 1, "loss": 2.0}\n', f"{line}\n", '{"step": 3, "loss": null}\n')
+    assert main([command, str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"error: {file}: line 2 is damaged\n"
+
+
+def test_a_step_without_a_loss_and_a_run_without_steps(tmp_path):
+    file = torn(tmp_path, '{"step": 1, "loss": null}\n')
+    ((step, loss),) = losses_of(file)
+    assert step == 1 and math.isnan(loss)
+    assert losses_of(tmp_path / "none") == losses_of(None) == []
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -148,7 +255,7 @@ def test_the_builder_of_these_tests_writes_what_the_harness_writes():
 
 def test_values_outside_of_the_key_of_a_run_do_not_tell_rows_apart():
     from analysis.groups import IGNORED, IGNORED_WITHOUT_DATA
-    from lors.harness.store import NOT_IN_KEY, NOT_IN_PROFILE_KEY
+    from lors.harness.identity import NOT_IN_KEY, NOT_IN_PROFILE_KEY
 
     assert set(NOT_IN_KEY) <= set(IGNORED)
     assert set(NOT_IN_PROFILE_KEY) <= set(IGNORED_WITHOUT_DATA)

@@ -207,6 +207,27 @@ def test_no_letter_is_too_small_and_nothing_is_cut_off(sweep, efficiency, kind):
     assert drawn_in.y0 >= -slack and drawn_in.y1 <= height + slack
 
 
+@pytest.mark.parametrize("kind", plots.KINDS[2:7], ids=lambda kind: kind.__name__)
+def test_long_names_leave_room_for_the_axes(tmp_path, kind):
+    """Rows that differ in several options have names as wide as the figure."""
+    for init in ("gradient", "kaiming"):
+        for scaling in ("rank_stabilized", "alpha_over_r"):
+            options = {
+                "method.peft.init": init,
+                "method.peft.scaling": scaling,
+                "method.peft.long": f"{init}_{scaling}",
+            }
+            write(tmp_path, *(result("lors", seed=seed, config=options) for seed in range(2)))
+    (figure,) = drawn(kind, tmp_path).values()
+    figure.draw_without_rendering()
+    width, height = figure.get_size_inches()
+    for axes in figure.axes:
+        box = axes.get_position()
+        assert box.width * width > 1 and box.height * height > 0.3
+    extent = figure.get_tightbbox()
+    assert extent.x0 >= -0.01 and extent.x1 <= width + 0.01
+
+
 def test_many_lines_are_split_over_panels():
     assert [len(part) for part in split(list(range(23)))] == [8, 8, 7]
     assert [len(part) for part in split(list(range(LINES_PER_PANEL)))] == [LINES_PER_PANEL]

@@ -337,6 +337,106 @@ def test_a_seed_of_a_method_is_a_choice_only_if_it_is_not_that_of_the_run(tmp_pa
     assert rows(tmp_path / "apart", 0, 0, 7) == [2, 1]
 
 
+def came_sparse(seed=0, method="lors", support="a" * 64, **options):
+    """A run of a model that came with zeros: nothing pruned it, and from what it was made nobody knows."""
+    content = result(method, pruner="none", seed=seed, support=support, **options)
+    content["baselines"]["dense"] = None
+    return content
+
+
+def test_a_model_that_came_sparse_is_a_table_of_its_own_and_no_dense_control(tmp_path):
+    folder = {"model.path": "/models/sparse"}
+    runs = [came_sparse(seed, accuracy=0.7 + 0.001 * seed, config=folder) for seed in range(2)]
+    runs += [came_sparse(method="none", accuracy=0.6, loss=1.2, config=folder)]
+    runs += [result("lors"), result("lors", pruner="none", sparsity=0.0, accuracy=0.81)]
+    pruned, sparse = sorted(tables_of(tmp_path, *runs), key=lambda table: table.axes["pruner"] == "none")
+    assert [(row.label, row.n) for row in sparse.rows] == [("pruned", 0), ("LoRS", 2)]
+    assert sparse.title.startswith("microworld, came with zeros, 0.5") and sparse.axes["sparsity"] == 0.5
+    assert row_of(sparse, "pruned").cells["average"].mean == pytest.approx(60)
+    assert [(row.label, row.n) for row in pruned.rows] == [
+        ("dense", 0), ("dense, fine-tuned (LoRS)", 1), ("pruned", 0), ("LoRS", 1)
+    ]  # fmt: skip
+    dense = row_of(pruned, "dense, fine-tuned (LoRS)").cells["average"]
+    assert dense.mean == pytest.approx(81)
+
+
+@pytest.mark.parametrize("apart", [{"pattern": "2:4"}, {"sparsity": 0.6}, {"support": "b" * 64}])
+def test_models_that_came_with_other_zeros_are_other_tables(tmp_path, apart):
+    tables = tables_of(tmp_path, came_sparse(0), came_sparse(1, **apart))
+    assert [[row.n for row in table.rows if row.method == "lors"] for table in tables] == [[1], [1]]
+    assert len({table.title for table in tables}) == 2
+
+
+def test_one_config_on_two_pruned_checkpoints_is_never_one_mean(tmp_path):
+    """As when a fix of a pruner comes between the seeds of a sweep; older files do not say which one they had."""
+    old, new = ({"support": letter * 64} for letter in "ab")
+    assert [row.n for table in tables_of(tmp_path / "same", result("lors"), result("lors", seed=1, **new))
+            for row in table.trainings] == [2]  # fmt: skip
+    runs = [result("lors", seed=seed, pruned=pruned, **which) for seed, which, pruned in
+            ((0, old, (0.6, 1.2)), (1, new, (0.5, 1.3)), (2, new, (0.5, 1.3)))]  # fmt: skip
+    tables = tables_of(tmp_path / "apart", *runs)
+    assert sorted(row.n for table in tables for row in table.trainings) == [1, 2]
+    scores = {table.trainings[0].n: row_of(table, "pruned").cells["average"].mean for table in tables}
+    assert scores == {1: pytest.approx(60), 2: pytest.approx(50)}
+
+
+def test_checkpoints_of_another_draw_of_the_pruner_stand_side_by_side_and_are_never_averaged(tmp_path):
+    draws = [{"config": {"prune.seed": draw}, "pruned": (0.60 + 0.01 * draw, 1.2)} for draw in range(3)]
+    runs = [lora(seed, 0.70 + 0.01 * draw, **options) for draw, options in enumerate(draws) for seed in range(3)]
+    tables = tables_of(tmp_path, *runs)
+    assert [table.title for table in tables] == [f"microworld, wanda 0.5, prune seed {draw}" for draw in range(3)]
+    for draw, table in enumerate(tables):
+        assert row_of(table, "pruned").cells["average"].mean == pytest.approx(60 + draw)
+        assert row_of(table, "LoRA, with adapter").n == 3
+    (side,) = side_by_side(tables)
+    assert side.title == "microworld, wanda, averages"
+    assert [column.title for column in side.quality][:5:2] == [f"0.5, prune seed {draw}" for draw in range(3)]
+
+
+def test_an_option_that_older_runs_lack_and_a_class_that_moved_do_not_tell_rows_apart(tmp_path):
+    new = {"method.peft.storage": "dense", "method.peft._target_": "elsewhere.Config", "method.version": 1}
+    (table,) = tables_of(tmp_path / "alike", result("lors"), result("lors", seed=1, config=new))
+    assert [row.n for row in table.trainings] == [2] and table.choices == {}
+    other = new | {"method.peft.storage": "bitmap", "method.version": 2}
+    (table,) = tables_of(tmp_path / "apart", result("lors"), result("lors", seed=1, config=other), result("spp"))
+    rows = {row.label: [] for row in table.trainings}
+    for row in table.trainings:
+        rows[row.label].append(tuple(row.choices.values()))
+    assert rows == {"LoRS": [("bitmap", "2"), ("dense", "1")], "SPP": [("-", "-")]}
+
+
+def test_a_table_says_whether_it_was_pooled_and_only_variants_of_one_method_are(tmp_path, capsys):
+    options = [{"method.peft.init": init, "method.peft.scaling": scaling}
+               for init in ("gradient", "kaiming") for scaling in ("rank_stabilized", "alpha_over_r")]  # fmt: skip
+    runs = [scored("lors", 0.70 + 0.01 * number + 0.001 * seed * (-1) ** number, seed=seed, config=option)
+            for number, option in enumerate(options) for seed in range(3)]  # fmt: skip
+    runs += [scored("lors", 0.75, seed=seed, config={"train.learning_rate": 0.1}) for seed in range(3)]
+    runs += [lora(seed, 0.72 + 0.001 * seed) for seed in range(3)]
+    (table,) = tables_of(tmp_path, *runs)
+    said = (
+        "Variance over the seeds: pooled over the 4 rows of LoRS (6 degrees of freedom), else n - 1 degrees of freedom."
+    )
+    assert table.pooling == said
+    assert main(["tables", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert said in text and said in (tmp_path / "tables.tex").read_text()
+    pairs = list(csv.DictReader((tmp_path / "differences.csv").open()))
+    pooled = [pair for pair in pairs if pair["pooled"] != "0"]
+    assert len(pooled) == 6 and {(pair["pooled"], pair["degrees"]) for pair in pooled} == {("4", "6")}
+    assert all(pair["a"].startswith("LoRS (") and "0.001" in pair["a"] + pair["b"] for pair in pooled)
+    assert {pair["degrees"] for pair in pairs if pair["pooled"] == "0"} == {"2", "inf"}
+
+
+def test_every_p_value_says_what_it_is_conditional_on(runs, tmp_path):
+    assert main(["tables", str(runs), "--output", str(tmp_path)]) == 0
+    condition = "conditional on one pruned checkpoint and on learning rates from one search seed"
+    assert condition in (tmp_path / "tables.md").read_text() and condition in (tmp_path / "tables.tex").read_text()
+    pairs = list(csv.DictReader((tmp_path / "differences.csv").open()))
+    assert {pair["condition"] for pair in pairs} == {condition}
+    assert all(float(pair["holm"]) >= float(pair["p"]) for pair in pairs)
+    assert "Variance over the seeds: not pooled, n - 1 degrees of freedom" in (tmp_path / "tables.md").read_text()
+
+
 def test_the_reference_results_make_tables():
     groups = groups_of(load(["runs/reference/margins"]))
     assert any(len(group.runs) and len(group.tuned_dense) and len(group.controls) == 2 for group in groups)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -18,10 +17,6 @@ from lors.harness.config import resolve
 RATES = (1e-4, 1e-3, 1e-2)
 
 
-def at(rate: float) -> dict[str, Any]:
-    return {"train": {"steps": 300, "learning_rate": rate}}
-
-
 @pytest.fixture
 def search(tmp_path) -> Callable[..., Path]:
     """Function from method -> accuracy at each rate (None: diverged) to the folder of such a search."""
@@ -30,7 +25,10 @@ def search(tmp_path) -> Callable[..., Path]:
         for method, accuracies in methods.items():
             for rate, accuracy in zip(RATES, accuracies, strict=False):
                 status = "ok" if accuracy else "failed"
-                write(tmp_path / "runs", result(method, accuracy=accuracy or 0.0, status=status, config=at(rate)))
+                write(
+                    tmp_path / "runs",
+                    result(method, accuracy=accuracy or 0.0, status=status, config={"train.learning_rate": rate}),
+                )
         return tmp_path / "runs"
 
     return make

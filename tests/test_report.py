@@ -146,6 +146,24 @@ def test_every_run_has_its_row_and_its_details(page, runs):
     assert sum(share for _, share, _ in lors["memory"]) == pytest.approx(1, abs=0.01)
 
 
+def test_zeros_kept_is_one_number_in_the_table_and_in_the_list_of_runs(without_plots, tmp_path):
+    """Of 1000 zeros 20 were lost, and 10 new ones gained: 98 % are kept, though there are 99 % as many."""
+    content = result("lors")
+    content["zeros"] |= {"lost": 20, "gained": 10, "after_merge": 0.5 * 0.99}
+    write(tmp_path, content)
+    parsed = Page(report.page(load([tmp_path]), tmp_path))
+    header, *rows = parsed.table("method", "zeros kept(%)")
+    (row,) = [row for row in rows if row[0] == "LoRS"]
+    (run,) = parsed.table("run", "files", "status")[1:]
+    assert float(row[header.index("zeros kept(%)")]) == 98
+    assert float(run[parsed.table("run", "files", "status")[0].index("zeros kept(%)")]) == 98
+
+
+def test_verdicts_say_what_their_p_values_are_conditional_on(page):
+    text, _ = page
+    assert text.count("conditional on one pruned checkpoint and on learning rates from one search seed") >= 2
+
+
 def test_what_results_contain_is_never_markup(page):
     text, parsed = page
     assert "<script>alert" not in text and "\\u003cscript>alert(1)" in text

@@ -31,7 +31,7 @@ from omegaconf import DictConfig, OmegaConf
 from lors.harness.errors import BadInput, one_line
 from lors.microworld import CHECKPOINT
 
-__all__ = ["VERSIONS", "digest", "fingerprint", "local_path", "run_key", "version_of", "with_fingerprints"]
+__all__ = ["VERSIONS", "digest", "fingerprint", "local_path", "raised_versions", "run_key", "version_of", "with_fingerprints"]
 
 # Raised by a fix that changes what a stage makes of the same config; what is not listed is 1.
 VERSIONS: Mapping[str, int] = {
@@ -93,9 +93,13 @@ def run_key(cfg: DictConfig) -> str:
         *parents, last = name.split(".")
         _select(config, parents).pop(last, None)
     chosen = {key: value for key, value in _choices(config) if key not in ABSENT or value != ABSENT[key]}
+    return digest([chosen, raised_versions(mode, pruner)])
+
+
+def raised_versions(mode: str, pruner: str) -> dict[str, int]:
+    """The numbers above 1 of the stages that a run goes through."""
     stages = [*STAGES[mode], *([f"prune.{pruner}"] if mode == "run" else [])]
-    raised = {stage: version_of(stage) for stage in stages if version_of(stage) != 1}
-    return digest([chosen, raised])
+    return {stage: version_of(stage) for stage in stages if version_of(stage) != 1}
 
 
 def version_of(stage: str) -> int:

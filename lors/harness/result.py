@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lors.blocks import decoder_linears
 from lors.harness.environment import environment
+from lors.harness.identity import raised_versions
 from lors.harness.method import Method
 from lors.sparse_tuner import SparseLinear
 from lors.sparsity import zero_report
@@ -25,6 +26,7 @@ SCHEMA = 1
 def blank_result(cfg: DictConfig, key: str, device: torch.device) -> dict[str, Any]:
     """The result of a run that has just begun: every field is there, what is not known yet is None."""
     memory = ("kind", "init_peak", "train_peak", "eval_peak", "reserved_peak", "breakdown", "process_rss_peak")
+    stages = raised_versions(cfg.mode, cfg.prune.name)  # in tables too, results of two versions do not mix
     spans = ("step_ms", "forward_ms", "backward_ms", "optimizer_ms")
     return {
         "schema": SCHEMA,
@@ -39,7 +41,7 @@ def blank_result(cfg: DictConfig, key: str, device: torch.device) -> dict[str, A
         "sparsity": cfg.sparsity or 0.0,
         "support": None,
         "seed": cfg.seed,
-        "config": OmegaConf.to_container(cfg, resolve=True),
+        "config": OmegaConf.to_container(cfg, resolve=True) | ({"stages": stages} if stages else {}),
         "environment": environment(device),
         "parameters": None,
         "end_state": None,
