@@ -16,20 +16,24 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
 from threading import Thread
 
 import hydra
+import yaml
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from hydra_plugins.block_sweeper import SINCE
+from hydra_plugins.block_sweeper import SINCE, as_list, is_local
 
 CONF = Path(__file__).resolve().parent / "conf"
 GROUPS = {
@@ -44,6 +48,11 @@ TRACEBACKS = os.environ.get("HYDRA_FULL_ERROR") == "1"
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 # Of the output of a job that ended without a result, so many lines are shown.
 LAST_LINES = 20
+LONGEST = 2000  # characters of an error
+# Keys of a method that say what it is; its file says that.
+PARTS = ("peft", "prepare", "optimizer", "penalty", "callbacks", "counts", "costliest")
+NAMES = ("name", "version")
+CONSTRUCTION = ("_target_", "_partial_", "_convert_", "_args_", "_recursive_")
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
@@ -54,13 +63,13 @@ def job(cfg: DictConfig) -> int | None:
         return run_in_sweep(cfg, hydra_config)
     if CHILD in os.environ:
         code = run_here(cfg)
-    elif cfg.only is not None:
+    elif OmegaConf.select(cfg, "only") is not None:
         code = complain(f"only={cfg.only}: must be null without -m; it chooses among the jobs of a sweep")
     elif hydra_config.sweeper.params or hydra_config.sweeper.blocks:
         name = hydra_config.runtime.choices.get("experiment")
         code = complain(f"experiment={name}: is a sweep; must be run with -m, as in run.py -m experiment={name}")
-    elif as_list(cfg.launch.arguments):
-        code = start_afresh(cfg, hydra_config).returncode
+    elif as_list(OmegaConf.select(cfg, "launch.arguments")):
+        code = look_ahead(cfg) or start_afresh(cfg, hydra_config).returncode
     else:
         code = run_here(cfg)
     if code:
@@ -85,10 +94,25 @@ def run_here(cfg: DictConfig) -> int:
     except BadInput as error:
         if TRACEBACKS:
             raise
-        return complain(str(error))
+        return complain(as_given(str(error)))
     except Busy:
         return BUSY
     return 0 if result["status"] == "ok" else FAILED
+
+
+def look_ahead(cfg: DictConfig) -> int:
+    """Check the config and its inputs, as a launcher says of a bad one only how its process has ended."""
+    from lors.harness.config import resolve
+    from lors.harness.construct import build_method
+    from lors.harness.errors import BadInput
+    from lors.harness.inputs import read_inputs
+
+    try:
+        cfg = resolve(cfg)
+        read_inputs(cfg, build_method(cfg))
+    except BadInput as error:
+        return complain(as_given(str(error)))
+    return 0
 
 
 def run_in_sweep(cfg: DictConfig, hydra_config: DictConfig) -> int:
@@ -150,44 +174,37 @@ def since() -> int | None:
     return int(os.environ[SINCE]) if SINCE in os.environ else None
 
 
-def is_local(cfg: DictConfig) -> bool:
-    """Whether the run reads nothing from the Hub, as far as its config says (which is not checked yet)."""
-
-    def here(key: str) -> bool:
-        source = OmegaConf.select(cfg, key)
-        return source in (None, "microworld") or os.path.exists(os.path.expanduser(str(source)))
-
-    if cfg.mode in ("profile", "simulate"):
-        return cfg.model.shape is not None or here("model.path")
-    folder = cfg.eval.data_root is not None
-    tasks = folder or all(str(task).startswith("microworld_") for task in as_list(cfg.eval.tasks))
-    wikitext = folder and OmegaConf.select(cfg, "eval.perplexity.text") == "wikitext"
-    text = wikitext or here("eval.perplexity.text")
-    # Without a text, activations of any model but the embedded one are calibrated on C4.
-    c4 = cfg.prune.text is None and cfg.prune.samples != 0 and cfg.model.path != "microworld"
-    return tasks and text and not c4 and all(map(here, ("model.path", "data.path", "prune.text")))
-
-
-def as_list(value: object) -> list:
-    """The entries of a list in the config; of anything else none, its check comes later."""
-    return list(value) if OmegaConf.is_list(value) else []
-
-
 def explain(error: Exception) -> str:
     """One line for an error of Hydra: the key, the value, and what is allowed."""
-    text = str(error)
-    if isinstance(error, OverrideParseException):
-        return f"{error.override}: must be name=value, with quotes around special characters"
+    text, cause = str(error), error.__cause__ or error
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, option = error.missing_cfg_file.rpartition("/")
         return f"{group}={option}: must be one of {', '.join(error.options)}"
+    if isinstance(error, yaml.MarkedYAMLError):
+        return f"{error.problem_mark.name}:{error.problem_mark.line + 1}: must be YAML ({error.problem})"
+    if isinstance(error, UnicodeDecodeError):
+        return f"{file_of(error.object)}: must be UTF-8 text ({error.reason})"
+    if isinstance(error, InstantiationException):
+        return f"{error.args[0].rpartition('full_key: ')[2]}: {cause}"
     if text.startswith("Config group override must be"):
         group = next((name for name in GROUPS if given(name) != name), None)
         return f"{given(group)}: must be one of {', '.join(GROUPS[group])}" if group else f"{text}: must be name=value"
+    merged = re.match("Error merging override (.*)", text, re.DOTALL)
+    if merged:
+        here = "a list" if getattr(cause, "object_type", dict) is list else "a mapping"
+        return f"{merged[1]}: must be {here}"
     unknown = re.search(r"Could not (?:override|append to config|delete from config)[^']*'([^']*)'", text)
     if unknown:
-        return no_such_key(unknown[1])
+        inside = str(getattr(cause, "full_key", ""))
+        return no_such_key(inside if inside.startswith(f"{unknown[1]}.") else unknown[1])
     return " ".join(text.partition("Config search path")[0].split())
+
+
+def file_of(content: bytes) -> str:
+    """Which of the user's config files has this content."""
+    folders = [argument.partition("=")[2] for argument in sys.argv if argument.startswith("--config-dir=")]
+    files = (file for folder in folders for file in Path(folder).rglob("*.yaml"))
+    return next((str(file) for file in files if file.read_bytes().startswith(content)), "a config file")
 
 
 def no_such_key(key: str) -> str:
@@ -236,13 +253,23 @@ def keys_by_option() -> dict[str, list[str]]:
     return found
 
 
+def as_given(message: str) -> str:
+    """A message about ``key=value`` with the value as the command line has it."""
+    from lors.harness.config import as_written
+
+    key, _, rest = message.partition("=")
+    shown, colon, reason = rest.partition(": ")
+    if not colon or given(key) == key:
+        return message
+    value = OverridesParser.create().parse_override(given(key)).value()
+    written = given(key).lstrip("~+")
+    return f"{written}: {reason}" if shown in (str(value), repr(value), as_written(value)) else message
+
+
 def complain(message: str) -> int:
-    """Print one line; a value at its beginning stands there as the user has written it."""
-    key, equals, _ = message.partition("=")
-    written = given(key) if equals and not is_sweep() else key
-    if written != key and ": " in message:
-        message = f"{written.lstrip('~+')}: {message.partition(': ')[2]}"
-    print(f"error: {message}", file=sys.stderr)
+    """Print one line, whatever is in the message."""
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(message.split(" ")))
+    print(f"error: {line if len(line) <= LONGEST else line[:LONGEST] + '...'}", file=sys.stderr)
     return BAD_INPUT
 
 
@@ -254,7 +281,7 @@ def in_order(arguments: list[str]) -> list[str]:
     """Flags first, then overrides: argparse, which reads them for Hydra, takes them in this order only.
 
     Raises:
-        ValueError: There is no such flag.
+        ValueError: There is no such flag, or an override that no run can have.
     """
     known = get_args_parser()._option_string_actions
     flags, overrides = [], []
@@ -273,7 +300,64 @@ def in_order(arguments: list[str]) -> list[str]:
             if (known[flag].choices and value not in known[flag].choices) or not value:
                 allowed = ", ".join(known[flag].choices or ["a value"])
                 raise ValueError(f"{flag} {value}: must be followed by {allowed}")
+        elif equals:
+            raise ValueError(f"{argument}: must be {flag} without a value")
+    check_overrides(overrides)
     return flags + overrides
+
+
+def check_overrides(arguments: list[str]) -> None:
+    """Refuse what Hydra would take, or explain in several lines.
+
+    Of a value that is given twice the last one counts, as anywhere. Two axes of a sweep, or two options of a group, are
+    a mistake.
+
+    Raises:
+        ValueError: The first one.
+    """
+    parser, seen = OverridesParser.create(), {}
+    for argument in arguments:
+        try:
+            override = parser.parse_override(argument)
+        except Exception as error:  # of the grammar, or of Python: a number of thousands of digits
+            message = "must be name=value, with quotes around special characters"
+            raise ValueError(f"{argument or repr(argument)}: {message}") from error
+        key, several = override.key_or_group, override.is_sweep_override()
+        if override.is_delete() and not key.startswith("hydra"):
+            raise ValueError(f"{argument}: must stay; a run needs every key")
+        if not key or override.package is not None:
+            raise ValueError(f"{argument}: must be name=value, and the name one of those in `python run.py --help`")
+        if several and not is_sweep():
+            raise ValueError(f"{argument}: must be one value without -m; a list of values has brackets, [a,b]")
+        if several and key == "experiment":
+            raise ValueError(f"{argument}: must be one; every preset is a sweep of its own")
+        if key in GROUPS and (override.is_add() or override.is_force_add()):
+            raise ValueError(f"{argument}: must be {argument.lstrip('+')}; every group has an option already")
+        if key in seen and (several or seen[key] or key in GROUPS):
+            raise ValueError(f"{argument}: must be there once; {key} is set twice")
+        seen[key] = several
+        check_method(argument, override)
+
+
+def check_method(argument: str, override: Override) -> None:
+    """Refuse to make another method under the name of this one: its results would count as those of this one.
+
+    Raises:
+        ValueError: The override does.
+    """
+    for key in leaves(override.key_or_group, override._value):
+        group, _, part = key.partition(".")
+        if group == "method" and (part in PARTS or part in NAMES or part.rpartition(".")[2] in CONSTRUCTION):
+            where = "conf/method, or in that folder of --config-dir"
+            raise ValueError(f"{argument}: must stay as its file says; another method is another file in {where}")
+
+
+def leaves(key: str, value: object) -> Iterator[str]:
+    """The dotted keys that a value sets to something that is no mapping."""
+    if not isinstance(value, dict):
+        yield key
+    for name, item in value.items() if isinstance(value, dict) else ():
+        yield from leaves(f"{key}.{name}", item)
 
 
 def main() -> int:
@@ -283,7 +367,7 @@ def main() -> int:
     try:
         sys.argv[1:] = in_order(sys.argv[1:])
         job()
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
         if TRACEBACKS:
             raise
         return complain(explain(error))

@@ -23,11 +23,14 @@ from hydra.errors import HydraException
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
-__all__ = ["SINCE", "BlockSweeper", "expand"]
+__all__ = ["SINCE", "BlockSweeper", "as_list", "expand", "is_local"]
 
 # The jobs of a sweep find here when it began, see `lors.harness.store.RunStore.written_since`.
 SINCE = "LORS_SWEEP"
+# Launchers whose jobs run on this machine, with its files and its memory.
+LOCAL = ("basic", "joblib")
 
 
 class BlockSweeper(Sweeper):
@@ -54,17 +57,23 @@ class BlockSweeper(Sweeper):
         """Called by Hydra with the overrides of the command line; returns the exit codes of the jobs.
 
         Raises:
-            HydraException: A value that is not allowed, before any job is started; or a folder that takes no file.
+            HydraException: A value or an input that is not allowed, before any job is started; or a folder that takes
+                no file.
             SystemExit: A job did not end well.
         """
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
-        overrides = expand(parser, self.params, self.blocks, arguments)
+        composed = [(job, self._compose(job)) for job in expand(parser, self.params, self.blocks, arguments)]
+        if "HF_HUB_OFFLINE" not in os.environ and all(is_local(cfg) for _, cfg in composed):
+            os.environ["HF_HUB_OFFLINE"] = "1"  # read when the libraries are imported
 
         from lors.harness.errors import BadInput
+        from lors.harness.inputs import check_inputs
         from lors.harness.sweep import FAILED, begin, plan, run
 
         try:
-            jobs = plan([(job, self._compose(job)) for job in overrides])
+            jobs = plan(composed)
+            if self.config.hydra.runtime.choices["hydra/launcher"] in LOCAL:
+                check_inputs((job.overrides, job.cfg) for job in jobs if job.store.finished(job.cfg) is None)
             since = begin(Path(self.config.hydra.sweep.dir), OmegaConf.to_yaml(self.config))
             os.environ[SINCE] = str(since)
             codes = run(jobs, self._launch, since)
@@ -105,19 +114,58 @@ def expand(
         arguments: Overrides of the command line, which replace all values but the single ones of a block.
 
     Raises:
-        HydraException: Every block sets the key of an argument itself.
+        HydraException: Every block sets the key of an argument itself; values that match no option; blocks of another
+            form.
     """
     given = parser.parse_overrides(list(arguments))
     unused = {argument.key_or_group: argument for argument in given}
     jobs: list[list[str]] = []
-    for block in [block for block in blocks.values() if block is not None] or [{}]:
+    chosen = {name: block for name, block in blocks.items() if block is not None}
+    for name, axes in {"params": params, **{f"blocks.{name}": block for name, block in chosen.items()}}.items():
+        if not isinstance(axes, Mapping):
+            raise HydraException(f"hydra.sweeper.{name}={axes}: must be a mapping of keys and values")
+    for block in list(chosen.values()) or [{}]:
         own = parser.parse_overrides([f"{key}={values}" for key, values in {**params, **block}.items()])
         single = {axis.key_or_group for axis in own if axis.key_or_group in block and not axis.is_sweep_override()}
         taken = [argument for argument in given if argument.key_or_group not in single]
         for argument in taken:
             unused.pop(argument.key_or_group, None)
+        for axis in [*own, *taken]:
+            if axis.is_sweep_override() and not list(axis.sweep_string_iterator()):
+                raise HydraException(f"{axis.input_line}: must match something")
         jobs += BasicSweeper.split_arguments([*own, *taken], max_batch_size=None)[0]
     if unused:
         argument = next(iter(unused.values()))
         raise HydraException(f"{argument.input_line}: every block of the sweep sets {argument.key_or_group} itself")
     return jobs
+
+
+def is_local(cfg: DictConfig) -> bool:
+    """Whether a run reads nothing from the Hub, as far as its composed config says, which is not checked yet."""
+
+    def here(key: str) -> bool:
+        source = OmegaConf.select(cfg, key)
+        return source in (None, "microworld") or os.path.exists(os.path.expanduser(str(source)))
+
+    try:
+        if OmegaConf.select(cfg, "mode") in ("profile", "simulate"):
+            return OmegaConf.select(cfg, "model.shape") is not None or here("model.path")
+        folder = OmegaConf.select(cfg, "eval.data_root") is not None
+        tasks = as_list(OmegaConf.select(cfg, "eval.tasks"))
+        wikitext = folder and OmegaConf.select(cfg, "eval.perplexity.text") == "wikitext"
+        # Without a text, activations of any model but the embedded one are calibrated on C4.
+        text, samples = OmegaConf.select(cfg, "prune.text"), OmegaConf.select(cfg, "prune.samples")
+        c4 = text is None and samples != 0 and OmegaConf.select(cfg, "model.path") != "microworld"
+        return (
+            (folder or all(str(task).startswith("microworld_") for task in tasks))
+            and (wikitext or here("eval.perplexity.text"))
+            and not c4
+            and all(map(here, ("model.path", "data.path", "prune.text")))
+        )
+    except (OmegaConfBaseException, ValueError):  # a reference to nothing; a null character
+        return True
+
+
+def as_list(value: object) -> list:
+    """The entries of a list in the config; of anything else none, its check comes later."""
+    return list(value) if OmegaConf.is_list(value) else []

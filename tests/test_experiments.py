@@ -85,7 +85,9 @@ def test_the_jobs_of_every_experiment_are_valid(composed, experiment: str) -> No
             build_method(resolve(composed(*job)))
 
 
-@pytest.mark.parametrize("experiment", ["zero_shot", "sparsity_sweep", "rank_sweep", "ablation_lors", "all_methods"])
+@pytest.mark.parametrize(
+    "experiment", ["zero_shot", "sparsity_sweep", "rank_sweep", "ablation_lors", "all_methods", "prune_seeds"]
+)
 def test_quality_tables_carry_their_controls(experiment: str) -> None:
     jobs = [set(job) for job in jobs_of(experiment)]
     dense = [job for job in jobs if {"prune=none", "sparsity=0"} <= job]

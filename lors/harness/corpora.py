@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 from lors.harness.errors import BadInput, one_line
 
-__all__ = ["read_rows", "texts", "wikitext_rows"]
+__all__ = ["has_splits", "read_rows", "texts", "wikitext_rows"]
 
 JSON_SUFFIXES = (".json", ".jsonl")
 FILE_SUFFIXES = (*JSON_SUFFIXES, ".txt", ".raw", ".md")
@@ -106,6 +106,11 @@ def require_text(row: dict[str, Any], column: str, number: int, source: str, key
         shown = reprlib.repr(row[column])
         raise BadInput(f"{key}={source}: column {column!r} of row {number} must be text, not {shown}")
     return row[column]
+
+
+def has_splits(source: str) -> bool:
+    """Whether a source is a data set of the Hub whose split can be chosen: no file, and no short name."""
+    return source != MICROWORLD and source not in WELL_KNOWN and not _is_local(source)
 
 
 def _is_local(path: str) -> bool:

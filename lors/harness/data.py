@@ -25,7 +25,7 @@ import torch
 from torch import LongTensor, Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from lors.harness.corpora import MICROWORLD, read_rows, require_text, texts
+from lors.harness.corpora import MICROWORLD, has_splits, read_rows, require_text, texts
 from lors.harness.errors import BadInput
 from lors.harness.template import alpaca_prompt
 
@@ -72,6 +72,8 @@ def training_data(data_cfg: Any, train_cfg: Any, tokenizer: Tokenizer, seed: int
 
 def tokenised_rows(data_cfg: Any, train_cfg: Any, tokenizer: Tokenizer) -> list[Row]:
     """The rows of `training_data` in the order of their source."""
+    if data_cfg.path is not None and data_cfg.split != "train" and not has_splits(data_cfg.path):
+        raise BadInput(f"data.split={data_cfg.split}: must be train for data.path={data_cfg.path}, which has no others")
     if data_cfg.kind == "text":
         rows = _text_rows(data_cfg, train_cfg, tokenizer)
     else:

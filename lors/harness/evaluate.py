@@ -81,7 +81,8 @@ def _are_answers(value: Any) -> bool:
 def _are_choices(value: Any) -> bool:
     if not isinstance(value, dict) or value.keys() != {"text", "label"}:
         return False
-    return _are_answers(value["text"]) and _are_answers(value["label"]) and len(value["text"]) == len(value["label"])
+    label = value["label"]
+    return _are_answers(value["text"]) and _are_answers(label) and len(value["text"]) == len(label) == len(set(label))
 
 
 TEXT = Column("text", lambda value, item: isinstance(value, str))
@@ -95,7 +96,8 @@ ENDING = Column(
     lambda value, item: type(value) in (int, str) and str(value) in map(str, range(len(item["endings"]))),
 )
 CHOICES = Column(
-    "a mapping of text and label, each two or more texts that are not blank", lambda value, item: _are_choices(value)
+    "a mapping of text and label, each two or more texts that are not blank, all labels different",
+    lambda value, item: _are_choices(value),
 )
 CHOICE = Column("one of choices.label", lambda value, item: value in item["choices"]["label"])
 PADDED_CHOICE = Column(  # the real test set of OpenBookQA has such keys
@@ -363,18 +365,22 @@ def _local_items(root: str, task: str) -> list[Item]:
     return items
 
 
-@lru_cache
 def _task_manager(tasks: tuple[str, ...]) -> Any:
     """An index of the task files that are needed; of all of them only for a task that is not known here."""
     import lm_eval
-    from lm_eval.tasks import TaskManager
 
     stock = Path(lm_eval.__file__).parent / "tasks"
-    folders = [stock / ZERO_SHOT[task].folder for task in tasks if task in ZERO_SHOT]
-    everything = not all(task in MICROWORLD_TASKS or task in ZERO_SHOT for task in tasks)
-    everything = everything or not all(folder.is_dir() for folder in folders)
-    own = [MICROWORLD_FOLDER] + ([] if everything else sorted(set(folders)))
-    return TaskManager(include_defaults=everything, include_path=own)
+    folders = {stock / ZERO_SHOT[task].folder for task in tasks if task in ZERO_SHOT}
+    known = all(task in MICROWORLD_TASKS or task in ZERO_SHOT for task in tasks)
+    return _index(tuple(sorted(folders)) if known and all(folder.is_dir() for folder in folders) else None)
+
+
+@lru_cache
+def _index(folders: tuple[Path, ...] | None) -> Any:
+    """lm-eval's index of the microworld and of the tasks in some folders; None: of all, which takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_defaults=folders is None, include_path=[MICROWORLD_FOLDER, *(folders or ())])
 
 
 @contextmanager

@@ -31,7 +31,16 @@ from omegaconf import DictConfig, OmegaConf
 from lors.harness.errors import BadInput, one_line
 from lors.microworld import CHECKPOINT
 
-__all__ = ["VERSIONS", "digest", "fingerprint", "local_path", "raised_versions", "run_key", "version_of", "with_fingerprints"]
+__all__ = [
+    "VERSIONS",
+    "digest",
+    "fingerprint",
+    "local_path",
+    "raised_versions",
+    "run_key",
+    "version_of",
+    "with_fingerprints",
+]
 
 # Raised by a fix that changes what a stage makes of the same config; what is not listed is 1.
 VERSIONS: Mapping[str, int] = {

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lors.harness.errors import BadInput
 
-__all__ = ["load_weights"]
+__all__ = ["check_files", "load_weights"]
 
 NAMED = 3  # weights that a message names
+# Of safetensors: what a weight may be stored as. Anything else is a number that a scale beside it belongs to.
+FORMATS = ("F64", "F32", "F16", "BF16")
+INDEX = ".index.json"
 
 
 def load_weights(path: str, revision: str | None = None, *, shown: str, **options: Any) -> PreTrainedModel:
@@ -47,6 +53,38 @@ def load_weights(path: str, revision: str | None = None, *, shown: str, **option
         found = "; ".join(wrong) or " ".join(report["error_msgs"])
         raise BadInput(f"{shown}: config.json and weights do not belong together: weights {found}")
     return model
+
+
+def check_files(folder: Path, model: PreTrainedModel, shown: str) -> None:
+    """Refuse files of a model folder that transformers reads as something else than they are.
+
+    Args:
+        folder: The folder; nothing is checked if it is none.
+        model: What `load_weights` made of it.
+        shown: As there.
+
+    Raises:
+        BadInput: A weight stored as another format than a floating point number, which is taken without its scale; an
+            index that names a file elsewhere, whose content is in no key.
+    """
+    for file in folder.glob(f"*{INDEX}"):
+        outside = [name for name in _files_of(file) if Path(name).name != name]
+        if outside:
+            raise BadInput(f"{shown}: {file.name} must name files beside it, not {outside[0]}")
+    prefix = f"{model.base_model_prefix}."
+    weights = {name.removeprefix(prefix) for name, _ in model.named_parameters()}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as stored:
+            for name in stored.keys():  # noqa: SIM118 - it is no mapping
+                kind = stored.get_slice(name).get_dtype()
+                if kind not in FORMATS and name.removeprefix(prefix) in weights:
+                    raise BadInput(f"{shown}: {name} of {file.name} is stored as {kind}; must be {', '.join(FORMATS)}")
+
+
+def _files_of(index: Path) -> Iterator[str]:
+    content = json.loads(index.read_text(encoding="utf-8"))
+    files = content.get("weight_map") if isinstance(content, dict) else None
+    yield from map(str, files.values() if isinstance(files, dict) else ())
 
 
 def _name(entry: Any) -> str:
