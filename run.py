@@ -3,7 +3,7 @@
 
 This file only composes the config and decides which process runs it. The suite itself is imported once Hydra
 has parsed the command line, so that ``--help`` and a misspelt name answer at once. Under ``-m`` every job gets
-a process of its own, see `lors.harness.sweep`.
+a process of its own, see `harness.sweep`.
 
 Exit codes: 0 the run finished; 1 it failed (the result file says why), or a job of a sweep did; 2 a bad
 value.
@@ -84,10 +84,10 @@ def run_here(cfg: DictConfig) -> int:
         os.environ["HF_HUB_OFFLINE"] = "1"
     if SINCE in os.environ and CHILD in os.environ:
         Thread(target=end_with_the_sweep, daemon=True).start()
-    from lors.harness.errors import BadInput
-    from lors.harness.pipeline import execute
-    from lors.harness.store import Busy
-    from lors.harness.sweep import BUSY
+    from harness.errors import BadInput
+    from harness.run import execute
+    from harness.store import Busy
+    from harness.sweep import BUSY
 
     try:
         result = execute(cfg, since=since())
@@ -102,10 +102,10 @@ def run_here(cfg: DictConfig) -> int:
 
 def look_ahead(cfg: DictConfig) -> int:
     """Check the config and its inputs, as a launcher says of a bad one only how its process has ended."""
-    from lors.harness.config import resolve
-    from lors.harness.construct import build_method
-    from lors.harness.errors import BadInput
-    from lors.harness.inputs import read_inputs
+    from harness.config import resolve
+    from harness.construct import build_method
+    from harness.errors import BadInput
+    from harness.inputs import read_inputs
 
     try:
         cfg = resolve(cfg)
@@ -120,7 +120,7 @@ def run_in_sweep(cfg: DictConfig, hydra_config: DictConfig) -> int:
 
     What it prints is shown only if it ends without a result; the line of the sweep says the rest.
     """
-    from lors.harness.sweep import BUSY, look
+    from harness.sweep import BUSY, look
 
     code = look(cfg, since())
     if code is not None:
@@ -255,7 +255,7 @@ def keys_by_option() -> dict[str, list[str]]:
 
 def as_given(message: str) -> str:
     """A message about ``key=value`` with the value as the command line has it."""
-    from lors.harness.config import as_written
+    from harness.config import as_written
 
     key, _, rest = message.partition("=")
     shown, colon, reason = rest.partition(": ")

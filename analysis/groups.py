@@ -22,7 +22,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.results import CONTROLS, MACHINE, is_dense
-from lors.harness.identity import ABSENT, CONSTRUCTION
+from harness.identity import ABSENT, CONSTRUCTION
 
 __all__ = [
     "AXES",

@@ -14,7 +14,7 @@ import pandas as pd
 import yaml
 
 from analysis.results import CONTROLS, add_run_arguments, load, output_folder
-from lors.harness.store import write_text
+from harness.store import write_text
 
 __all__ = ["add_arguments", "run", "searched", "table_of", "winners", "write_recipe"]
 

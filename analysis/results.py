@@ -34,7 +34,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.shape import problem_of
-from lors.harness.store import read_result
+from harness.store import read_result
 
 __all__ = ["CONTROLS", "MACHINE", "add_run_arguments", "is_dense", "load", "output_folder", "read", "zeros_kept"]
 

@@ -39,9 +39,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from baselines.sqft import masked_product
-from lors.harness.randomness import generator_of
 from lors.low_rank import LowRankConfig, LowRankLinear
 from lors.plugin import register
+from lors.randomness import generator_of
 from lors.sparse_config import check_choice, check_flag
 from lors.sparse_tuner import SparseTunerModel
 

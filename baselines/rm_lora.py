@@ -28,9 +28,9 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lors.harness.randomness import generator_of
 from lors.low_rank import LowRankConfig, LowRankLinear, kaiming_uniform
 from lors.plugin import register
+from lors.randomness import generator_of
 from lors.sparse_config import check_choice, check_flag
 from lors.sparse_tuner import SparseTunerModel, active_layers
 

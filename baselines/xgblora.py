@@ -37,10 +37,10 @@ from torch.nn.functional import linear
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lors.functional import masked_linear
-from lors.harness.randomness import generator_of
 from lors.low_rank import LowRankConfig, LowRankLinear
 from lors.placement import execution_device
 from lors.plugin import register
+from lors.randomness import generator_of
 from lors.sparse_config import check_choice
 from lors.sparse_tuner import SparseTunerModel, active_layers
 from lors.sparsity import masked_merge

@@ -2,7 +2,7 @@
 
 Hydra's own sweeper makes one full product. A table with its controls is several: all methods on pruned models, and a
 few on the dense one. Here a sweep is a list of blocks, each a product. Which of the jobs are run, and what happens
-when one is interrupted, is the business of `lors.harness.sweep`; every launcher of Hydra can carry them out.
+when one is interrupted, is the business of `harness.sweep`; every launcher of Hydra can carry them out.
 
 Hydra executes all modules of `hydra_plugins` at every start (also those that are imported already, so their classes
 are not to be caught by name elsewhere). The suite is therefore imported only when a sweep begins.
@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 __all__ = ["SINCE", "BlockSweeper", "as_list", "expand", "is_local"]
 
-# The jobs of a sweep find here when it began, see `lors.harness.store.RunStore.written_since`.
+# The jobs of a sweep find here when it began, see `harness.store.RunStore.written_since`.
 SINCE = "LORS_SWEEP"
 # Launchers whose jobs run on this machine, with its files and its memory.
 LOCAL = ("basic", "joblib")
@@ -66,9 +66,9 @@ class BlockSweeper(Sweeper):
         if "HF_HUB_OFFLINE" not in os.environ and all(is_local(cfg) for _, cfg in composed):
             os.environ["HF_HUB_OFFLINE"] = "1"  # read when the libraries are imported
 
-        from lors.harness.errors import BadInput
-        from lors.harness.inputs import check_inputs
-        from lors.harness.sweep import FAILED, begin, plan, run
+        from harness.errors import BadInput
+        from harness.inputs import check_inputs
+        from harness.sweep import FAILED, begin, plan, run
 
         try:
             jobs = plan(composed)

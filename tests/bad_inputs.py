@@ -298,7 +298,7 @@ METHODS = entries(
     ),
     ("method.peft._target_=nowhere.Config", "method.peft._target_=nowhere.Config: must be the name of a class"),
     ("method.peft._target_=null", "method.peft._target_=null: must be the name of a class"),
-    ("method._target_=collections.OrderedDict", "method._target_=collections.OrderedDict: must be lors.harness.method"),
+    ("method._target_=collections.OrderedDict", "method._target_=collections.OrderedDict: must be harness.method"),
     ("method.prepare._partial_=3", "method.prepare._partial_=3: must be true or false"),
     ("method=flat_lora method.peft.sigma=-1", "method.peft.sigma=-1: must be a number >= 0"),
     ("method=flat_lora method.peft.interval=0", "method.peft.interval=0: must be a positive number of steps"),

@@ -15,8 +15,8 @@ from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from harness.method import Method, adapt
 from lors.blocks import decoder_linears
-from lors.harness.method import Method, adapt
 from lors.sparse_tuner import SparseTunerModel
 from lors.sparsity import random_support
 

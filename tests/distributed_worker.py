@@ -32,7 +32,7 @@ from transformers.utils import ModelOutput
 
 import lors
 from baselines.geolora import GeoLoraConfig, GeoLoraLinear, GeometricIntegrator
-from lors.harness.method import Method, adapt
+from harness.method import Method, adapt
 
 WORLD = 2
 STEPS = 6

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 
+from harness.method import adapt
 from lors.blocks import decoder_linears
-from lors.harness.method import adapt
 from lors.placement import full
 from lors.storage import CompressedLinear
 

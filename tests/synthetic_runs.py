@@ -127,7 +127,7 @@ def _environment() -> dict[str, Any]:
 def _config(
     method: str, model: str, pruner: str, pattern: str, sparsity: float, seed: int, mode: str
 ) -> dict[str, Any]:
-    own = {"name": method, "_target_": "lors.harness.method.Method", "peft": {"r": 16}}
+    own = {"name": method, "_target_": "harness.method.Method", "peft": {"r": 16}}
     if method == "lors":
         own["peft"] |= {"init": "gradient", "scaling": "rank_stabilized", "exact_gradient": False}
     return {

@@ -118,7 +118,7 @@ def test_a_damaged_result_is_one_line_that_names_it(tmp_path, capsys, content, c
 
 
 def test_a_result_that_was_changed_after_it_was_written_is_damaged(tmp_path, capsys):
-    from lors.harness.store import content_digest
+    from harness.store import content_digest
 
     content = result("lors")
     write(tmp_path, content | {"sha256": content_digest(content)})
@@ -244,7 +244,7 @@ def test_the_builder_of_these_tests_writes_what_the_harness_writes():
     import torch
     from omegaconf import OmegaConf
 
-    from lors.harness.result import blank_result
+    from harness.result import blank_result
 
     content = result()
     written = blank_result(OmegaConf.create(content["config"]), content["key"], torch.device("cpu"))
@@ -255,7 +255,7 @@ def test_the_builder_of_these_tests_writes_what_the_harness_writes():
 
 def test_values_outside_of_the_key_of_a_run_do_not_tell_rows_apart():
     from analysis.groups import IGNORED, IGNORED_WITHOUT_DATA
-    from lors.harness.identity import NOT_IN_KEY, NOT_IN_PROFILE_KEY
+    from harness.identity import NOT_IN_KEY, NOT_IN_PROFILE_KEY
 
     assert set(NOT_IN_KEY) <= set(IGNORED)
     assert set(NOT_IN_PROFILE_KEY) <= set(IGNORED_WITHOUT_DATA)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 import lors
 from lors.blocks import decoder_blocks, decoder_linears
-from lors.prune import prune_magnitude, prune_model
+from lors.pruning import prune_magnitude, prune_model
 from lors.sparsity import follows_pattern
 
 IDS = torch.randint(3, 64, (4, 12), generator=torch.Generator().manual_seed(0))

@@ -20,9 +20,10 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from lors.harness import fit, pipeline
-from lors.harness.errors import BadInput
-from lors.harness.pipeline import execute
+from harness import fit
+from harness import run as harness_run
+from harness.errors import BadInput
+from harness.run import execute
 
 ROOT = Path(__file__).parents[1]
 GROUPS = {folder.name for folder in (ROOT / "conf").iterdir() if folder.is_dir()}
@@ -74,7 +75,7 @@ def looking(tmp_path, monkeypatch) -> Callable[[Bad], None]:
 
     load = transformers.AutoModelForCausalLM.from_pretrained
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", only_names)
-    monkeypatch.setattr(pipeline, "_attempt", at_work)
+    monkeypatch.setattr(harness_run, "_attempt", at_work)
     monkeypatch.setattr(subprocess, "run", at_work)
     monkeypatch.chdir(tmp_path)
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import lors.functional
-from analysis import bench
-from analysis.__main__ import main
-from analysis.bench_cases import MERGES, METHODS, VARIANTS, Case, Setting, build, shape_of, three_pass_merge
-from analysis.bench_measure import sample, work_of
+from analysis.__main__ import main as analysis
 from baselines.flat_lora import FlatLoraLinear, WeightNoise
+from harness.bench import __main__ as bench
+from harness.bench.cases import MERGES, METHODS, VARIANTS, Case, Setting, build, shape_of, three_pass_merge
+from harness.bench.measure import sample, work_of
 from lors.kernels import PackedWeight, merge
 
 WIDTH, TOKENS, R, B = 128, 24, 8, 2  # bfloat16: B bytes
@@ -141,7 +141,9 @@ def test_the_command_writes_a_tidy_csv_a_table_and_a_roofline(tmp_path, capsys, 
     monkeypatch.setattr(bench, "roofs", lambda *_: bench.Roofs(1e12, 1e10))
     arguments = ["--width", "128", "--tokens", "8", "--rank", "8", "--layers", "1", "--vocabulary", "64"]
     arguments += ["--rounds", "2", "--warmup", "1", "--levels", "merge", "linear", "--output", str(tmp_path / "out")]
-    assert main(["bench", *arguments, "--variants", "frozen", "lora", "lors_three_pass", "lors"]) == 0
+    assert bench.main([*arguments, "--variants", "frozen", "lora", "lors_three_pass", "lors"]) == 0
+    assert "lors_three_pass" in capsys.readouterr().out
+    assert analysis(["bench", str(tmp_path / "out")]) == 0
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
         "bench.csv", "bench.md", "bench.pdf", "bench.png",
     ]  # fmt: skip
@@ -165,6 +167,6 @@ def test_the_command_writes_a_tidy_csv_a_table_and_a_roofline(tmp_path, capsys, 
     ],
 )
 def test_bad_input_is_one_line(tmp_path, capsys, arguments, message) -> None:
-    assert main(["bench", *arguments, "--output", str(tmp_path)]) == 2
+    assert bench.main([*arguments, "--output", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: {message}") and error.count("\n") == 1

@@ -15,9 +15,9 @@ from test_train import assert_same_weights, fit, kill_at, lora, recipe, without_
 from torch import nn
 from transformers import TrainerCallback
 
-from lors.harness import checkpoints
-from lors.harness.checkpoints import drop_older, newest_intact, seal, whole_or_gone
-from lors.harness.train import TrainOutcome
+from harness import checkpoints
+from harness.checkpoints import drop_older, newest_intact, seal, whole_or_gone
+from harness.train import TrainOutcome
 
 SHORT = recipe(steps=3, checkpoint_every=1, batch_size=1, gradient_accumulation=1)
 
@@ -250,7 +250,7 @@ def test_an_older_checkpoint_goes_when_the_new_one_is_sealed(tmp_path, monkeypat
         seen.append({entry.name for entry in path.parent.glob("checkpoint-*")})
         seal(path)
 
-    monkeypatch.setattr("lors.harness.train.seal", watched)
+    monkeypatch.setattr("harness.train.seal", watched)
     fit(lora(), tmp_path, SHORT)
     assert seen[-1] == {"checkpoint-1", "checkpoint-2", "checkpoint-3"}
     assert {entry.name for entry in tmp_path.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-3"}

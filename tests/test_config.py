@@ -15,8 +15,8 @@ from contract import OWN_ALPHA, OWN_RANK
 from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lors.harness.config import resolve
-from lors.harness.construct import build_method
+from harness.config import resolve
+from harness.construct import build_method
 
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"

@@ -39,8 +39,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from harness.method import Method, adapt, finish
 from lors.blocks import decoder_linears
-from lors.harness.method import Method, adapt, finish
 from lors.sparsity import supports, zero_report
 
 

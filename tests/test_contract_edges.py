@@ -15,7 +15,7 @@ from contract import ELSEWHERE, OWN, batch, composed, logits, method_of, pruned,
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from lors.harness.method import adapt
+from harness.method import adapt
 from lors.sparse_tuner import SparseLinear
 
 # Methods that can be run without the mask as well: another forward pass.

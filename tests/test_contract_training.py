@@ -11,7 +11,7 @@ from contract import PARTIAL, ROWS, TRAINED, batch, composed, logits, method_of,
 from torch import nn
 from transformers import Trainer, TrainingArguments, default_data_collator
 
-from lors.harness.method import Method, adapt, finish
+from harness.method import Method, adapt, finish
 from lors.sparsity import supports, zero_report
 
 

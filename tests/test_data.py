@@ -14,10 +14,10 @@ from conftest import make_tokenizer, sentence, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lors.harness import data as data_module
-from lors.harness.corpora import read_rows, texts, wikitext_rows
-from lors.harness.data import IGNORED, Collator, calibration_tokens, random_data, training_data
-from lors.harness.errors import BadInput
+from harness import data as data_module
+from harness.corpora import read_rows, texts, wikitext_rows
+from harness.data import IGNORED, Collator, calibration_tokens, random_data, training_data
+from harness.errors import BadInput
 
 TOKENIZER = make_tokenizer()
 BOS, EOS, PAD = 1, 2, 0

@@ -12,12 +12,12 @@ import pytest
 import torch
 from conftest import make_tiny_llama, make_tokenizer, sentence, write_rows
 
-from lors import microworld
-from lors.harness import evaluate as evaluate_module
-from lors.harness.corpora import read_rows, texts
-from lors.harness.errors import BadInput
-from lors.harness.evaluate import MICROWORLD_TASKS, ZERO_SHOT, check_scoring, check_tasks, evaluate
-from lors.harness.perplexity import perplexity_text
+from harness import evaluate as evaluate_module
+from harness import microworld
+from harness.corpora import read_rows, texts
+from harness.errors import BadInput
+from harness.evaluate import MICROWORLD_TASKS, ZERO_SHOT, check_scoring, check_tasks, evaluate
+from harness.perplexity import perplexity_text
 
 TOKENIZER = make_tokenizer()
 VOCABULARY = len(TOKENIZER)

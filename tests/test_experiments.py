@@ -12,9 +12,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
+from harness.config import resolve
+from harness.construct import build_method
 from hydra_plugins.block_sweeper import expand
-from lors.harness.config import resolve
-from lors.harness.construct import build_method
 
 ROOT = Path(__file__).parents[1]
 METHODS = sorted(file.stem for file in (ROOT / "conf" / "method").glob("*.yaml"))

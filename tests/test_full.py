@@ -11,8 +11,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from baselines.full import train_all_weights
+from harness.method import Method, adapt, finish
 from lors.blocks import decoder_linears
-from lors.harness.method import Method, adapt, finish
 from lors.sparsity import random_support, supports, zero_report
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {

@@ -24,7 +24,7 @@ from baselines.gelora import (
     match_budget,
     two_nn,
 )
-from lors.harness.method import adapt
+from harness.method import adapt
 
 
 def cloud(dimension: int, count: int = 1000, width: int = 256) -> Tensor:

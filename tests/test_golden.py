@@ -11,8 +11,8 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from lors import microworld
-from lors.microworld.card import world_fingerprint
+from harness import microworld
+from harness.pretraining.card import world_fingerprint
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).with_name("golden.json")
@@ -23,7 +23,7 @@ OVERRIDES = (
 
 def measure(folder: Path) -> dict[str, float]:
     """Loss, scores and zeros of a six-step LoRS run at 0.5."""
-    from lors.harness.pipeline import execute
+    from harness.run import execute
 
     torch.set_num_threads(1)
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):

@@ -15,11 +15,10 @@ from conftest import compose_config
 from omegaconf import OmegaConf
 from test_experiments import jobs_of
 
-from lors import microworld
-from lors.harness import identity
-from lors.harness.config import resolve
-from lors.harness.identity import digest, fingerprint, local_path, run_key, version_of
-from lors.prune import PRUNERS
+from harness import identity, microworld
+from harness.config import resolve
+from harness.identity import digest, fingerprint, local_path, run_key, version_of
+from lors.pruning import PRUNERS
 
 REFERENCE = Path(__file__).parents[1] / "runs" / "reference"
 # What value_search has found became the default afterwards: their runs are of other choices.

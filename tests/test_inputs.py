@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from conftest import compose_config, make_tokenizer, sentence, write_rows
 
-from lors.harness.config import resolve
-from lors.harness.construct import build_method
-from lors.harness.errors import BadInput
-from lors.harness.inputs import Inputs, read_inputs
+from harness.config import resolve
+from harness.construct import build_method
+from harness.errors import BadInput
+from harness.inputs import Inputs, read_inputs
 
 KNOWN = len(make_tokenizer())
 

@@ -10,7 +10,7 @@ from contract import batch, having, logits, method_of, pruned, trainable, traine
 from peft import LoraConfig
 
 from baselines.masked_lora import MaskedLoraConfig
-from lors.harness.method import Method, adapt, finish
+from harness.method import Method, adapt, finish
 from lors.sparsity import supports, zero_report
 
 

@@ -15,8 +15,8 @@ from conftest import compose_config
 from contract import FILES, TRAINED, method_of
 from peft import PeftModel
 
-from lors.harness import store, train
-from lors.harness.pipeline import execute
+from harness import store, train
+from harness.run import execute
 
 FORK = multiprocessing.get_context("fork")
 STEPS = 4

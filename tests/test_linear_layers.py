@@ -18,7 +18,7 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 import lors
 from baselines.spp import SppConfig
 from lors.blocks import linear_fault, reads_weight
-from lors.prune import prune_model
+from lors.pruning import prune_model
 
 
 class Doubled(nn.Linear):

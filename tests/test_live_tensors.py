@@ -11,13 +11,13 @@ from peft import LoraConfig
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lors.harness.data import Collator, random_data
-from lors.harness.live_step import live_tensor_forward, live_tensor_step, state_kept
-from lors.harness.live_tensors import CATEGORIES, LiveTensors
-from lors.harness.meter import Meter, count_flops, training_memory
-from lors.harness.method import Method, adapt
-from lors.harness.recipe import enable_activation_checkpointing
-from lors.harness.train import train
+from harness.data import Collator, random_data
+from harness.live_step import live_tensor_forward, live_tensor_step, state_kept
+from harness.live_tensors import CATEGORIES, LiveTensors
+from harness.meter import Meter, count_flops, training_memory
+from harness.method import Method, adapt
+from harness.recipe import enable_activation_checkpointing
+from harness.train import train
 
 FLOAT = 4  # bytes
 B, T, V = 3, 16, 64

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from baselines.lora_mini import OUTERS, LoraMiniConfig, LoraMiniLinear, draw
-from lors.harness.method import adapt
+from harness.method import adapt
 
 IN, OUT, R, ALPHA, INNER, OUTER = 24, 36, 3, 6.0, 10, 14
 

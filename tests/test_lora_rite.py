@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from baselines.lora_rite import LoraRite, lora_pairs, lora_rite
 from baselines.masked_lora import MaskedLoraConfig
-from lors.harness.method import adapt
-from lors.harness.recipe import gradient_clipping
+from harness.method import adapt
+from harness.recipe import gradient_clipping
 
 IN, OUT, R, S = 24, 30, 4, 1.5
 RECIPE = SimpleNamespace(learning_rate=1e-3, betas=[0.9, 0.999], weight_decay=0.0, max_grad_norm=1.0)

@@ -12,10 +12,10 @@ from conftest import make_tiny_llama
 from peft import LoraConfig
 from transformers import TrainerCallback
 
-from lors.harness.data import Collator, random_data
-from lors.harness.meter import CudaPeak, Meter, cuda_peak, process_rss_peak
-from lors.harness.method import Method, adapt
-from lors.harness.train import train
+from harness.data import Collator, random_data
+from harness.meter import CudaPeak, Meter, cuda_peak, process_rss_peak
+from harness.method import Method, adapt
+from harness.train import train
 
 DELAY = 0.4  # seconds; far above a step of the small model, also on a busy machine
 STEPS, WARMUP = 8, 3

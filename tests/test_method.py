@@ -7,8 +7,8 @@ import torch
 from peft import IA3Config, LoraConfig, get_peft_model
 from torch import nn
 
+from harness.method import PRECISIONS, VARIANTS, Method, adapt, finish
 from lors.blocks import decoder_linears
-from lors.harness.method import PRECISIONS, VARIANTS, Method, adapt, finish
 from lors.sparsity import supports, zero_report
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]

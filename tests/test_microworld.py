@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lors import microworld
-from lors.harness.template import alpaca_prompt
-from lors.microworld import pretrain
-from lors.microworld.corpus import documents, split_of
-from lors.microworld.questions import QUESTIONS, as_prompt_and_answer, training_draw
-from lors.microworld.tokenizer import train_tokenizer
-from lors.microworld.world import build
+from harness import microworld
+from harness.alpaca import alpaca_prompt
+from harness.microworld.corpus import documents, split_of
+from harness.microworld.questions import QUESTIONS, as_prompt_and_answer, training_draw
+from harness.microworld.tokenizer import train_tokenizer
+from harness.microworld.world import build
+from harness.pretraining import __main__ as pretrain
 
 CHANCE = {"boolq": 1 / 2, "rte": 1 / 2, "winogrande": 1 / 2}  # the others have four choices
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from baselines.mora import Maps, MoraConfig, MoraLinear, dead_entries
-from lors.harness.method import adapt
+from harness.method import adapt
 
 SHAPES = [(16, 16), (24, 24), (12, 30), (30, 12), (17, 23), (23, 17), (40, 9), (9, 40)]  # in, out
 FORMS = [(1, "truncate"), (6, "truncate"), (6, "fold")]

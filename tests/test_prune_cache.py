@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from lors.prune import pruned_checkpoint
+from harness.pruned_cache import pruned_checkpoint
 
 FORK = multiprocessing.get_context("fork")
 

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from lors.blocks import block_linears, decoder_blocks, decoder_linears
-from lors.prune import calibrate, prune_model, prune_sparsegpt, prune_wanda, squared_norms
+from lors.pruning import prune_model, prune_sparsegpt, prune_wanda, squared_norms, walk
 from lors.sparsity import follows_pattern, sparsity_of, supports
 
 VOCABULARY = 40
@@ -189,7 +189,7 @@ def test_embeddings_run_once_per_sample_and_every_block_three_times():
 
 def test_statistics_of_one_block_at_a_time(monkeypatch):
     alive: list[weakref.ref] = []
-    rule, statistic = calibrate.PRUNERS["sparsegpt"]
+    rule, statistic = walk.PRUNERS["sparsegpt"]
     most = 0
 
     def watched(X: Tensor) -> Tensor:
@@ -199,7 +199,7 @@ def test_statistics_of_one_block_at_a_time(monkeypatch):
         most = max(most, sum(ref() is not None for ref in alive))
         return result
 
-    monkeypatch.setitem(calibrate.PRUNERS, "sparsegpt", (rule, watched))
+    monkeypatch.setitem(walk.PRUNERS, "sparsegpt", (rule, watched))
     prune_model(build("llama"), "sparsegpt", sparsity=0.5, pattern="unstructured", calibration=tokens())
     assert len(alive) == 3 * 7 * 3
     assert 7 <= most <= 8  # seven linears, and the part that is being added
@@ -210,7 +210,7 @@ def test_samples_share_the_arguments_that_are_equal():
     model = build("gemma4", "eager").eval()
     _, blocks = decoder_blocks(model)
     with torch.no_grad():
-        hidden, calls = calibrate._record(model, blocks, tokens(4))
+        hidden, calls = walk._record(model, blocks, tokens(4))
     assert len(hidden) == 4
     for call in calls:
         masks = [kwargs["attention_mask"] for _, kwargs in call]
@@ -228,7 +228,7 @@ def test_statistics_are_not_rounded_to_tf32(monkeypatch):
         seen.append(torch.get_float32_matmul_precision())
         return squared_norms(X)
 
-    monkeypatch.setitem(calibrate.PRUNERS, "wanda", (prune_wanda, watched))
+    monkeypatch.setitem(walk.PRUNERS, "wanda", (prune_wanda, watched))
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pruning_problems import REPEATABLE, coarse_problems, correlated
 from torch import Tensor
 
-from lors.prune import gram_matrix, prune_magnitude, prune_sparsegpt, prune_wanda, squared_norms
+from lors.pruning import gram_matrix, prune_magnitude, prune_sparsegpt, prune_wanda, squared_norms
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

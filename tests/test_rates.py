@@ -12,7 +12,7 @@ from synthetic_runs import result, write
 
 from analysis.__main__ import main
 from analysis.rates import RECIPE
-from lors.harness.config import resolve
+from harness.config import resolve
 
 RATES = (1e-4, 1e-3, 1e-2)
 

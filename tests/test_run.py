@@ -13,9 +13,9 @@ from types import ModuleType, SimpleNamespace
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from harness import run as harness_run
+from harness.store import Busy
 from hydra_plugins.block_sweeper import SINCE
-from lors.harness import pipeline
-from lors.harness.store import Busy
 
 RUN_PY = Path(__file__).parents[1] / "run.py"
 
@@ -107,7 +107,7 @@ def test_a_launcher_stands_between_the_interpreter_and_the_job(started, launch: 
 @pytest.mark.parametrize("method", ["mine", "glob(mi*)"])
 def test_a_folder_of_own_groups_reaches_the_jobs(started, tmp_path, method: str) -> None:
     (tmp_path / "method").mkdir()
-    mine = "_target_: lors.harness.method.Method\nname: mine\ntrains: false\n"
+    mine = "_target_: harness.method.Method\nname: mine\ntrains: false\n"
     (tmp_path / "method" / "mine.yaml").write_text(mine)
     code, [call] = started("--config-dir", str(tmp_path), "-m", f"method={method}")
     assert code == 0 and {f"--config-dir={tmp_path}", "method=mine"} <= set(call.command)
@@ -116,7 +116,7 @@ def test_a_folder_of_own_groups_reaches_the_jobs(started, tmp_path, method: str)
 def test_a_job_runs_here_and_its_status_becomes_the_exit_code(started, monkeypatch) -> None:
     monkeypatch.setenv("LORS_JOB", "1")
     for status, expected in (("ok", 0), ("failed", 1), ("oom", 1)):
-        monkeypatch.setattr(pipeline, "execute", lambda cfg, since, status=status: {"status": status})
+        monkeypatch.setattr(harness_run, "execute", lambda cfg, since, status=status: {"status": status})
         code, calls = started("launch=torchrun")
         assert (code, calls) == (expected, [])
 
@@ -128,7 +128,7 @@ def test_a_job_of_a_sweep_leaves_a_run_to_the_process_that_is_at_it(started, run
         told.append(since)
         raise Busy
 
-    monkeypatch.setattr(pipeline, "execute", busy)
+    monkeypatch.setattr(harness_run, "execute", busy)
     monkeypatch.setattr(run, "end_with_the_sweep", lambda: None)
     monkeypatch.setenv("LORS_JOB", "1")
     monkeypatch.setenv(SINCE, "5")
@@ -149,7 +149,7 @@ def test_an_interrupt_is_no_failure(started, monkeypatch, capsys) -> None:
     def interrupt(cfg: object, since: int | None) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "execute", interrupt)
+    monkeypatch.setattr(harness_run, "execute", interrupt)
     assert started() == (130, [])
     assert "the same command continues" in capsys.readouterr().err
 

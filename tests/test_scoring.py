@@ -11,10 +11,10 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from lors.harness import scoring
-from lors.harness.errors import BadInput
-from lors.harness.perplexity import perplexity, text_windows
-from lors.harness.scoring import PromptSharingLM
+from harness import scoring
+from harness.errors import BadInput
+from harness.perplexity import perplexity, text_windows
+from harness.scoring import PromptSharingLM
 
 TOKENIZER = make_tokenizer()
 
@@ -67,7 +67,7 @@ def nothing_said_yet():
 
 
 def said(caplog):
-    return [record.message for record in caplog.records if record.name == "lors.harness.scoring"]
+    return [record.message for record in caplog.records if record.name == "lors"]
 
 
 STATEFUL = ("mamba", "rwkv", "lfm2", "falcon_h1", "qwen3_next")

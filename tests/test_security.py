@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lors.harness.device_lock import device_lock, device_name
-from lors.harness.errors import BadInput
-from lors.harness.pipeline import execute
+from harness.device_lock import device_lock, device_name
+from harness.errors import BadInput
+from harness.run import execute
 
 ROOT = Path(__file__).parents[1]
 # What takes code from the Hub or from a folder unless it is told not to.
@@ -26,7 +26,9 @@ def calls(file: Path) -> list[ast.Call]:
 
 def test_every_loader_is_told_to_trust_no_code() -> None:
     checked = 0
-    for file in [path for folder in ("lors", "baselines", "analysis") for path in (ROOT / folder).rglob("*.py")]:
+    for file in [
+        path for folder in ("lors", "harness", "baselines", "analysis") for path in (ROOT / folder).rglob("*.py")
+    ]:
         for call in calls(file):
             name = call.func
             loads = isinstance(name, ast.Attribute) and name.attr in ("from_pretrained", "from_config", "load_dataset")

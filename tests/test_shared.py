@@ -16,12 +16,12 @@ import pytest
 import torch
 from conftest import make_tokenizer, sentence, write_rows
 
-from lors.harness import shared
-from lors.harness.config import resolve
-from lors.harness.data import calibration_tokens, training_data
-from lors.harness.errors import BadInput
-from lors.harness.shared import made_once, shared_calibration, shared_rows
-from lors.harness.store import Damaged
+from harness import shared
+from harness.config import resolve
+from harness.data import calibration_tokens, training_data
+from harness.errors import BadInput
+from harness.shared import made_once, shared_calibration, shared_rows
+from harness.store import Damaged
 
 TOKENIZER = make_tokenizer()
 
@@ -87,7 +87,7 @@ def test_other_content_lengths_or_code_make_other_tokens(cfg, tokenised, tmp_pat
     assert len(tokenised) == 5
     template = tmp_path / "template.py"
     template.write_text("# another template")
-    monkeypatch.setattr(shared.template, "__file__", str(template))
+    monkeypatch.setattr(shared.alpaca, "__file__", str(template))
     make()
     assert len(tokenised) == 7
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import OPTConfig, OPTForCausalLM
 
 from baselines.sherl import SherlBlock, SherlConfig, SherlNorm, SherlPart, aggregated
-from lors.harness.live_step import live_tensor_step
-from lors.harness.meter import count_inference_flops
-from lors.harness.method import adapt
+from harness.live_step import live_tensor_step
+from harness.meter import count_inference_flops
+from harness.method import adapt
 
 D = 32
 TOKENS = torch.tensor([row["input_ids"] for row in ROWS[:4]])

@@ -17,18 +17,18 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from analysis import simulated
-from lors.harness.config import resolve
-from lors.harness.construct import build_method
-from lors.harness.data import Collator, random_data
-from lors.harness.errors import BadInput
-from lors.harness.live_tensors import CATEGORIES, LiveTensors, Sharding
-from lors.harness.meter import count_flops, training_memory
-from lors.harness.method import PRECISIONS, adapt
-from lors.harness.models import random_model
-from lors.harness.pipeline import execute
-from lors.harness.recipe import enable_activation_checkpointing, make_optimizer
-from lors.harness.result import count_parameters
-from lors.harness.simulate import simulate
+from harness.config import resolve
+from harness.construct import build_method
+from harness.data import Collator, random_data
+from harness.errors import BadInput
+from harness.live_tensors import CATEGORIES, LiveTensors, Sharding
+from harness.meter import count_flops, training_memory
+from harness.method import PRECISIONS, adapt
+from harness.models import random_model
+from harness.recipe import enable_activation_checkpointing, make_optimizer
+from harness.result import count_parameters
+from harness.run import execute
+from harness.simulate import simulate
 
 ROOT = Path(__file__).parents[1]
 METHODS = sorted(file.stem for file in (ROOT / "conf" / "method").glob("*.yaml"))
@@ -158,8 +158,8 @@ def test_as_measured_by_the_allocator_of_a_gpu(config, name, precision) -> None:
 
 def cuda_steps(model: nn.Module, batch: dict, cfg: DictConfig, method) -> list[int]:
     """Allocator peaks of steps after the first, which makes the state of the optimizer."""
-    from lors.harness.live_step import training_step
-    from lors.harness.recipe import gradient_clipping
+    from harness.live_step import training_step
+    from harness.recipe import gradient_clipping
 
     if cfg.train.activation_checkpointing:
         enable_activation_checkpointing(model)

@@ -24,7 +24,7 @@ from baselines.sora import (
     proximal_adamw,
     soft_threshold,
 )
-from lors.harness.method import adapt, finish
+from harness.method import adapt, finish
 from lors.sparsity import supports
 
 IN, OUT, R, ALPHA = 10, 12, 4, 6.0

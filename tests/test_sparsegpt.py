@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pruning_problems import REPEATABLE, coarse_problems, correlated
 from torch import Tensor
 
-from lors.prune import gram_matrix, prune_magnitude, prune_sparsegpt
+from lors.pruning import gram_matrix, prune_magnitude, prune_sparsegpt
 from lors.sparsity import follows_pattern
 
 

@@ -13,8 +13,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import lors
+from harness.live_tensors import LiveTensors
 from lors.blocks import decoder_linears
-from lors.harness.live_tensors import LiveTensors
 from lors.sparsity import sparsity_of
 from lors.storage import CompressedLinear, count_weights
 

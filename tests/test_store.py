@@ -15,11 +15,11 @@ import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from lors.harness.config import resolve
-from lors.harness.environment import environment
-from lors.harness.errors import BadInput
-from lors.harness.identity import run_key
-from lors.harness.store import (
+from harness.config import resolve
+from harness.environment import environment
+from harness.errors import BadInput
+from harness.identity import run_key
+from harness.store import (
     Busy,
     RunStore,
     cache_directory,
@@ -253,7 +253,7 @@ def test_clear_keeps_the_lock_and_drop_progress_keeps_the_results(tmp_path: Path
 def test_a_second_process_waits_for_the_first(tmp_path: Path) -> None:
     """The other process says that it waits, gets the lock only after this one lets go, and sees its result."""
     code = (
-        "import sys; from pathlib import Path; from lors.harness.store import RunStore\n"
+        "import sys; from pathlib import Path; from harness.store import RunStore\n"
         "store = RunStore(Path(sys.argv[1]))\n"
         "with store.lock(waiting=lambda: print('waiting', flush=True)): print(store.result()['status'])"
     )

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from lors.harness import sweep
-from lors.harness.device_lock import device_lock
-from lors.harness.errors import BadInput
-from lors.harness.sweep import BUSY, FAILED, OK, Job, begin, look, plan
+from harness import sweep
+from harness.device_lock import device_lock
+from harness.errors import BadInput
+from harness.sweep import BUSY, FAILED, OK, Job, begin, look, plan
 
 
 class Table:

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from test_pipeline import NO_SCORES, numbers, tiny_overrides
+from test_harness_run import NO_SCORES, numbers, tiny_overrides
 
-from lors.harness.store import read_result
+from harness.store import read_result
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 import lors
-from lors.prune import prune_model
+from lors.pruning import prune_model
 from lors.storage import CompressedLinear
 
 
@@ -168,7 +168,7 @@ def test_a_tied_head_is_untied_before_its_merge_and_the_config_says_so(way: str,
         nn.init.normal_(layer.lors_B["default"], std=0.3)
     expected = logits(adapted.eval())
     if way == "bench":
-        from lors.harness.method import Method, finish
+        from harness.method import Method, finish
 
         merged = finish(Method(name="lors", peft=config), adapted, {}, "merged")
     else:
@@ -187,7 +187,7 @@ def test_a_tied_head_is_untied_before_its_merge_and_the_config_says_so(way: str,
 def test_the_bench_unties_for_the_methods_of_peft_too(fields: dict, tmp_path) -> None:
     from peft import LoraConfig
 
-    from lors.harness.method import Method, adapt, finish
+    from harness.method import Method, adapt, finish
 
     model = pruned_model()
     model.lm_head.weight = model.model.embed_tokens.weight
@@ -216,8 +216,8 @@ def test_the_default_reaches_every_linear_layer_of_a_block_and_no_other(method: 
     from architectures import ARCHITECTURES
     from contract import method_of
 
-    from lors.harness.method import adapt
-    from lors.harness.result import count_parameters
+    from harness.method import adapt
+    from harness.result import count_parameters
 
     model = ARCHITECTURES[name].build()
     outside = [part for key, part in model.named_modules() if isinstance(part, nn.Linear) and "project" in key]
@@ -230,7 +230,7 @@ def test_the_default_reaches_every_linear_layer_of_a_block_and_no_other(method: 
 
 
 def test_the_result_says_which_share_has_an_adapter() -> None:
-    from lors.harness.result import count_parameters
+    from harness.result import count_parameters
 
     model = get_peft_model(pruned_model(), lors.LorsConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     linears = {name: part for name, part in pruned_model().named_modules() if name.endswith("proj")}

@@ -13,12 +13,12 @@ from conftest import make_tiny_llama
 from peft import LoraConfig
 from transformers import TrainerCallback
 
-from lors.harness.checkpoints import newest_intact, seal
-from lors.harness.data import IGNORED, Collator, random_data
-from lors.harness.loss import batch_loss, causal_lm_loss, target_count
-from lors.harness.meter import Meter
-from lors.harness.method import Method, adapt
-from lors.harness.train import NonFiniteLoss, train
+from harness.checkpoints import newest_intact, seal
+from harness.data import IGNORED, Collator, random_data
+from harness.loss import batch_loss, causal_lm_loss, target_count
+from harness.meter import Meter
+from harness.method import Method, adapt
+from harness.train import NonFiniteLoss, train
 
 RECIPE = SimpleNamespace(
     steps=7, epochs=None, batch_size=2, gradient_accumulation=2, sequence_length=10, learning_rate=1e-2,
@@ -100,7 +100,7 @@ def kill_at_the_last_checkpoint(method, directory, monkeypatch, cfg=RECIPE):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("lors.harness.train.seal", dying)
+        patch.setattr("harness.train.seal", dying)
         fit(method, directory, cfg)
 
 

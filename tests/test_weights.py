@@ -11,8 +11,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lors.harness.errors import BadInput
-from lors.harness.weights import load_weights
+from harness.errors import BadInput
+from harness.weights import load_weights
 
 Weights = dict[str, Tensor]
 DOWN = "model.layers.1.mlp.down_proj.weight"

@@ -26,7 +26,7 @@ from baselines.xgblora import (
     select,
     steps_per_booster,
 )
-from lors.harness.method import adapt, finish
+from harness.method import adapt, finish
 from lors.sparsity import supports
 
 

@@ -1,0 +1,1 @@
+"""The harness: one config in, one result file out, the same way for every method (``run.execute``)."""

@@ -1,0 +1,289 @@
+"""What the benchmark runs: one linear, one decoder block and one whole step of every method, on the same weights.
+
+A variant is a method of ``conf/method`` and, for LoRS, how the merged weight T = W + M (.) (s B A) is made. Every
+method that trains may be asked for by its name: it has its own optimizer, callbacks and penalty, and the ranks of the
+config. By default:
+
+===============  ============================================================================================
+frozen           the pruned model without adapter: the floor
+lora             W and its adapter apart, the zeros are lost
+lors_three_pass  the formula as published: a product into T, a comparison, a product with the mask
+lors             one pass over W (``lors.kernels``)
+lors_compressed  the same, W kept packed (``lors.storage``)
+lors_2_4         lors with the faster forward product, dense or 2:4; only on a GPU and with --pattern 2:4
+sqft, sqft_gc    SparsePEFT, plain and checkpointed
+spp, spp_gc      SPP, plain and checkpointed
+===============  ============================================================================================
+
+All variants share one set of frozen weights, except the packed ones and those of full fine-tuning. What is trained is
+filled with small random numbers, because zeros could be faster than they are in a training, and callbacks are told that
+half of the training is over (the noise of Flat-LoRA grows from zero). A linear or a block that a method does not train
+(SHERL, the blocks that a booster of XGBLoRA leaves out) is not timed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import AutoConfig, LlamaConfig, PretrainedConfig
+
+import lors.functional
+from harness.bench.training import Training
+from harness.loss import batch_loss
+from harness.method import PRECISIONS, Method, adapt, without_values
+from harness.models import random_model
+from lors.blocks import decoder_blocks
+from lors.kernels import AUTO, SEMI_STRUCTURED, PackedWeight, decode
+from lors.storage import CompressedLinear
+
+__all__ = ["LEVELS", "METHODS", "VARIANTS", "Case", "Setting", "build", "shape_of", "three_pass_merge"]
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+FROZEN = "frozen"
+# Variant -> method, fields of its PEFT config.
+VARIANTS: Mapping[str, tuple[str, Mapping[str, object]]] = {
+    FROZEN: ("none", {}),
+    "lora": ("lora", {}),
+    "lors_three_pass": ("lors", {}),
+    "lors": ("lors", {}),
+    "lors_compressed": ("lors", {"storage": "auto"}),
+    "lors_2_4": ("lors", {"forward_product": AUTO}),
+    "sqft": ("sqft", {}),
+    "sqft_gc": ("sqft_gc", {}),
+    "spp": ("spp", {}),
+    "spp_gc": ("spp_gc", {}),
+}
+# The others that may be asked for by the name of the method.
+METHODS = [file.stem for file in sorted((CONF / "method").glob("*.yaml")) if file.stem not in (*VARIANTS, "none")]
+LEVELS = ("merge", "linear", "block", "step")
+# The merge alone exists only where one weight is made out of W, A and B.
+MERGES = ("lors_three_pass", "lors", "lors_compressed")
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# Llama-2's feed-forward width over its width, 11008 / 4096, and the width of its heads.
+FEED_FORWARD, HEAD = 2.6875, 128
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all variants have in common.
+
+    Attributes:
+        shape: Config of the model; its ``num_hidden_layers`` are those of the whole step.
+        tokens: Rows of the input of a linear, length of the one sequence of a block and of a step.
+        r: Rank of every adapter.
+        precision: A key of ``PRECISIONS``.
+        pattern: ``unstructured`` or ``n:m``.
+        sparsity: Fraction of zeros.
+        device: Where everything runs.
+    """
+
+    shape: PretrainedConfig
+    tokens: int
+    r: int
+    precision: str
+    pattern: str
+    sparsity: float
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Case:
+    """Something to time: ``run()`` is one call, forward and backward (a merge: forward alone)."""
+
+    level: str
+    variant: str
+    run: Callable[[], None]
+
+
+def shape_of(width: int, layers: int, vocabulary: int, model: str | None = None) -> PretrainedConfig:
+    """A Llama of this width, or the shape of a model of ``conf/model``, with so many decoder blocks.
+
+    Raises:
+        ValueError: No such model, or a width that its heads do not divide.
+    """
+    if model is not None:
+        file = CONF / "model" / f"{model}.yaml"
+        shape = OmegaConf.load(file).get("shape") if file.exists() else None
+        if shape is None:
+            known = [path.stem for path in sorted((CONF / "model").glob("*.yaml")) if OmegaConf.load(path).get("shape")]
+            raise ValueError(f"--model {model}: must be one of {', '.join(known)}")
+        config = AutoConfig.for_model(**OmegaConf.to_container(shape))
+        config.num_hidden_layers = layers
+        return config
+    if width < HEAD or width % HEAD:
+        raise ValueError(f"--width {width}: must be a multiple of {HEAD}, the width of a head")
+    return LlamaConfig(
+        hidden_size=width,
+        intermediate_size=int(width * FEED_FORWARD),
+        num_hidden_layers=layers,
+        num_attention_heads=width // HEAD,
+        num_key_value_heads=width // HEAD,
+        vocab_size=vocabulary,
+        max_position_embeddings=2**17,
+    )
+
+
+def build(setting: Setting, levels: list[str], variants: list[str], seed: int = 0) -> list[Case]:
+    """All cases, level by level; without those that the setting does not have."""
+    if setting.device.type != "cuda" or setting.pattern != SEMI_STRUCTURED:
+        variants = [variant for variant in variants if variant != "lors_2_4"]
+    formats = PRECISIONS[setting.precision]
+    base = random_model(setting.shape, formats.base, setting.sparsity, setting.pattern, seed).to(setting.device)
+    models = {variant: _adapted(base, setting, variant) for variant in variants}
+    makers = {"merge": _merge, "linear": _linear, "block": _block, "step": _step}
+    return [
+        Case(level, variant, _within(variant, makers[level](models[variant], setting)))
+        for level in levels
+        for variant in variants
+        if _has(level, variant, models[variant].model)
+    ]
+
+
+def _has(level: str, variant: str, model: nn.Module) -> bool:
+    """Whether there is something of the variant to time."""
+    if level == "merge":
+        return variant in MERGES
+    trained = any(parameter.requires_grad for parameter in _projection(model).parameters())
+    return level == "step" or variant == FROZEN or trained
+
+
+def three_pass_merge(weight: PackedWeight, A: Tensor, B: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+    """T as the published code makes it: write T, write M, read both to write T again. Arguments as `kernels.merge`."""
+    W = decode(weight)
+    T = torch.addmm(W.to(dtype), B.to(dtype), A.to(dtype), alpha=scaling)
+    return T.mul_(W != 0)
+
+
+def _adapted(base: nn.Module, setting: Setting, variant: str) -> Training:
+    """The training of a copy of the model that shares its weights, wrapped."""
+    name, options = VARIANTS.get(variant, (variant, {}))
+    method = without_values(_method(name, setting.r, options))
+    shared = {} if method.peft is None and method.trains else {id(weight): weight for weight in base.parameters()}
+    adapted = adapt(method, copy.deepcopy(base, shared), precision=setting.precision)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in adapted.parameters() if shared else ():
+        if parameter.requires_grad:
+            values = torch.randn(parameter.shape, generator=generator) / 100
+            parameter.data.copy_(values)
+    return Training(method, adapted.train())
+
+
+def _method(name: str, r: int, options: Mapping[str, object]) -> Method:
+    shared = {
+        "seed": 0,
+        "adapter": {"r": r, "alpha": r, "targets": TARGETS},
+        "method": OmegaConf.load(CONF / "method" / f"{name}.yaml"),
+    }
+    config = OmegaConf.create(shared)
+    for field, value in options.items():
+        config.method.peft[field] = value
+    return instantiate(config.method, _convert_="all")
+
+
+def _within(variant: str, run: Callable[[], None]) -> Callable[[], None]:
+    """``run`` with the merge of its variant."""
+
+    def merge_of_the_variant() -> AbstractContextManager:
+        if variant == "lors_three_pass":
+            return mock.patch.object(lors.functional, "merge", three_pass_merge)
+        return nullcontext()
+
+    def inside() -> None:
+        with merge_of_the_variant():
+            run()
+
+    return inside
+
+
+def _merge(training: Training, setting: Setting) -> Callable[[], None]:
+    """T of the output projection of attention, in the compute type."""
+    layer = _projection(training.model)
+    base = layer.get_base_layer()
+    W = base.packed if isinstance(base, CompressedLinear) else base.weight
+    A, B, scaling = layer.lors_A["default"], layer.lors_B["default"], layer.scaling["default"]
+    dtype = torch.bfloat16 if PRECISIONS[setting.precision].autocast else None
+    return lambda: lors.functional.merged_weight(W, A, B, scaling, dtype)
+
+
+def _linear(training: Training, setting: Setting) -> Callable[[], None]:
+    """The output projection of attention, width x width."""
+    layer = _projection(training.model)
+    return _forward_and_backward(training.model, layer, _hidden(setting), setting)
+
+
+def _block(training: Training, setting: Setting) -> Callable[[], None]:
+    """The first decoder block."""
+    model = training.model
+    x = _hidden(setting).unsqueeze(0)
+    inner = (model.get_base_model() if isinstance(model, PeftModel) else model).model
+    positions = torch.arange(setting.tokens, device=setting.device).unsqueeze(0)
+    angles = inner.rotary_emb(x, positions)
+    return _forward_and_backward(model, partial(_first_block(model), position_embeddings=angles), x, setting)
+
+
+def _step(training: Training, setting: Setting) -> Callable[[], None]:
+    """A whole training step: embedding to loss and back, clipping, optimizer, and the callbacks of the method."""
+    model = training.model
+    tokens = torch.randint(setting.shape.vocab_size, (1, setting.tokens), generator=torch.Generator().manual_seed(0))
+    tokens = tokens.to(setting.device)
+    batch = {"input_ids": tokens, "labels": tokens, "attention_mask": torch.ones_like(tokens)}
+    autocast = PRECISIONS[setting.precision].autocast
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trained:
+        # What every adapter needs: the gradients of the first projections, not that of the embedding.
+        for name in ("q_proj", "k_proj", "v_proj"):
+            _first_block(model).self_attn.get_submodule(name).register_forward_hook(_ask_for_gradient)
+        return lambda: batch_loss(model, batch, autocast=autocast).backward()
+    training.make_optimizer()
+    return lambda: training.step(batch, autocast=autocast)
+
+
+def _ask_for_gradient(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+    if not output.requires_grad:  # the other levels ask for the gradient of their input
+        output.requires_grad_()
+
+
+def _forward_and_backward(
+    model: nn.Module, layer: Callable[[Tensor], Tensor], x: Tensor, setting: Setting
+) -> Callable[[], None]:
+    """One pass forward and one back, with a given gradient of the output and that of the input."""
+    autocast = PRECISIONS[setting.precision].autocast
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    G = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x)
+
+    def run() -> None:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
+            y = layer(x)
+        y = y[0] if isinstance(y, tuple) else y
+        y.backward(G.to(y.dtype))
+        x.grad = None
+        for parameter in trained:
+            parameter.grad = None
+
+    return run
+
+
+def _hidden(setting: Setting) -> Tensor:
+    """Input of a linear, tokens x width; asks for its gradient, as inside of a network."""
+    x = torch.randn(setting.tokens, setting.shape.hidden_size, generator=torch.Generator().manual_seed(2))
+    dtype = torch.bfloat16 if PRECISIONS[setting.precision].autocast else PRECISIONS[setting.precision].base
+    return x.to(setting.device, dtype).requires_grad_()
+
+
+def _projection(model: nn.Module) -> nn.Module:
+    return _first_block(model).self_attn.o_proj
+
+
+def _first_block(model: nn.Module) -> nn.Module:
+    return decoder_blocks(model)[1][0]

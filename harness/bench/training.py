@@ -1,0 +1,67 @@
+"""A step of training as the benchmark times it: that of the Trainer, with the optimizer and callbacks of a method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from harness.live_step import training_step
+from harness.live_tensors import LiveTensors
+from harness.method import Method
+from harness.recipe import gradient_clipping, make_optimizer
+
+__all__ = ["Training"]
+
+# Steps of the training that callbacks are told of.
+STEPS = 1000
+RECIPE = OmegaConf.create(
+    {"learning_rate": 1e-4, "betas": [0.9, 0.999], "weight_decay": 0.0, "max_grad_norm": 1.0, "warmup_steps": 0}
+)
+
+
+class Training:
+    """A model in the middle of its training, where every callback has something to do.
+
+    Args:
+        method: Gives optimizer, callbacks and penalty where it has its own.
+        model: The adapted model; a step has begun when this returns.
+    """
+
+    def __init__(self, method: Method, model: nn.Module) -> None:
+        self.method, self.model = method, model
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._arguments = TrainingArguments(output_dir=".", seed=0, report_to="none")
+        # Not at a round number, where a booster of XGBLoRA would begin, with a factor of zeros.
+        self._state = TrainerState(global_step=STEPS // 2 + 1, max_steps=STEPS)
+        self._tell("on_step_begin")
+
+    def make_optimizer(self) -> None:
+        """Make the optimizer, around whose updates the callbacks are called; must precede the first `step`."""
+        self._optimizer = make_optimizer(self.model, RECIPE, self.method)
+        self._optimizer.register_step_pre_hook(lambda *_: self._tell("on_pre_optimizer_step"))
+        self._optimizer.register_step_post_hook(lambda *_: self._tell("on_optimizer_step"))
+
+    def step(self, batch: Mapping[str, Tensor], *, autocast: bool) -> None:
+        """Forward, backward, clipping and update, the end of this step and the beginning of the next."""
+        training_step(
+            LiveTensors(),  # not entered, so it counts nothing
+            model=self.model,
+            batch=batch,
+            optimizer=self._optimizer,
+            penalty=self.method.penalty,
+            micro_batches=1,
+            max_grad_norm=gradient_clipping(RECIPE, self.method),
+            autocast=autocast,
+        )
+        self._state.global_step += 1
+        self._tell("on_step_end")
+        self._tell("on_step_begin")
+
+    def _tell(self, event: str) -> None:
+        seen = {"model": self.model, "optimizer": self._optimizer}
+        for callback in self.method.callbacks:
+            getattr(callback, event)(self._arguments, self._state, TrainerControl(), **seen)

@@ -1,0 +1,128 @@
+"""The pruned model, kept on disk under a key, so that a sweep prunes once.
+
+``<directory>/<key>/`` is a plain Hugging Face folder plus ``manifest.json``, its seal: the key, and the SHA-256 of
+every file. It is written as ``<key>.partial/`` and renamed, so a folder under its final name was complete once. At
+every use the seal says whether it still is, and whether there is nothing else: ``from_pretrained`` follows whatever
+lies in a folder, an ``adapter_config.json`` for one. ``<key>.lock`` admits one process at a time: of two that want the
+same key, one builds and the other waits and reuses. The lock is the operating system's and ends with its process,
+however that dies.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+from filelock import FileLock
+from transformers import PreTrainedModel
+
+log = logging.getLogger("lors")
+
+MANIFEST = "manifest.json"
+FOLDER = "folder"  # in place of a digest
+
+
+def pruned_checkpoint(directory: str | Path, key: str, build: Callable[[], PreTrainedModel]) -> Path:
+    """Folder of the checkpoint under ``key``; built and saved first unless an intact one is there.
+
+    A folder that is damaged (an entry missing, altered, no plain file, or not in the seal), or that an interrupted
+    process left half written, is replaced, with one warning in the log that names the reason. If ``build`` fails, its
+    error passes through and nothing is left under the key. To an intact one nothing is written, so it may lie where
+    this user cannot write.
+
+    Args:
+        directory: The cache; made if it is not there.
+        key: Name of the folder: letters, digits, ``_``, ``-`` and ``.``.
+        build: Returns the model to save.
+
+    Raises:
+        ValueError: The key is not such a name.
+        OSError: The directory does not take the folder or the lock.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", key):
+        raise ValueError(f"key={key!r}: allowed is a file name of letters, digits, '_', '-' and '.'")
+    directory = Path(directory)
+    folder, partial = directory / key, directory / f"{key}.partial"
+    if not os.path.lexists(partial) and _damage(folder) is None:
+        return folder
+    directory.mkdir(parents=True, exist_ok=True)
+    with FileLock(directory / f"{key}.lock"):
+        damage, interrupted = _damage(folder), os.path.lexists(partial)
+        remove(partial)
+        if damage is None:
+            return folder
+        if interrupted or os.path.lexists(folder):
+            reason = damage if os.path.lexists(folder) else "interrupted while being written"
+            log.warning("pruned checkpoint %s: %s; it is built again", folder, reason)
+        remove(folder)
+        model = build()
+        partial.mkdir()  # fails if something has been laid there, which saving would follow
+        try:
+            model.save_pretrained(partial)
+            manifest = json.dumps({"key": key, "sha256": _entries(partial)}, indent=2)
+            (partial / MANIFEST).write_text(manifest, encoding="utf-8")
+            partial.rename(folder)
+        except BaseException:
+            remove(partial)  # on a full disk it would be in the way of everything else
+            raise
+    return folder
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a folder, or a link but not what it leads to, if there is one.
+
+    Raises:
+        OSError: It cannot be deleted.
+    """
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with a stored folder, in a few words; None if it is as it was written."""
+    if folder.is_symlink():
+        return "it is a link"
+    try:
+        found = _entries(folder)
+        if not found.pop(MANIFEST, None):
+            return f"{MANIFEST} is missing"
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        return f"it cannot be read ({error})"
+    match manifest:
+        case {"key": folder.name, "sha256": dict(sealed)}:
+            pass
+        case _:
+            return f"{MANIFEST} is damaged"
+    for name in sorted({*sealed, *found}):
+        if name not in found:
+            return f"{name} is missing"
+        if name not in sealed:
+            return f"{name} is not in {MANIFEST}"
+        if found[name] is None or found[name] != sealed[name]:
+            return f"{name} is damaged"
+    return None
+
+
+def _entries(folder: Path) -> dict[str, str | None]:
+    """The SHA-256 of every file, by its path; ``FOLDER`` for a folder, None for a link or anything else."""
+    entries = {}
+    for path in sorted(folder.rglob("*")):
+        mode = path.lstat().st_mode
+        content = _sha256(path) if stat.S_ISREG(mode) else FOLDER if stat.S_ISDIR(mode) else None
+        entries[path.relative_to(folder).as_posix()] = content
+    return entries
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,290 @@
+"""Peak memory and FLOPs of one training step without a byte of it: ``mode=simulate``.
+
+Model, adapters, gradients and optimizer are fake tensors: shapes, types and storages without memory. The step is that
+of a training, line for line (`live_step.training_step`), under the same ledger that measures real steps on a CPU
+(`live_tensors`), so every method, precision, rank, accumulation and checkpointing is simulated by running it.
+
+What is assumed:
+
+Values. Whatever the step reads out of a tensor (the step counter of AdamW, a check for infinities) reads as one; a
+whole number is refused, because a size may depend on it. Rows fill the batch, so attention is causal and needs no
+mask, as in mode=profile. A ``prepare`` that only chooses initial values or ranks by values is skipped, so that GeLoRA
+has the ranks of its config; every other one runs, and reads ones off the model.
+Memory is that of the step of the method that needs most (``Method.costliest``), FLOPs are those of an ordinary one. The
+optimizer has its state; what a layer keeps for itself from its first step on counts as an activation.
+
+Kernels. Fake tensors live on the CPU. For ``simulate.device=cuda`` the optimizer works on lists of tensors at once, as
+PyTorch does there (its temporaries are as large as what is trained), and sizes are rounded up to the allocator's blocks
+of 512 bytes. Fused attention keeps the same tensors on both: its output and one float32 a row and head. Not in the
+number: scratch memory inside of kernels (library workspaces, the float32 query gradient of flash attention), the CUDA
+context, and what the allocator reserves beyond what it hands out.
+
+Several devices (``simulate.shards``), after FSDP2. Parameters, gradients and optimizer state are divided evenly;
+buffers, activations and the batch (``train.batch_size`` rows for each device) are not. A decoder block is gathered as a
+whole, so are embedding, last norm and head each; one of them is whole at a time, from the first of its operations to
+the last, with the gradients of what it trains in the backward pass, and is sharded again after its forward pass too. No
+prefetching, which would hold a second block, and no communication buffers. The numbers are those of one device.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from harness.errors import BadInput
+from harness.live_step import count_model, count_optimizer, gradients_counted, training_step
+from harness.live_tensors import LiveTensors, Peak, Sharding
+from harness.meter import flop_formulas
+from harness.method import PRECISIONS, Method, adapt, without_values
+from harness.module_trace import ModuleTrace, module_names, without_index
+from harness.recipe import enable_activation_checkpointing, gradient_clipping, make_optimizer
+from harness.result import count_parameters
+from lors import compress
+from lors.blocks import decoder_blocks
+
+__all__ = ["check_simulated", "simulate"]
+
+# Bytes that the allocator of a device rounds up to.
+BLOCK = {"cpu": 1, "cuda": 512}
+# PEFT type -> why its step cannot be run without values.
+NEEDS_VALUES = {
+    "SHIRA": "torch has no backward pass of sparse tensors without them",
+}
+# An attention that transformers makes no mask for, because it does not know it.
+UNMASKED = "sdpa_of_full_rows"
+AttentionInterface.register(UNMASKED, sdpa_attention_forward)
+
+
+def check_simulated(method: Method) -> None:
+    """Refuse what cannot run on fake tensors.
+
+    Raises:
+        BadInput: A method that does not train, or whose step needs values.
+    """
+    if not method.trains:
+        raise BadInput(f"method={method.name}: must be one that trains in mode=simulate")
+    reason = None if method.peft is None else NEEDS_VALUES.get(method.peft.peft_type.value)
+    if reason is not None:
+        raise BadInput(f"method={method.name}: must be one whose step needs no values in mode=simulate; {reason}")
+
+
+def simulate(cfg: DictConfig, method: Method, shape: PretrainedConfig) -> dict[str, dict[str, Any]]:
+    """One training step on fake tensors.
+
+    Args:
+        cfg: A resolved config: ``train``, ``simulate``, and ``sparsity`` and ``pattern`` for a compressed weight.
+        method: The method.
+        shape: The config of the model.
+
+    Returns:
+        ``parameters`` as `result.count_parameters`; ``flops`` {``per_step``} of one device; ``memory`` of one device:
+        ``kind`` (simulated), ``device``, ``shards``, ``train_peak`` (bytes), at that peak ``breakdown`` (bytes by
+        category), ``modules`` (by layer and category; a ``*`` stands for every decoder block), ``peak_phase`` and
+        ``peak_module``, and ``saved_for_backward`` (bytes).
+    """
+    train, device, shards = cfg.train, cfg.simulate.device, cfg.simulate.shards
+    trace = ModuleTrace()
+    live = LiveTensors(block=BLOCK[device], running=trace)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    model = _ready(_shapes(cfg, method, shape), method, train, mode)
+    with mode, _ReadsAsOne():
+        optimizer = _with_state(make_optimizer(model, train, method), on_lists=device == "cuda")
+        names = module_names(model)
+        batch = _full_rows(train.batch_size, train.sequence_length)
+        count_model(live, model, names)
+        count_optimizer(live, optimizer)
+        live.count(batch.values(), "other")
+        micro_batches = min(train.gradient_accumulation, 2)  # a third one adds nothing
+
+        def step(live: LiveTensors) -> int:
+            return training_step(
+                live,
+                model=model,
+                batch=batch,
+                optimizer=optimizer,
+                penalty=method.penalty,
+                micro_batches=micro_batches,
+                max_grad_norm=gradient_clipping(train, method),
+                autocast=PRECISIONS[train.precision].autocast,
+            )
+
+        with ExitStack() as contexts:
+            if method.costliest is not None:
+                with _Flops(apart := LiveTensors()) as flops:  # not entered, it only knows the phase
+                    step(apart)
+                contexts.enter_context(method.costliest(model))
+            for context in (trace.of(names), gradients_counted(live, model), live):
+                contexts.enter_context(context)
+            if method.costliest is None:
+                flops = contexts.enter_context(_Flops(live))
+            saved = step(live)
+    peak = live.at_peak(Sharding(shards, _gathered(model, names, shards)))
+    memory = {
+        "kind": "simulated",
+        "device": device,
+        "shards": shards,
+        "train_peak": peak.bytes,
+        "breakdown": peak.by_category(),
+        "modules": _by_layer(peak),
+        "peak_phase": peak.phase,
+        "peak_module": peak.module or _outside(peak.phase),
+        "saved_for_backward": saved,
+    }
+    per_step = flops.total // micro_batches * train.gradient_accumulation
+    return {"memory": memory, "flops": {"per_step": per_step}, "parameters": count_parameters(model)}
+
+
+def _shapes(cfg: DictConfig, method: Method, shape: PretrainedConfig) -> nn.Module:
+    """The wrapped model on the meta device; outside of fake tensors, whose modules cannot change type."""
+    formats = PRECISIONS[cfg.train.precision]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(shape, dtype=formats.base, trust_remote_code=False)
+        if model.config._attn_implementation == "sdpa":
+            model.set_attn_implementation(UNMASKED)
+        if method.peft is None:
+            return model.requires_grad_(False).to(formats.trainable)
+        model = adapt(replace(method, prepare=None), model, precision=cfg.train.precision)
+        storage = getattr(method.peft, "storage", "dense")
+        if storage != "dense":
+            compress(model, storage, sparsity=cfg.sparsity, pattern=cfg.pattern)
+    return model
+
+
+def _ready(model: nn.Module, method: Method, train_cfg: Any, mode: FakeTensorMode) -> nn.Module:
+    """The model of `_shapes` on fake tensors, set up by the method, as a training begins with it."""
+    with mode:
+        _materialise(model)
+        batches = [_full_rows(train_cfg.batch_size, train_cfg.sequence_length)]
+    prepare = without_values(method).prepare
+    if prepare is not None:
+        # Outside of the mode what it draws has values, a choice of layers for example; the model stays as it is.
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=PRECISIONS[train_cfg.precision].autocast)
+        with autocast, _ReadsAsOne(whole_numbers=True):
+            model = prepare(model, batches, 0)
+    if train_cfg.activation_checkpointing:
+        enable_activation_checkpointing(model)
+    return model.train()
+
+
+def _materialise(model: nn.Module) -> None:
+    """Fake tensors on the CPU in place of meta tensors; tied ones stay tied."""
+    made: dict[int, Tensor] = {}
+
+    def fake(tensor: Tensor) -> Tensor:
+        if id(tensor) not in made:
+            like = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+            kept = isinstance(tensor, nn.Parameter)
+            made[id(tensor)] = nn.Parameter(like, tensor.requires_grad) if kept else like
+        return made[id(tensor)]
+
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is not None and tensor.is_meta:
+                    held[name] = fake(tensor)
+
+
+def _full_rows(batch_size: int, sequence_length: int) -> dict[str, Tensor]:
+    """A batch without padding: three int64 tensors of B x T."""
+    return {
+        name: torch.ones(batch_size, sequence_length, dtype=torch.int64)
+        for name in ("input_ids", "attention_mask", "labels")
+    }
+
+
+def _with_state(optimizer: torch.optim.Optimizer, *, on_lists: bool) -> torch.optim.Optimizer:
+    """The optimizer as it is from the second step on; ``on_lists`` as by default on a GPU, if it can."""
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for group in optimizer.param_groups:
+        if on_lists and group.get("foreach", False) is None:
+            group["foreach"] = True
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for parameter in trained:
+        parameter.grad = None
+    return optimizer
+
+
+def _gathered(model: nn.Module, names: Mapping[nn.Module, str], shards: int) -> Callable[[str, str], int]:
+    """Bytes beyond its own shard that a device holds while a module runs, see the module's text."""
+    blocks = f"{decoder_blocks(model)[0]}."
+
+    def group(name: str) -> str:
+        return blocks + name.removeprefix(blocks).partition(".")[0] if name.startswith(blocks) else name
+
+    weights: dict[str, int] = defaultdict(int)
+    gradients: dict[str, int] = defaultdict(int)
+    for module, name in names.items():
+        for parameter in module.parameters(recurse=False):
+            others = parameter.nbytes * (shards - 1) // shards
+            weights[group(name)] += others
+            gradients[group(name)] += others if parameter.requires_grad else 0
+
+    def whole(phase: str, module: str) -> int:
+        if phase == "optimizer":
+            return 0
+        return weights.get(group(module), 0) + (gradients.get(group(module), 0) if phase == "backward" else 0)
+
+    return whole
+
+
+def _by_layer(peak: Peak) -> dict[str, dict[str, int]]:
+    """Bytes by layer and category, the same layer of all decoder blocks together."""
+    layers: dict[str, dict[str, int]] = {}
+    for (category, module), size in sorted(peak.parts.items()):
+        outside = category if category in ("optimizer", "other") else _outside(peak.phase)
+        layer = layers.setdefault(without_index(module) or outside, {})
+        layer[category] = layer.get(category, 0) + size
+    return layers
+
+
+def _outside(phase: str) -> str:
+    """What runs when no module does."""
+    return "optimizer" if phase == "optimizer" else "loss"
+
+
+class _ReadsAsOne(TorchDispatchMode):
+    """Gives 1, 1.0 or True to whoever reads the value of a fake tensor, see the module's text."""
+
+    def __init__(self, *, whole_numbers: bool = False) -> None:
+        super().__init__()
+        self._whole_numbers = whole_numbers
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            dtype = args[0].dtype
+            if dtype is torch.bool or dtype.is_floating_point:
+                return True if dtype is torch.bool else 1.0
+            if self._whole_numbers:
+                return 1
+            raise RuntimeError("the step reads a whole number off a tensor, which has no value in a simulation")
+        return func(*args, **(kwargs or {}))
+
+
+class _Flops(TorchDispatchMode):
+    """Counts as `meter.count_flops` does, without its hooks, which hold gradients for longer than a training does."""
+
+    def __init__(self, live: LiveTensors) -> None:
+        super().__init__()
+        self.total = 0
+        self._live = live
+        self._formulas = flop_formulas()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        formula = self._formulas.get(func._overloadpacket)
+        if formula is not None and self._live.phase != "optimizer":
+            self.total += formula(*args, **(kwargs or {}), out_val=result)
+        return result

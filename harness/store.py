@@ -1,0 +1,350 @@
+"""The run folder: ``<runs_root>/<name>/<key>/`` with ``result.json``, ``config.yaml``, ``log.txt`` and what
+the run saves; and which runs need not be made again.
+
+Three promises. A good result gives way only to a good one: where one lies, the run is repeated in the folder
+``.repeat`` below and moved over it when it has ended well. Every JSON file carries the SHA-256 of its content: one that
+was changed or cut counts as absent. Every file appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from filelock import FileLock, Timeout
+from omegaconf import DictConfig, OmegaConf
+
+from harness.errors import BadInput, one_line
+from harness.identity import run_key
+
+__all__ = [
+    "Busy",
+    "Damaged",
+    "RunStore",
+    "atomically",
+    "cache_directory",
+    "check_writable",
+    "read_result",
+    "read_sealed",
+    "remove",
+    "write_sealed",
+    "writing",
+]
+
+log = logging.getLogger("lors")
+
+# Bytes that a folder has to take before a run starts in it.
+PROBE = 2**16
+LOCK, RESULT, REPEAT = ".lock", "result.json", ".repeat"
+TEMPORARY = ".*.tmp"
+STATUSES = ("ok", "failed", "oom")
+
+
+class Busy(Exception):  # noqa: N818 - named for what happened
+    """Another process is at this run."""
+
+
+class Damaged(ValueError):  # noqa: N818 - named for what happened
+    """A file is not what was written; the message is one line that names it."""
+
+
+def cache_directory(cfg: DictConfig) -> Path:
+    """Where pruned models and baseline scores are kept: ``cache_root``, else the user's cache folder."""
+    if cfg.cache_root is not None:
+        return Path(cfg.cache_root).expanduser().absolute()
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "lors"
+
+
+class RunStore:
+    """One run folder.
+
+    Args:
+        directory: The folder; created when something is written.
+        key: Key of the run; the name of the folder unless it is given.
+    """
+
+    def __init__(self, directory: Path, key: str | None = None) -> None:
+        self.directory = directory
+        self.key = key or directory.name
+        self.parts = directory / "parts"
+        self.result_file = directory / RESULT
+
+    @classmethod
+    def of(cls, cfg: DictConfig) -> RunStore:
+        """The folder of the run of a resolved config."""
+        return cls(Path(cfg.runs_root).expanduser() / cfg.name / run_key(cfg))
+
+    def result(self) -> dict[str, Any] | None:
+        """The result; None if the run has written none, or, with a line of warning, if the file is damaged."""
+        try:
+            result = read_result(self.result_file)
+            if result is not None and result["key"] != self.key:
+                raise Damaged(f"{self.result_file}: belongs to the run {result['key']}")
+        except Damaged as error:
+            log.warning("%s; it counts as absent", error)
+            return None
+        return result
+
+    def finished(self, cfg: DictConfig, since: int | None = None) -> dict[str, Any] | None:
+        """The result that makes the run of `cfg` unnecessary, if there is one.
+
+        Args:
+            cfg: The resolved config: ``force``, ``save_merged``.
+            since: When the sweep began that the run belongs to (see `written_since`). A result that was
+                written since then stands, failed or not: another sweep on the same folder has made it.
+        """
+        result = self.result()
+        if result is None or (since is not None and self.written_since(since)):
+            return result
+        complete = result["status"] == "ok" and (not cfg.save_merged or result["artifacts"]["merged"])
+        return result if complete and not cfg.force else None
+
+    def written_since(self, moment: int) -> bool:
+        """Whether the result file was written after `moment`, in nanoseconds on the clock of its file system."""
+        try:
+            return self.result_file.stat().st_mtime_ns > moment
+        except FileNotFoundError:
+            return False
+
+    def attempt(self, force: bool) -> RunStore:
+        """The folder in which the run is made now, rid of what kills have left there; hold the lock.
+
+        It is this one, or ``.repeat`` below it if a good result is here. With `force` nothing of an earlier start is
+        taken over, but for that of an interrupted start with `force`.
+        """
+        good = self._is_good()
+        attempt = RunStore(self.directory / REPEAT, self.key) if good else self
+        if force and not (attempt.parts / "forced.json").exists():
+            attempt.clear()
+            attempt.once("forced", lambda: True)
+        attempt.directory.mkdir(parents=True, exist_ok=True)
+        for leftover in attempt.directory.glob(TEMPORARY):
+            remove(leftover)
+        return attempt
+
+    def accept(self, attempt: RunStore) -> None:
+        """Move the good result of `attempt`, a folder below this one, over the result here; hold the lock.
+
+        A kill in the middle does no harm: `settle` does the rest.
+        """
+        if attempt.directory == self.directory or not attempt._is_good():
+            return
+        entries = {entry.name: entry for entry in attempt.directory.iterdir()}
+        for name in sorted(entries, key=lambda name: name == RESULT):  # the result last
+            target = self.directory / name
+            if target.is_dir() or entries[name].is_dir():
+                remove(target)
+            entries[name].replace(target)
+        self._sweep_out(keep={*self._artifacts(), RESULT})
+
+    def settle(self) -> None:
+        """Move a repeated run over the old one that had ended well when its process was killed; hold the lock."""
+        self.accept(RunStore(self.directory / REPEAT, self.key))
+
+    def write(self, result: Mapping[str, Any]) -> None:
+        """Write the result file; a reader sees the old one or the new one, never half of it.
+
+        Raises:
+            BadInput: The folder does not take it; what the run has finished is still there.
+        """
+        with writing("runs_root", self.directory):
+            value = _finite({**{name: item for name, item in result.items() if name != "sha256"}, "key": self.key})
+            write_json(self.result_file, {**value, "sha256": content_digest(value)})
+        (self.parts / "forced.json").unlink(missing_ok=True)
+
+    def write_config(self, cfg: DictConfig) -> None:
+        """Write ``config.yaml``, resolved."""
+        with writing("runs_root", self.directory):
+            write_text(self.directory / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+
+    def once(self, part: str, compute: Callable[[], Any]) -> Any:
+        """The JSON value of one part of the run; computed unless an interrupted start got so far."""
+        file = self.parts / f"{part}.json"
+        try:
+            return read_sealed(file)
+        except (FileNotFoundError, Damaged):
+            write_sealed(file, compute())
+        return read_sealed(file)
+
+    def drop_progress(self) -> None:
+        """Delete what only an interrupted run needs: finished parts and checkpoints of the training."""
+        # The parts last: while they are there something is left.
+        for entry in (*self.directory.glob("checkpoint*"), self.parts):
+            remove(entry)
+
+    def clear(self) -> None:
+        """Delete everything in the folder, its lock excepted."""
+        self._sweep_out(keep=())
+
+    def busy(self) -> bool:
+        """Whether another process is at this run."""
+        if not self.directory.is_dir():
+            return False
+        try:
+            with self.lock():
+                return False
+        except Busy:
+            return True
+
+    @contextmanager
+    def lock(self, waiting: Callable[[], None] | None = None) -> Iterator[None]:
+        """Keep other processes off this run. The lock ends with the process, however that ends.
+
+        Args:
+            waiting: Called once, before waiting, if one of them is at it already; None: do not wait.
+
+        Raises:
+            Busy: One of them is at it, and ``waiting`` is None.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.directory / LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            if waiting is None:
+                raise Busy from error
+            waiting()
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _is_good(self) -> bool:
+        result = self.result()
+        return result is not None and result["status"] == "ok"
+
+    def _artifacts(self) -> set[str]:
+        return {name for name in (self.result() or {}).get("artifacts", {}).values() if name is not None}
+
+    def _sweep_out(self, keep: Iterable[str]) -> None:
+        for entry in self.directory.iterdir() if self.directory.is_dir() else ():
+            if entry.name not in {LOCK, *keep}:
+                remove(entry)
+
+
+def read_result(file: Path) -> dict[str, Any] | None:
+    """The content of a ``result.json``; None if there is no such file.
+
+    Raises:
+        Damaged: It is no result, or not the one that was written (``sha256``, which old files do not have).
+    """
+    try:
+        result = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise Damaged(f"{file}: not a result file ({one_line(error)})") from error
+    if not isinstance(result, dict) or not isinstance(result.get("key"), str) or result.get("status") not in STATUSES:
+        raise Damaged(f"{file}: not a result file (it must be an object with key and status)")
+    written = result.pop("sha256", None)
+    if written is not None and written != content_digest(result):
+        raise Damaged(f"{file}: was changed or damaged after it was written (its sha256 is another)")
+    return result
+
+
+def content_digest(value: Any) -> str:
+    """SHA-256 of a value made of JSON types, however its file is laid out."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def read_sealed(file: Path) -> Any:
+    """The value of a file that `write_sealed` has written.
+
+    Raises:
+        FileNotFoundError: There is none.
+        Damaged: It is not what was written.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        value, written = content["value"], content["sha256"]
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+        raise Damaged(f"{file}: damaged ({one_line(error)})") from error
+    if written != content_digest(value):
+        raise Damaged(f"{file}: damaged (its sha256 is another)")
+    return value
+
+
+def write_sealed(file: Path, value: Any) -> None:
+    """Write a JSON value with its digest, atomically."""
+    value = _finite(value)
+    write_json(file, {"sha256": content_digest(value), "value": value})
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write strict JSON atomically; numbers that JSON does not have (inf, nan) become null."""
+    write_text(file, json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a text file atomically."""
+    with atomically(file, "w", encoding="utf-8") as stream:
+        stream.write(text)
+
+
+@contextmanager
+def atomically(file: Path, mode: str, **options: Any) -> Iterator[IO]:
+    """Open a file under a temporary name in the same folder; at the end flush it to the disk and rename it.
+
+    Nobody can guess the name, and nothing that lies under it is opened or followed.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        with open(temporary, mode.replace("w", "x"), **options) as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # on a full disk it would be in the way of everything else
+        raise
+
+
+@contextmanager
+def writing(key: str, folder: Path) -> Iterator[None]:
+    """What goes wrong with files inside is the user's to mend: one line that names the config key and the folder."""
+    try:
+        yield
+    except OSError as error:
+        raise BadInput(f"{key}: cannot write to {folder} ({one_line(error)})") from error
+
+
+def check_writable(key: str, folder: Path) -> None:
+    """Make the folder and see that it takes a file.
+
+    Raises:
+        BadInput: It does not: no permission, no space left, or a file in its place. `key` is the one to change.
+    """
+    with writing(key, folder):
+        probe = folder / f".probe.{secrets.token_hex(8)}.tmp"
+        write_text(probe, "\0" * PROBE)
+        probe.unlink()
+
+
+def remove(entry: Path) -> None:
+    """Delete a file, a folder, or a link but not what it points to; nothing may be there."""
+    if entry.is_dir() and not entry.is_symlink():
+        shutil.rmtree(entry, ignore_errors=True)
+    elif entry.exists() or entry.is_symlink():
+        entry.unlink(missing_ok=True)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

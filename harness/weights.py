@@ -1,0 +1,95 @@
+"""Weights that are all there, or none: transformers fills what a checkpoint lacks with random numbers and goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from harness.errors import BadInput
+
+__all__ = ["check_files", "load_weights"]
+
+NAMED = 3  # weights that a message names
+# Of safetensors: what a weight may be stored as. Anything else is a number that a scale beside it belongs to.
+FORMATS = ("F64", "F32", "F16", "BF16")
+INDEX = ".index.json"
+
+
+def load_weights(path: str, revision: str | None = None, *, shown: str, **options: Any) -> PreTrainedModel:
+    """A model whose every weight comes from its checkpoint, and whose checkpoint holds no other ones.
+
+    Args:
+        path: Folder, or name on the Hub.
+        revision: On the Hub.
+        shown: What the message says of where it comes from, such as ``model.path=here``.
+        options: Of ``from_pretrained``; ``device_map="meta"`` reads names and shapes only.
+
+    Raises:
+        BadInput: Weights are missing, or left over, or have another shape.
+    """
+    model, report = AutoModelForCausalLM.from_pretrained(
+        path,
+        revision=revision,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # reported below, with the others
+        trust_remote_code=False,
+        **options,
+    )
+    wrong = [
+        f"{len(names)} {what} ({_first(names)})"
+        for key, what in (
+            ("missing_keys", "missing from the files"),
+            ("unexpected_keys", "that the model does not have"),
+            ("mismatched_keys", "of another shape than config.json says"),
+        )
+        if (names := sorted(_name(entry) for entry in report[key]))
+    ]
+    if wrong or report.get("error_msgs"):
+        found = "; ".join(wrong) or " ".join(report["error_msgs"])
+        raise BadInput(f"{shown}: config.json and weights do not belong together: weights {found}")
+    return model
+
+
+def check_files(folder: Path, model: PreTrainedModel, shown: str) -> None:
+    """Refuse files of a model folder that transformers reads as something else than they are.
+
+    Args:
+        folder: The folder; nothing is checked if it is none.
+        model: What `load_weights` made of it.
+        shown: As there.
+
+    Raises:
+        BadInput: A weight stored as another format than a floating point number, which is taken without its scale; an
+            index that names a file elsewhere, whose content is in no key.
+    """
+    for file in folder.glob(f"*{INDEX}"):
+        outside = [name for name in _files_of(file) if Path(name).name != name]
+        if outside:
+            raise BadInput(f"{shown}: {file.name} must name files beside it, not {outside[0]}")
+    prefix = f"{model.base_model_prefix}."
+    weights = {name.removeprefix(prefix) for name, _ in model.named_parameters()}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as stored:
+            for name in stored.keys():  # noqa: SIM118 - it is no mapping
+                kind = stored.get_slice(name).get_dtype()
+                if kind not in FORMATS and name.removeprefix(prefix) in weights:
+                    raise BadInput(f"{shown}: {name} of {file.name} is stored as {kind}; must be {', '.join(FORMATS)}")
+
+
+def _files_of(index: Path) -> Iterator[str]:
+    content = json.loads(index.read_text(encoding="utf-8"))
+    files = content.get("weight_map") if isinstance(content, dict) else None
+    yield from map(str, files.values() if isinstance(files, dict) else ())
+
+
+def _name(entry: Any) -> str:
+    return entry if isinstance(entry, str) else str(entry[0])
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")

@@ -1,1 +1,0 @@
-"""The harness: one config in, one result file out, the same way for every method (``pipeline.execute``)."""

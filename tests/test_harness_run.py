@@ -1,0 +1,454 @@
+"""The whole path on a tiny random model, offline: results, cache, resume after a kill, failures, profiles, sweeps."""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import make_tiny_llama
+from omegaconf import DictConfig
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from harness import run as harness_run
+from harness.errors import BadInput
+from harness.meter import with_the_rest
+from harness.run import execute
+from harness.store import read_result
+from lors.pruning import prune_model
+from lors.sparsity import sparsity_of
+
+ROOT = Path(__file__).parents[1]
+FIELDS = (
+    "schema key status error mode method model pruner pattern sparsity support seed config environment parameters "
+    "end_state zeros memory time flops loss eval baselines variants artifacts"
+).split()
+
+NO_SCORES = ("eval.tasks=[]", "eval.perplexity=null", "eval.baselines=false")
+
+
+@pytest.fixture
+def tiny(composed, tiny_checkpoint, tiny_sources, tmp_path) -> Callable[..., DictConfig]:
+    """Function from overrides to the config of a run of a few seconds."""
+    return lambda *overrides: composed(*tiny_overrides(tiny_checkpoint, tiny_sources, tmp_path), *overrides)
+
+
+def tiny_overrides(checkpoint: Path, sources: Path, folder: Path) -> list[str]:
+    return [
+        "model=hf",
+        f"model.path={checkpoint}",
+        "data=alpaca",
+        f"data.path={sources}/instructions.jsonl",
+        f"prune.text={sources}/text.jsonl",
+        "prune.samples=4",
+        "prune.sequence_length=32",
+        "eval=zeroshot",
+        f"eval.data_root={sources}",
+        "eval.tasks=[arc_easy,rte]",
+        f"eval.perplexity={{text:{sources}/text.jsonl,window:32}}",
+        "adapter.r=4",
+        "train.steps=4",
+        "train.batch_size=2",
+        "train.sequence_length=96",
+        "train.timing_warmup=1",
+        "train.init_rows=4",
+        "train.checkpoint_every=1",
+        f"runs_root={folder}/runs",
+        f"cache_root={folder}/cache",
+    ]
+
+
+def folder_of(result: dict, cfg: DictConfig) -> Path:
+    return Path(cfg.runs_root) / cfg.name / result["key"]
+
+
+def numbers(result: dict) -> dict:
+    """What must be the same every time: everything but clocks, process memory and folders."""
+    kept = {name: result[name] for name in FIELDS if name not in ("config", "environment", "time", "memory")}
+    memory = {name: value for name, value in result["memory"].items() if name != "process_rss_peak"}
+    return {**kept, "memory": memory}
+
+
+@pytest.fixture
+def no_network(monkeypatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("the run reached for the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+def test_a_run_from_end_to_end(tiny, capsys, no_network) -> None:
+    cfg = tiny("method=lors", "save_merged=true")
+    result = execute(cfg)
+    printed = capsys.readouterr().out
+    folder = folder_of(result, cfg)
+
+    assert list(result) == FIELDS
+    assert result["status"] == "ok" and result["error"] is None
+    assert read_result(folder / "result.json") == result
+    assert result["environment"]["kernels"]["merge"], "which code has merged is on record"
+    assert result["support"]["sparsity"] == pytest.approx(0.5, abs=1e-3) and len(result["support"]["sha256"]) == 64
+    assert result["zeros"] == {
+        "requested": 0.5,
+        "after_prune": 0.5,
+        "after_merge": pytest.approx(0.5, abs=1e-3),
+        "lost": 0,
+        "gained": result["zeros"]["gained"],
+        "pattern_valid": True,
+        "mergeable": True,
+    }
+    memory = result["memory"]
+    assert memory["kind"] == "live_tensors"
+    assert sum(memory["breakdown"].values()) == memory["train_peak"] > memory["eval_peak"] > 0
+    assert memory["init_peak"] > memory["breakdown"]["weights"]
+    assert result["time"]["steps"] == 3 and result["time"]["warmup_steps"] == 1
+    assert set(result["time"]["phases"]) == {"load", "prune", "baselines", "init", "train", "merge", "evaluate"}
+    assert result["flops"]["per_step"] > 0
+    assert result["parameters"]["adapter_bytes"] == 4 * result["parameters"]["trainable"]
+    assert result["parameters"]["adapted_share"] == 1
+    assert all(isinstance(value, float) for value in result["loss"].values())
+    for scores in (result["eval"], result["baselines"]["dense"], result["baselines"]["pruned"]):
+        assert set(scores["tasks"]) == {"arc_easy", "rte"}
+        assert scores["tasks"]["rte"]["metric"] == "acc" and scores["tasks"]["rte"]["n"] == 8
+        assert scores["perplexity"]["value"] > 1
+    assert result["loss"]["eval_before"] == result["baselines"]["pruned"]["perplexity"]["loss"]
+    assert result["loss"]["eval_after"] == result["eval"]["perplexity"]["loss"]
+
+    steps = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
+    assert [step["step"] for step in steps] == [1, 2, 3, 4]
+    assert steps[0]["loss"] == result["loss"]["first"] and steps[-1]["loss"] == result["loss"]["last"]
+    kept = {".lock", "adapter", "config.yaml", "log.txt", "merged", "result.json", "steps.jsonl"}
+    assert {entry.name for entry in folder.iterdir()} <= kept
+    for text in ("50.00% after pruning", "every zero kept", "at the peak of a training step", "step time",
+                 "arc_easy (acc)", "average", "perplexity", "dense", "fine-tuned", "±", str(folder)):  # fmt: skip
+        assert text in printed, text
+
+
+def test_adapter_and_merged_model_can_be_loaded_and_agree(tiny) -> None:
+    cfg = tiny("method=lors", "save_merged=true", *NO_SCORES)
+    folder = folder_of(execute(cfg), cfg)
+    merged = AutoModelForCausalLM.from_pretrained(folder / "merged", dtype=torch.float32)
+    assert sparsity_of(merged) == pytest.approx(0.5, abs=1e-3)
+    pruned = next((Path(cfg.cache_root) / "pruned").glob("*/config.json")).parent
+    base = AutoModelForCausalLM.from_pretrained(pruned, dtype=torch.float32)
+    adapted = PeftModel.from_pretrained(base, folder / "adapter")
+    tokens = torch.arange(10)[None] + 5
+    with torch.no_grad():
+        torch.testing.assert_close(adapted(tokens).logits, merged(tokens).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_finished_run_is_not_repeated_unless_forced(tiny, capsys, monkeypatch) -> None:
+    cfg = tiny(*NO_SCORES, "train.steps=2")
+    first = execute(cfg)
+    monkeypatch.setattr(harness_run, "read_inputs", lambda *_: pytest.fail("the run was repeated"))
+    capsys.readouterr()
+    assert execute(cfg) == first
+    printed = capsys.readouterr().out
+    assert "not repeated" in printed and first["key"] in printed
+    monkeypatch.undo()
+    again = execute(tiny(*NO_SCORES, "train.steps=2", "force=true"))
+    assert numbers(again) == numbers(first)
+    assert again["environment"] != first["environment"] or again["time"] != first["time"]
+
+
+def test_the_pruned_model_and_the_scores_of_the_baselines_are_computed_once(tiny, monkeypatch) -> None:
+    first = execute(tiny("method=lors", "train.steps=1"))
+    monkeypatch.setattr("harness.models.prune_model", lambda *_, **__: pytest.fail("pruned twice"))
+    monkeypatch.setattr("harness.models.evaluate", lambda *_: pytest.fail("scored twice"))
+    second = execute(tiny("method=lora", "train.steps=1"))
+    assert second["status"] == "ok", second["error"]
+    assert second["baselines"] == first["baselines"]
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: no handler of the run sees it as a failure."""
+
+
+@pytest.mark.parametrize("moment", ["step 3", "second score"])
+def test_a_killed_run_ends_with_the_numbers_of_an_undisturbed_one(tiny, tmp_path, monkeypatch, moment) -> None:
+    settings = ["method=lora", "eval.tasks=[rte]"]
+    undisturbed = execute(tiny(*settings, f"runs_root={tmp_path}/other"))
+    cfg = tiny(*settings)
+    real_log, real_evaluate, scored = harness_run.train.__globals__["MeasuredTrainer"].log, harness_run.evaluate, []
+
+    def log(trainer, logs, *rest):
+        if moment == "step 3" and trainer.state.global_step == 3:
+            raise Killed
+        return real_log(trainer, logs, *rest)
+
+    def evaluate(*arguments):
+        if moment == "second score" and scored:
+            raise Killed
+        scored.append(1)
+        return real_evaluate(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(harness_run.train.__globals__["MeasuredTrainer"], "log", log)
+        patch.setattr(harness_run, "evaluate", evaluate)
+        with pytest.raises(Killed):
+            execute(cfg)
+    folder = Path(cfg.runs_root) / cfg.name / undisturbed["key"]
+    assert not (folder / "result.json").exists() and list(folder.glob("checkpoint-*"))
+    resumed = execute(cfg)
+    assert numbers(resumed) == numbers(undisturbed)
+    assert resumed["time"]["steps"] + resumed["time"]["warmup_steps"] == 4
+
+
+def test_lora_gives_three_rows_from_one_training(tiny) -> None:
+    result = execute(tiny("method=lora", "pattern=2:4", "eval.tasks=[]"))
+    assert result["end_state"] == "adapter" and list(result["variants"]) == ["remasked", "dense"]
+    remasked, dense = (result["variants"][name]["zeros"] for name in ("remasked", "dense"))
+    assert result["zeros"]["after_merge"] is None and not result["zeros"]["mergeable"]
+    assert remasked["lost"] == 0 and remasked["pattern_valid"] and remasked["mergeable"]
+    assert dense["lost"] > 0 and not dense["pattern_valid"] and not dense["mergeable"]
+    adapter, remasked, dense = (
+        row["eval"]["perplexity"]["loss"] for row in (result, *result["variants"].values())
+    )  # fmt: skip
+    assert adapter == pytest.approx(dense, rel=1e-6), "the same function, rounded elsewhere"
+    assert abs(adapter - remasked) > 10 * abs(adapter - dense)
+
+
+@pytest.fixture
+def sparse_folder(tiny_checkpoint, tmp_path) -> Path:
+    """A model that was pruned 2:4 elsewhere."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
+    prune_model(model, "magnitude", sparsity=None, pattern="2:4", calibration=None)
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "sparse")
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_a_model_that_comes_sparse_is_measured(tiny, sparse_folder) -> None:
+    result = execute(tiny("prune=none", f"model.path={sparse_folder}", "eval.tasks=[]"))
+    assert result["status"] == "ok", result["error"]
+    assert (result["pruner"], result["sparsity"], result["pattern"]) == ("none", 0.5, "2:4")
+    assert result["support"]["sparsity"] == 0.5 and result["support"]["pattern"] == "2:4"
+    assert result["zeros"]["lost"] == 0 and result["zeros"]["pattern_valid"]
+    assert result["baselines"]["dense"] is None, "nobody knows the dense model"
+    assert result["baselines"]["pruned"]["perplexity"]["loss"] == result["loss"]["eval_before"]
+    again = execute(tiny("prune=none", "pattern=2:4", f"model.path={sparse_folder}", "eval.tasks=[]"))
+    assert again["environment"] == result["environment"], "the same run, with what it has said aloud"
+
+
+@pytest.mark.parametrize("said", ["sparsity=0.7", "sparsity=0", "pattern=1:4"])
+def test_a_model_that_comes_otherwise_than_said_is_refused(tiny, sparse_folder, tmp_path, said: str) -> None:
+    with pytest.raises(BadInput, match=r"must be what the model has with prune=none, 0\.5 and 2:4"):
+        execute(tiny("prune=none", said, f"model.path={sparse_folder}", "eval.tasks=[]"))
+    assert not list((tmp_path / "runs").rglob("result.json"))
+
+
+def test_nothing_of_the_harness_is_on_the_device_when_the_training_starts(tiny, monkeypatch) -> None:
+    """Tensors that are alive: those of the model, what an optimizer has of them, and a batch; the rest is small."""
+    seen = []
+
+    class Spy(harness_run.Meter):
+        def on_train_begin(self, args, state, control, model, **kwargs) -> None:
+            super().on_train_begin(args, state, control, **kwargs)
+            gc.collect()
+            known = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+            alive = (entry for entry in gc.get_objects() if isinstance(entry, torch.Tensor) and id(entry) not in before)
+            largest = min(parameter.numel() for parameter in model.parameters() if parameter.dim() == 2)
+            seen.extend(
+                tuple(tensor.shape) for tensor in alive
+                if tensor.untyped_storage().data_ptr() not in known and tensor.numel() >= largest
+                and tensor.dtype != torch.int64  # token ids
+            )  # fmt: skip
+
+    gc.collect()
+    before = {id(entry) for entry in gc.get_objects() if isinstance(entry, torch.Tensor)}
+    monkeypatch.setattr(harness_run, "Meter", Spy)
+    execute(tiny("method=lora", *NO_SCORES))
+    assert seen == []
+
+
+def test_a_breakdown_never_contradicts_its_peak() -> None:
+    parts = {"weights": 60, "activations": 30}
+    assert with_the_rest(parts, 100) == {"weights": 60, "activations": 30, "allocator": 10}
+    assert with_the_rest(parts, 80) is None, "full rows were counted, and the training had none"
+    assert with_the_rest(None, 80) is None
+
+
+def test_a_good_result_stays_when_its_repetition_fails(tiny, capsys, monkeypatch) -> None:
+    cfg = tiny("method=lora", *NO_SCORES)
+    good = execute(cfg)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers.PreTrainedModel, "save_pretrained", full)
+        assert execute(tiny("method=lora", "save_merged=true", *NO_SCORES))["status"] == "failed"
+    assert "the good result from before stays" in capsys.readouterr().out
+    assert read_result(folder_of(good, cfg) / "result.json") == good
+    assert execute(cfg) == good
+    merged = execute(tiny("method=lora", "save_merged=true", *NO_SCORES))
+    assert merged["status"] == "ok" and (folder_of(good, cfg) / "merged" / "model.safetensors").exists()
+    assert merged["loss"] == good["loss"]
+
+
+def test_what_a_kill_after_the_result_has_left_goes_at_the_next_start(tiny, monkeypatch) -> None:
+    cfg = tiny("method=lora", *NO_SCORES)
+
+    def kill(_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(harness_run.RunStore, "drop_progress", kill)
+        execute(cfg)
+    folder = next(Path(cfg.runs_root).rglob("result.json")).parent
+    assert list(folder.glob("checkpoint-*")) and (folder / "parts").exists()
+    execute(cfg)
+    assert not list(folder.glob("checkpoint-*")) and not (folder / "parts").exists()
+
+
+def test_what_transformers_reports_is_in_the_log(tiny, monkeypatch, capsys) -> None:
+    cfg = tiny("method=lora", *NO_SCORES)
+    real = harness_run.train
+
+    def train(*arguments: object) -> object:
+        logging.getLogger("transformers.modeling_utils").warning("of note")
+        return real(*arguments)
+
+    monkeypatch.setattr(harness_run, "train", train)
+    result = execute(cfg)
+    assert "WARNING transformers.modeling_utils: of note" in (folder_of(result, cfg) / "log.txt").read_text()
+    assert "of note" not in "".join(capsys.readouterr())
+
+
+def test_the_dense_control_is_fine_tuned_without_pruning(tiny) -> None:
+    result = execute(tiny("sparsity=0", "prune=none", "eval.tasks=[]"))
+    assert result["status"] == "ok"
+    assert (result["pruner"], result["sparsity"], result["zeros"]["after_prune"]) == ("none", 0.0, 0.0)
+    assert result["baselines"]["dense"] == result["baselines"]["pruned"]
+    assert result["loss"]["eval_after"] != result["loss"]["eval_before"]
+
+
+def test_the_pruned_model_as_it_is(tiny) -> None:
+    result = execute(tiny("method=none"))
+    assert result["status"] == "ok"
+    assert result["eval"] == result["baselines"]["pruned"]
+    assert (
+        result["parameters"]["trainable"] == 0
+        and result["flops"]["per_step"] is None
+        and result["loss"]["first"] is None
+    )
+
+
+def test_a_nan_loss_stops_the_run_and_the_result_says_at_which_step(tiny, capsys) -> None:
+    cfg = tiny("method=lora", "eval.tasks=[]", "train.learning_rate=1e30", "train.max_grad_norm=null")
+    result = execute(cfg)
+    assert result["status"] == "failed"
+    assert result["error"]["type"] == "NonFiniteLoss" and "step 2" in result["error"]["message"]
+    assert "NonFiniteLoss" in result["error"]["traceback"]
+    assert result["baselines"]["dense"] and result["memory"]["train_peak"], "what was known is kept"
+    assert json.loads((folder_of(result, cfg) / "result.json").read_text())["status"] == "failed"
+    assert "step 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: not enough memory")]
+)
+def test_out_of_memory_is_a_status_of_its_own_and_can_be_tried_again(tiny, monkeypatch, error) -> None:
+    def full(*_: object) -> None:
+        raise error
+
+    cfg = tiny(*NO_SCORES, "train.steps=1")
+    with monkeypatch.context() as patch:
+        patch.setattr(harness_run, "train", full)
+        assert execute(cfg)["status"] == "oom"
+    assert execute(cfg)["status"] == "ok"
+
+
+def test_a_method_that_breaks_its_promise_about_zeros_fails(tiny, monkeypatch) -> None:
+    result = execute(tiny("method=lora", "method.keeps_zeros=true", "method.merges=[dense]", *NO_SCORES))
+    assert result["status"] == "ok", "a dense merge promises nothing"
+    monkeypatch.setattr(harness_run, "finish", lambda method, model, M, variant, **_: ones(model))
+    broken = execute(tiny("method=lors", *NO_SCORES))
+    assert broken["status"] == "failed" and "keeps_zeros" in broken["error"]["message"]
+
+
+def ones(model: PeftModel) -> torch.nn.Module:
+    base = model.unload()
+    for parameter in base.parameters():
+        parameter.data.fill_(1)
+    return base
+
+
+@pytest.mark.parametrize(("method", "precision"), [("lors", "bf16"), ("full", "bf16_mixed")])
+def test_other_precisions(tiny, method: str, precision: str) -> None:
+    result = execute(tiny(f"method={method}", f"train.precision={precision}", "eval.tasks=[]"))
+    assert result["status"] == "ok", result["error"]
+    assert result["zeros"]["lost"] == 0
+
+
+def test_a_random_weight_that_is_drawn_as_zero_is_not_pruned() -> None:
+    shape = make_tiny_llama(initializer_range=0.0).config  # every weight is
+    model = harness_run.random_model(shape, torch.bfloat16, 0.5, "2:4", seed=0)
+    assert sparsity_of(model) == 0.5
+
+
+def test_profile_needs_no_weights_no_data_and_no_scores(composed, tmp_path, no_network) -> None:
+    cfg = composed(
+        "mode=profile",
+        "model=tinyllama_1b",
+        "model.layers=1",
+        "model.shape.hidden_size=64",
+        "model.shape.intermediate_size=96",
+        "model.shape.vocab_size=128",
+        "adapter.r=4",
+        "pattern=2:4",
+        "train.steps=3",
+        "train.batch_size=1",
+        "train.sequence_length=32",
+        "train.timing_warmup=1",
+        "train.precision=bf16",
+        f"runs_root={tmp_path}",
+        f"cache_root={tmp_path}/cache",
+    )
+    result = execute(cfg)
+    assert result["status"] == "ok", result["error"]
+    assert result["zeros"]["after_prune"] == 0.5 and result["zeros"]["pattern_valid"]
+    assert result["time"]["steps"] == 2 and result["memory"]["train_peak"] > 0 and result["flops"]["per_step"] > 0
+    assert result["eval"] is None and result["baselines"] == {"dense": None, "pruned": None}
+    assert result["config"]["model"]["layers"] == 1
+    assert result["time"]["tokens_per_second"] > 0
+    assert [entry.name for entry in (tmp_path / "cache").iterdir()] == ["devices"], "nothing but the lock"
+
+
+@pytest.mark.dist
+def test_a_sweep_runs_each_job_in_its_own_process_and_survives_a_failed_one(
+    tiny_checkpoint, tiny_sources, tmp_path
+) -> None:
+    """Two jobs, of which one diverges: the other is finished, and the exit code says that not all went well."""
+    overrides = tiny_overrides(tiny_checkpoint, tiny_sources, tmp_path)
+    command = [sys.executable, "run.py", "-m", *overrides, *NO_SCORES, "train.max_grad_norm=null"]
+    run = subprocess.run(
+        [*command, "method=lora", "train.steps=2", "train.learning_rate=1e30,1e-3"],
+        cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert run.returncode == 1, run.stderr
+    results = [json.loads(file.read_text()) for file in (tmp_path / "runs").rglob("result.json")]
+    assert sorted(result["status"] for result in results) == ["failed", "ok"]
+    assert len({result["config"]["train"]["learning_rate"] for result in results}) == 2
+    assert "NonFiniteLoss" in run.stdout and "the sweep is over" in run.stderr
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("launch", ["torchrun", "accelerate"])
+def test_a_run_through_a_launcher(tiny_checkpoint, tiny_sources, tmp_path, launch) -> None:
+    overrides = tiny_overrides(tiny_checkpoint, tiny_sources, tmp_path)
+    command = [sys.executable, "run.py", *overrides, *NO_SCORES, "train.steps=1", f"launch={launch}"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert json.loads(next(tmp_path.rglob("result.json")).read_text())["status"] == "ok"
