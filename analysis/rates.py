@@ -18,7 +18,7 @@ from harness.store import write_text
 
 __all__ = ["add_arguments", "run", "searched", "table_of", "winners", "write_recipe"]
 
-RECIPE = Path(__file__).parents[1] / "conf" / "train" / "tuned.yaml"
+RECIPE = Path(__file__).parents[1] / "conf" / "train" / "default.yaml"
 
 
 def searched(table: pd.DataFrame) -> pd.DataFrame:
@@ -72,7 +72,7 @@ def table_of(means: pd.DataFrame) -> str:
 
 
 def write_recipe(best: dict[str, float], file: Path) -> None:
-    """Set the rates of these methods (``tuned``) in a recipe like ``conf/train/tuned.yaml``, and nothing else in it.
+    """Set the rates of these methods (``tuned``) in a recipe like ``conf/train/default.yaml``, and nothing else in it.
 
     Raises:
         ValueError: The file has no such key.

@@ -457,7 +457,9 @@ def _call_with_hooks(layer: nn.Linear, compute: Callable[[Tensor], Tensor], x: T
 
 def _has_hooks(layer: nn.Module) -> bool:
     own = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    return bool(own) or module_hooks._has_any_global_hook()
+    of_all = module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks
+    of_all = of_all or module_hooks._global_backward_hooks or module_hooks._global_backward_pre_hooks
+    return bool(own or of_all)
 
 
 def _original_weight(layer: SparseLinear) -> Tensor:

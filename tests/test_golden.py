@@ -17,8 +17,9 @@ from harness.pretraining.card import world_fingerprint
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).with_name("golden.json")
 OVERRIDES = (
-    "prune.samples=16 train.steps=6 train.batch_size=8 train.timing_warmup=1 train.init_rows=16 eval.limit=40".split()
-)
+    "prune.samples=16 train.learning_rate=1e-3 train.steps=6 train.batch_size=8 train.timing_warmup=1 "
+    "train.init_rows=16 eval.limit=40"
+).split()
 
 
 def measure(folder: Path) -> dict[str, float]:

@@ -47,7 +47,7 @@ def key(composed) -> Callable[..., str]:
         "save_merged=true",
         "launch=torchrun",
         "only=failed",
-        "+train.tuned.sqft=0.1",  # the rate of another method
+        "train.tuned.sqft=0.1",  # the rate of another method
         "train.checkpoint_every=7",
         "+method.version=1",
         "method._target_=my.Method",  # a method enters by its name

@@ -91,7 +91,6 @@ def test_an_unfair_or_empty_search_is_refused(search, recipe, capsys, methods, m
     assert recipe.read_text() == before
 
 
-def test_a_tuned_run_has_the_rate_of_its_method_and_any_other_the_default(composed) -> None:
-    default = composed("train=default").train.learning_rate
-    assert resolve(composed("train=tuned", "++train.tuned.spp=0.5", "method=spp")).train.learning_rate == 0.5
-    assert resolve(composed("train=tuned", "~train.tuned", "method=lora")).train.learning_rate == default
+def test_a_run_has_the_rate_of_its_method_and_any_other_a_fixed_one(composed) -> None:
+    assert resolve(composed("train.tuned.spp=0.5", "method=spp")).train.learning_rate == 0.5
+    assert resolve(composed("~train.tuned", "method=lora")).train.learning_rate == 1e-3

@@ -168,7 +168,8 @@ def _record(model: nn.Module, blocks: nn.ModuleList, calibration: Tensor) -> tup
     # Without the head, whose logits nobody reads.
     decoder = getattr(model, "base_model", model)
     try:
-        for sample in calibration.to(model.get_input_embeddings().weight.device):
+        samples = calibration.to(model.get_input_embeddings().weight.device)
+        for sample in tqdm(samples, desc="record the dense model", unit="sample"):
             decoder(input_ids=sample[None], use_cache=False)
     finally:
         for hook in hooks:
