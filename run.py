@@ -50,8 +50,7 @@ FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 LAST_LINES = 20
 LONGEST = 2000  # characters of an error
 # Keys of a method that say what it is; its file says that.
-PARTS = ("peft", "prepare", "optimizer", "penalty", "callbacks", "counts", "costliest")
-NAMES = ("name", "version")
+PARTS = ("name", "version", "peft")
 CONSTRUCTION = ("_target_", "_partial_", "_convert_", "_args_", "_recursive_")
 
 
@@ -103,9 +102,9 @@ def run_here(cfg: DictConfig) -> int:
 def look_ahead(cfg: DictConfig) -> int:
     """Check the config and its inputs, as a launcher says of a bad one only how its process has ended."""
     from harness.config import resolve
-    from harness.construct import build_method
     from harness.errors import BadInput
     from harness.inputs import read_inputs
+    from harness.method_from_config import build_method
 
     try:
         cfg = resolve(cfg)
@@ -120,9 +119,9 @@ def run_in_sweep(cfg: DictConfig, hydra_config: DictConfig) -> int:
 
     What it prints is shown only if it ends without a result; the line of the sweep says the rest.
     """
-    from harness.sweep import BUSY, look
+    from harness.sweep import BUSY, exit_code_without_run
 
-    code = look(cfg, since())
+    code = exit_code_without_run(cfg, since())
     if code is not None:
         return code
     if cfg.mode == "simulate":  # it allocates nothing that could leak into the next job
@@ -130,7 +129,7 @@ def run_in_sweep(cfg: DictConfig, hydra_config: DictConfig) -> int:
             return run_here(cfg)
     run = start_afresh(cfg, hydra_config, in_sweep=True)
     code = run.returncode
-    if code != BUSY and look(cfg, since()) is None:
+    if code != BUSY and exit_code_without_run(cfg, since()) is None:
         ending = f"ended by signal {-code}" if code < 0 else f"exit code {code}"
         lines = [f"job {hydra_config.job.num} has no result: {ending}", *run.stdout.splitlines()[-LAST_LINES:]]
         print("\n  ".join(lines), file=sys.stderr, flush=True)
@@ -347,7 +346,7 @@ def check_method(argument: str, override: Override) -> None:
     """
     for key in leaves(override.key_or_group, override._value):
         group, _, part = key.partition(".")
-        if group == "method" and (part in PARTS or part in NAMES or part.rpartition(".")[2] in CONSTRUCTION):
+        if group == "method" and (part in PARTS or part.rpartition(".")[2] in CONSTRUCTION):
             where = "conf/method, or in that folder of --config-dir"
             raise ValueError(f"{argument}: must stay as its file says; another method is another file in {where}")
 

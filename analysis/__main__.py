@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from analysis import bench, claims, compare, margins, plots, rates, report, simulated, tables
+from analysis import bench, claims, compare, margins, pack, plots, rates, report, simulated, tables
 
 # A command is a module: the first line of its text is its help, `add_arguments(parser)` declares what it takes, and
 # `run(options)` returns the exit code. A ValueError is bad input: one line, exit code 2.
@@ -13,6 +13,7 @@ COMMANDS = {
     "compare": compare,
     "lr": rates,
     "margins": margins,
+    "pack": pack,
     "plots": plots,
     "report": report,
     "simulated": simulated,

@@ -1,15 +1,15 @@
 """A claim of a paper as data: `analysis/published/claims.yaml`."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from analysis.measures import ACCURACY, HELDOUT_LOSS
 
-__all__ = ["COSTS", "SCORES", "Claim", "Side", "read_claims"]
+__all__ = ["COSTS", "SCORES", "Claim", "Side", "name_of", "read_claims"]
 
 CLAIMS = Path(__file__).parent / "published" / "claims.yaml"
 RELATIONS = {"at least": "≥", "at most": "≤", "equal": "="}
@@ -21,11 +21,10 @@ COSTS = {
     "step_ms": ("step_ms_p10", "step_ms_p90"),
 }
 
-Side = Mapping[str, Any]
+Side = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Claim:
+class Claim(BaseModel):
     """One claim. `left` and `right` are filters on columns and config keys; `right` may be a number.
 
     Attributes:
@@ -43,20 +42,28 @@ class Claim:
         not_testable: Why our bench cannot bear it out, whatever is run.
     """
 
+    model_config = ConfigDict(extra="forbid", frozen=True)
     id: str
     paper: str
     place: str
     statement: str
     models: tuple[str, ...] = ()
-    scope: Mapping[str, list[str]] = field(default_factory=dict)
-    metric: str | None = None
+    scope: dict[Literal["label", "pruner"], list[str]] = {}
+    metric: Literal[(*SCORES, *COSTS)] | None = None
     left: Side | None = None
-    relation: str | None = None
+    relation: Literal[tuple(RELATIONS)] | None = None
     right: Side | float | None = None
     factor: float = 1.0
     tolerance: float = 0.0
     note: str | None = None
     not_testable: str | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> "Claim":
+        given = [value is not None for value in (self.metric, self.left, self.relation, self.right)]
+        if any(given) if self.not_testable else not all(given):
+            raise ValueError("either metric, left, relation and right, or not_testable")
+        return self
 
     @property
     def sides(self) -> list[Side]:
@@ -71,12 +78,9 @@ class Claim:
         factor = "" if self.factor == 1 else f"{self.factor:g} × "
         right = f"{name_of(self.right)}.{self.metric}" if isinstance(self.right, Mapping) else f"{self.right:g}"
         text = f"{name_of(self.left)}.{self.metric} {RELATIONS[self.relation]} {factor}{right}"
-        if self.tolerance == 0:
-            return text
-        unit = (
-            f"{self.tolerance:g} {SCORES[self.metric][1]}" if self.metric in SCORES else f"{100 * self.tolerance:g} %"
-        )
-        return f"{text}, within {unit}"
+        unit = f" {SCORES[self.metric][1]}" if self.metric in SCORES else " %"
+        tolerance = self.tolerance * (1 if self.metric in SCORES else 100)
+        return f"{text}, within {tolerance:g}{unit}" if tolerance else text
 
 
 def name_of(side: Side) -> str:
@@ -96,27 +100,11 @@ def read_claims(path: Path = CLAIMS) -> list[Claim]:
     claims: dict[str, Claim] = {}
     for entry in yaml.safe_load(path.read_text(encoding="utf-8"))["claims"]:
         where = f"{path.name}: claim {entry.get('id', '?')}"
-        if problem := _problem(entry, claims):
-            raise ValueError(f"{where}: {problem}")
-        claims[entry["id"]] = Claim(**entry)
+        if entry.get("id") in claims:
+            raise ValueError(f"{where}: there is another of this name")
+        try:
+            claims[entry["id"]] = Claim(**entry)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ValueError(f"{where}: {' '.join(map(str, first['loc']))}: {first['msg']}") from error
     return list(claims.values())
-
-
-def _problem(entry: Mapping[str, Any], taken: Mapping[str, Claim]) -> str | None:
-    known = {entry.name for entry in fields(Claim)}
-    if unknown := set(entry) - known:
-        return f"unknown key {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}"
-    if missing := {"id", "paper", "place", "statement"} - set(entry):
-        return f"no {', '.join(sorted(missing))}"
-    if entry["id"] in taken:
-        return "there is another of this name"
-    if unknown := set(entry.get("scope", {})) - {"label", "pruner"}:
-        return f"scope has {', '.join(sorted(unknown))}; known: label, pruner"
-    if "not_testable" in entry:
-        return "not_testable, yet with a comparison" if {"left", "right", "metric"} & set(entry) else None
-    if missing := {"left", "relation", "right", "metric"} - set(entry):
-        return f"no {', '.join(sorted(missing))}, and no not_testable"
-    for key, allowed in (("relation", RELATIONS), ("metric", {**SCORES, **COSTS})):
-        if entry[key] not in allowed:
-            return f"{key}={entry[key]}: one of {', '.join(allowed)}"
-    return None

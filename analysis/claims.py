@@ -13,6 +13,7 @@ It is a verdict on the models that were run here, which are named. On the models
 """
 
 import argparse
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -20,10 +21,13 @@ import pandas as pd
 
 from analysis.claim_file import Claim, name_of, read_claims
 from analysis.evidence import FAILS, HOLDS, OPEN, Evidence, evidence, prepared, rows_of
-from analysis.results import add_run_arguments, load, output_folder
+from analysis.results import add_run_arguments as add_arguments
+from analysis.results import load, publish
 from analysis.statistics import CONDITION
+from analysis.table_writer import Bold, TextTable
+from analysis.table_writer import markdown as markdown_table
 
-__all__ = ["REPRODUCED", "UNCLEAR", "UNTESTABLE", "WRONG", "Finding", "judge", "judge_all", "markdown"]
+__all__ = ["Finding", "add_arguments", "judge", "judge_all", "markdown", "run"]
 
 REPRODUCED, WRONG = "reproduced", "not reproduced"
 UNCLEAR, UNTESTABLE = "not distinguishable", "not testable here"
@@ -42,11 +46,6 @@ class Finding:
     def models(self) -> list[str]:
         """Models that the verdict is about."""
         return list(dict.fromkeys(pair.cell["model"] for pair in self.evidence))
-
-    @property
-    def of_the_paper(self) -> bool:
-        """Whether all of them are models of the paper."""
-        return bool(self.evidence) and set(self.models) <= set(self.claim.models)
 
 
 def judge(claim: Claim, rows: pd.DataFrame) -> Finding:
@@ -83,52 +82,41 @@ def markdown(findings: Iterable[Finding]) -> str:
     """The verdicts in one table, then the evidence of each claim that has some."""
     findings = list(findings)
     models = list(dict.fromkeys(model for finding in findings for model in finding.models))
-    counts = {
-        verdict: [f.verdict for f in findings].count(verdict) for verdict in (REPRODUCED, WRONG, UNCLEAR, UNTESTABLE)
-    }
-    lines = [
+    verdicts = Counter(finding.verdict for finding in findings)
+    counts = [f"{verdicts[verdict]} {verdict}" for verdict in (REPRODUCED, WRONG, UNCLEAR, UNTESTABLE)]
+    summary = [
+        (finding.claim.paper, finding.claim.statement, finding.claim.comparison, Bold(finding.verdict), finding.reason)
+        for finding in findings
+    ]
+    parts = [
         "# Claims of the papers",
-        "",
-        f"{len(findings)} claims: {', '.join(f'{n} {verdict}' for verdict, n in counts.items())}.",
-        "",
-        f"Verdicts are on what was run here ({', '.join(models) or 'nothing yet'}), not on the models of the papers.",
+        f"{len(findings)} claims: {', '.join(counts)}.",
+        f"Verdicts are on what was run here ({', '.join(models) or 'nothing yet'}), not on the models of the papers.\n"
         "Those on scores rest on p values with n - 1 degrees of freedom for the variance over the seeds (not pooled), "
         f"{CONDITION}.",
-        "",
-        "| paper | claim | comparison | verdict | evidence |",
-        "|---|---|---|---|---|",
+        markdown_table(TextTable(("paper", "claim", "comparison", "verdict", "evidence"), summary)),
+        *(part for finding in findings if finding.evidence for part in _details(finding)),
     ]
-    for finding in findings:
-        claim = finding.claim
-        cells = (claim.paper, claim.statement, claim.comparison, f"**{finding.verdict}**", finding.reason)
-        lines.append(f"| {' | '.join(cells)} |")
-    for finding in findings:
-        lines += _details(finding) if finding.evidence else []
-    return "\n".join(lines) + "\n"
+    return "\n\n".join(parts) + "\n"
 
 
 def _details(finding: Finding) -> list[str]:
     claim = finding.claim
-    where = "a model of the paper" if finding.of_the_paper else f"the paper used {', '.join(claim.models) or 'others'}"
-    lines = ["", f"## {claim.id}: {finding.verdict}", "", f"{claim.statement} ({claim.paper}, {claim.place}.)"]
-    lines += [f"Note: {claim.note}."] if claim.note else []
-    lines += ["", f"`{claim.comparison}`, on {', '.join(finding.models)}; {where}.", ""]
-    lines += ["| mode | model | pruner | sparsity | measured | claim | runs |", "|---|---|---|---|---|---|---|"]
-    for pair in finding.evidence:
-        cell = [str(value) for value in pair.cell.values()]
-        lines.append(f"| {' | '.join([*cell, pair.measured, pair.state, ', '.join(pair.keys)])} |")
-    return lines
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Folders of runs, and where to write."""
-    add_run_arguments(parser)
+    theirs = set(finding.models) <= set(claim.models)
+    where = "a model of the paper" if theirs else f"the paper used {', '.join(claim.models) or 'others'}"
+    note = f"\nNote: {claim.note}." if claim.note else ""
+    rows = [
+        (*map(str, pair.cell.values()), pair.measured, pair.state, ", ".join(pair.keys)) for pair in finding.evidence
+    ]
+    return [
+        f"## {claim.id}: {finding.verdict}",
+        f"{claim.statement} ({claim.paper}, {claim.place}.){note}",
+        f"`{claim.comparison}`, on {', '.join(finding.models)}; {where}.",
+        markdown_table(TextTable(("mode", "model", "pruner", "sparsity", "measured", "claim", "runs"), rows)),
+    ]
 
 
 def run(options: argparse.Namespace) -> int:
     """Print the verdicts and write `claims.md`."""
-    text = markdown(judge_all(load(options.runs)))
-    print(text)
-    output = output_folder(options)
-    (output / "claims.md").write_text(text, encoding="utf-8")
+    publish(markdown(judge_all(load(options.runs))), options, "claims.md")
     return 0

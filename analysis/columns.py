@@ -1,21 +1,25 @@
 """The columns of the tables: where each number comes from, how it is shown, and what makes one the best."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Literal
 
 import pandas as pd
 
 from analysis.measures import ACCURACY, HELDOUT_LOSS, Measure, number, task_accuracy
 
-__all__ = ["Column", "cost_columns", "memory_unit", "quality_columns"]
+__all__ = ["Column", "chance_level", "cost_columns", "memory_unit", "quality_columns"]
 
 MEBIBYTE, GIBIBYTE, GIGA = 2**20, 2**30, 1e9
+# Tasks whose items have two choices; those of the others have four.
+TWO_CHOICES = ("boolq", "rte", "winogrande")
 # Less than this is shown in MiB.
 LEAST_IN_GIBIBYTES = 4 * GIBIBYTE
 # Less than this is shown with one decimal.
 LEAST_IN_WHOLE_MILLISECONDS = 100
+TENTHS, RATIO, COUNT = "{:.1f}".format, "{:.2f}".format, "{:,.0f}".format
 
 
 @dataclass(frozen=True)
@@ -53,8 +57,8 @@ def quality_columns(rows: pd.DataFrame) -> list[Column]:
     columns = [_task(task, metric) for task, metric in metrics.items()]
     average = next((metric for metric in rows.accuracy_metric if metric is not None), None)
     if average is not None:
-        base = Column("average", f"average ({average})", _tenths, ACCURACY, better="more")
-        columns += [base, Column("average_minus_lora", "Δ LoRA", _signed_tenths, relative="difference", base=base)]
+        base = Column("average", f"average ({average})", TENTHS, ACCURACY, better="more")
+        columns += [base, Column("average_minus_lora", "Δ LoRA", _signed, relative="difference", base=base)]
     if rows.perplexity.notna().any():
         shown = number("perplexity")
         columns.append(Column("perplexity", "perplexity", _hundredths, shown, tested=HELDOUT_LOSS, better="less"))
@@ -68,15 +72,19 @@ def cost_columns(rows: pd.DataFrame) -> list[Column]:
     """Size, memory and time of a training, absolute and relative to LoRA; what nobody has measured is left out."""
     unit, size = memory_unit(rows.train_peak.max())
     whole = rows.step_ms.max() >= LEAST_IN_WHOLE_MILLISECONDS
+
+    def in_units(value: float) -> str:
+        return f"{value / size:,.{2 if size == GIBIBYTE else 1}f}"
+
     measured = {
-        "trainable": Column("trainable", "trainable", _count, number("trainable"), spread=False),
-        "train_peak": Column("train_peak_bytes", f"memory ({unit})", _in_units(size), number("train_peak"),
-                             better="less", bounds=(number("train_peak"), number("train_peak"))),
-        "step_ms": Column("step_ms", "step (ms)", _count if whole else _tenths, number("step_ms"), better="less",
+        "trainable": Column("trainable", "trainable", COUNT, number("trainable"), spread=False),
+        "train_peak": Column("train_peak_bytes", f"memory ({unit})", in_units, number("train_peak"), better="less",
+                              bounds=(number("train_peak"), number("train_peak"))),
+        "step_ms": Column("step_ms", "step (ms)", COUNT if whole else TENTHS, number("step_ms"), better="less",
                           bounds=(number("step_ms_p10"), number("step_ms_p90"))),
-        "tokens_per_second": Column("tokens_per_second", "tokens/s", _count, number("tokens_per_second"), better="more",
+        "tokens_per_second": Column("tokens_per_second", "tokens/s", COUNT, number("tokens_per_second"), better="more",
                                     bounds=(_tokens_when("step_ms_p90"), _tokens_when("step_ms_p10"))),
-        "flops": Column("flops", "GFLOP/step", _tenths_of_giga, number("flops"), spread=False),
+        "flops": Column("flops", "GFLOP/step", lambda value: f"{value / GIGA:,.1f}", number("flops"), spread=False),
     }  # fmt: skip
     columns = []
     for source, column in measured.items():
@@ -84,8 +92,13 @@ def cost_columns(rows: pd.DataFrame) -> list[Column]:
             columns.append(column)
             if source not in ("trainable", "flops"):
                 title, name = "× LoRA", f"{column.name}_over_lora"
-                columns.append(Column(name, title, _ratio, relative="ratio", base=column, spread=False))
+                columns.append(Column(name, title, RATIO, relative="ratio", base=column, spread=False))
     return columns
+
+
+def chance_level(tasks: Iterable[str]) -> float:
+    """Average accuracy of guessing, in per cent."""
+    return fmean(50.0 if task.removeprefix("microworld_") in TWO_CHOICES else 25.0 for task in tasks)
 
 
 def memory_unit(largest: float) -> tuple[str, int]:
@@ -95,7 +108,7 @@ def memory_unit(largest: float) -> tuple[str, int]:
 
 def _task(task: str, metric: str) -> Column:
     title = f"{task.removeprefix('microworld_')} ({metric})"
-    return Column(task, title, _tenths, task_accuracy(task), better="more")
+    return Column(task, title, TENTHS, task_accuracy(task), better="more")
 
 
 def _tokens_when(step: str) -> Measure:
@@ -103,11 +116,7 @@ def _tokens_when(step: str) -> Measure:
     return Measure(lambda row: row.tokens_per_second * row.step_ms / row[step])
 
 
-def _tenths(value: float) -> str:
-    return f"{value:.1f}"
-
-
-def _signed_tenths(value: float) -> str:
+def _signed(value: float) -> str:
     return f"{round(value, 1) + 0.0:+.1f}"  # no -0.0
 
 
@@ -119,20 +128,3 @@ def _hundredths(value: float) -> str:
 def _floored(percent: float) -> str:
     """100 only where it is exactly that: one lost zero must be seen."""
     return "100" if percent == 100 else f"{math.floor(percent * 100) / 100:.2f}"
-
-
-def _count(value: float) -> str:
-    return f"{value:,.0f}"
-
-
-def _in_units(size: int) -> Callable[[float], str]:
-    decimals = 2 if size == GIBIBYTE else 1
-    return lambda value: f"{value / size:,.{decimals}f}"
-
-
-def _tenths_of_giga(value: float) -> str:
-    return f"{value / GIGA:,.1f}"
-
-
-def _ratio(value: float) -> str:
-    return f"{value:.2f}"

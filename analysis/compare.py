@@ -1,4 +1,4 @@
-"""Our numbers beside the published ones, never across protocols; what is missing on either side.
+"""Our numbers beside the published ones, never across protocols, and which of those were not measured here.
 
 A *cell* is a model, pruner, pattern, sparsity, method, end state, task and metric (acc and acc_norm are two metrics). A
 published number and ours stand in one row only if the cell and the protocol are the same. The protocol is, where it
@@ -9,196 +9,185 @@ and the rules are in `analysis/published/`.
 """
 
 import argparse
-import csv
 import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
 import pandas as pd
 
-from analysis.results import CONTROLS, MACHINE, add_run_arguments, load, output_folder
+from analysis.results import CONTROLS, MACHINE, load, publish
+from analysis.results import add_run_arguments as add_arguments
+from analysis.table_writer import TextTable
+from analysis.table_writer import markdown as markdown_table
 
-__all__ = ["Comparison", "Missing", "Row", "compare", "markdown", "measurements", "published"]
+__all__ = ["Comparison", "Row", "add_arguments", "compare", "markdown", "published", "run"]
 
 PUBLISHED = Path(__file__).parent / "published"
 CELL = ("model", "pruner", "pattern", "sparsity", "method", "end_state", "task", "metric")
-# The axes of a cell from coarse to fine, with what to say where nothing of ours agrees any more.
-REASONS = (
-    (("model",), "no run of this model"),
-    (("pruner", "pattern", "sparsity"), "not pruned this way"),
-    (("method", "end_state"), "method not run"),
-    (("task", "metric"), "not scored"),
-)
+# How many axes of a cell a number of ours shares with a published one, and what is missing if it is no more.
+REASONS = {
+    0: "no run of this model",
+    1: "not pruned this way",
+    4: "method not run",
+    6: "not scored",
+}
 SCORES = ("acc", "acc_norm")
+CALIBRATED = ("wanda", "sparsegpt")
 # What must be alike between two runs whose seeds are averaged. A control is never trained.
 RECIPE = ("model", "prune", "method", "adapter", "data", "train", "eval")
 RECIPE_OF_CONTROL = ("model", "prune", "eval")
+# Of a number of ours beside its cell: its seed's run, what must agree, and what is shown.
+COLUMNS = ("key", "value", "same", "recipe", "calibration", "data", "r", "context", "shots", "bos", "items", "task_set",
+           "device", "batch", "sequence_length")  # fmt: skip
 # Names of the results where they differ from the published ones.
 TEXTS = {"wikitext": "wikitext2"}
 
 
 @dataclass(frozen=True)
 class Row:
-    """A published number with ours: mean, standard deviation over n seeds (None for one), and the runs behind it.
+    """A published number with ours.
 
-    `differs` names the protocol fields in which the two differ, as "field: ours here, theirs there".
+    Attributes:
+        number: A row of `numbers.csv`.
+        ours: Our values, a row for each seed, as `_measurements` has them.
+        differs: The protocol fields in which the two differ, as "field: ours here, theirs there".
     """
 
     number: dict[str, str]
-    mean: float
-    std: float | None
-    n: int
-    keys: tuple[str, ...]
-    recipe: str
-    differs: tuple[str, ...] = ()
+    ours: pd.DataFrame
+    differs: list[str]
 
     @property
-    def named(self) -> dict[str, str]:
-        """Model, cell, metric and paper in words."""
-        return _named(self.number)
+    def mean(self) -> float:
+        """Of ours over the seeds."""
+        return float(self.ours.value.mean())
 
     @property
     def difference(self) -> float | None:
         """Ours minus published; None if that is not a number (OOM) or another protocol."""
         return None if self.differs or self.number["value"] == "OOM" else self.mean - float(self.number["value"])
 
-
-@dataclass(frozen=True)
-class Missing:
-    """A published number that no run of ours stands beside, and why."""
-
-    number: dict[str, str]
-    reason: str
+    @property
+    def cells(self) -> dict[str, str]:
+        """Text by column."""
+        number, n = self.number, len(self.ours)
+        pruned = number["pattern"] if number["pattern"] != "unstructured" else number["sparsity"]
+        parts = [number["pruner"], pruned] * (number["pruner"] != "none") + [number["method"], number["end_state"]]
+        unit = f" ({number['unit']})" if number["unit"] else ""
+        return {
+            "model": number["model"],
+            "cell": " ".join(filter(None, parts)),
+            "metric": f"{number['task']} {number['metric']}{unit}".strip(),
+            "published": number["value"],
+            "ours": f"{self.mean:.2f}" + (f" ± {self.ours.value.std():.2f}" if n > 1 else ""),
+            "difference": "-" if self.difference is None else f"{self.difference:+.2f}",
+            "n": str(n),
+            "protocol": "; ".join(self.differs),
+            "recipe": self.ours.recipe.iloc[0] or "-",
+            "paper": number["paper"],
+        }
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """All published numbers, each in one of three places, and our cells that nobody published."""
+    """All published numbers, each in one of three places.
+
+    Attributes:
+        matched: Numbers with ours beside them; several recipes of ours may stand beside one.
+        other_protocol: Numbers that we have under another protocol only.
+        missing: The others, each with the reason.
+    """
 
     matched: list[Row]
     other_protocol: list[Row]
-    missing: list[Missing]
-    unpublished: list[dict[str, str]]
-
-    @property
-    def beside(self) -> int:
-        """Published numbers with one of ours beside them; several recipes of ours may stand beside one."""
-        return len({id(row.number) for row in self.matched})
-
-    @property
-    def total(self) -> int:
-        """Published numbers."""
-        return self.beside + len(self.other_protocol) + len(self.missing)
+    missing: list[tuple[dict[str, str], str]]
 
     @property
     def summary(self) -> str:
         """How many there are of each, in a sentence."""
+        beside = len({id(row.number) for row in self.matched})
+        other, missing = len(self.other_protocol), len(self.missing)
         return (
-            f"{self.total} published numbers: {self.beside} have one of ours beside them, {len(self.other_protocol)} "
-            f"have one under another protocol only, which is not compared, {len(self.missing)} have none."
+            f"{beside + other + missing} published numbers: {beside} have one of ours beside them, {other} have one "
+            f"under another protocol only, which is not compared, {missing} have none."
         )
+
+    @property
+    def tables(self) -> dict[str, TextTable]:
+        """Table by title, for each of the three places."""
+        beside = ("model", "cell", "metric", "published", "ours", "difference", "n", "recipe", "paper")
+        other = ("model", "cell", "metric", "published", "ours", "protocol", "paper")
+        missing = Counter((number["paper"], number["model"], number["method"], why) for number, why in self.missing)
+        return {
+            "Side by side": _table(beside, self.matched),
+            "Same cell, another protocol: not compared": _table(other, self.other_protocol),
+            "Published, not measured here": TextTable(
+                ("paper", "model", "method", "why", "numbers"), [[*key, str(n)] for key, n in missing.items()]
+            ),
+        }
+
+
+def _table(columns: tuple[str, ...], rows: list[Row]) -> TextTable:
+    return TextTable(columns, [[row.cells[name] for name in columns] for row in rows], [row.ours.key for row in rows])
 
 
 def published() -> list[dict[str, str]]:
-    """The curated numbers, and the mean of every published set of scores of the seven tasks (`mean` in the note)."""
-    with (PUBLISHED / "numbers.csv").open(encoding="utf-8", newline="") as file:
-        numbers = [row | {"items": "all"} for row in csv.DictReader(file)]
-    return numbers + _means(numbers)
+    """The curated numbers, and the mean of every published set of scores of several tasks.
 
-
-def _means(numbers: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Authors give either the scores or their mean; the mean of acc over all tasks of a row is computed here."""
-    sets: dict[tuple[str, ...], list[dict[str, str]]] = defaultdict(list)
-    varying = ("task", "value", "note")
-    for row in numbers:
-        if row["metric"] == "acc" and row["task"] != "average":
-            sets[tuple(value for name, value in row.items() if name not in varying)].append(row)
-    return [
-        rows[0]
-        | {"task": "average", "task_set": "+".join(sorted(row["task"] for row in rows))}
-        | {"value": f"{fmean(float(row['value']) for row in rows):.2f}", "note": "mean of the published scores"}
-        for rows in sets.values()
+    Authors give either the scores or their mean; the mean of acc over all tasks of a row is computed here.
+    """
+    numbers = pd.read_csv(PUBLISHED / "numbers.csv", dtype=str, keep_default_na=False).assign(items="all")
+    scores = numbers[(numbers.metric == "acc") & (numbers.task != "average")]
+    same = [name for name in numbers if name not in ("task", "value", "note")]
+    means = [
+        rows.iloc[0].to_dict()
+        | {"task": "average", "task_set": "+".join(sorted(rows.task)), "note": "mean of the published scores"}
+        | {"value": f"{rows.value.astype(float).mean():.2f}"}
+        for _, rows in scores.groupby(same, sort=False)
         if len(rows) > 1
     ]
+    return numbers.to_dict("records") + means
 
 
-def measurements(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """Every number of ours, in the columns of the published ones; `value` in their units, and seed, key and recipe.
+def compare(table: pd.DataFrame) -> Comparison:
+    """Put every published number into its place.
 
     Args:
         table: As `analysis.results.load` returns it.
     """
-    models = _models()
+    measured = _measurements(table)
+    ours: dict[tuple[str, ...], list[pd.DataFrame]] = defaultdict(list)
+    for (*cell, _), seeds in measured.groupby([*CELL, "same"], sort=False) if len(measured) else ():
+        ours[tuple(cell)].append(seeds)
+    known = {()} | {cell[:level] for cell in ours for level in REASONS}
+    numbers = published()
+    cells = [tuple(number[axis] for axis in CELL) for number in numbers]
+    result = Comparison([], [], [])
+    for number, cell in zip(numbers, cells, strict=True):
+        rows = [Row(number, seeds, _differences(number, seeds.iloc[0])) for seeds in ours.get(cell, [])]
+        if same := [row for row in rows if not row.differs]:
+            result.matched.extend(same)
+        elif rows:
+            result.other_protocol.append(min(rows, key=lambda row: len(row.differs)))
+        else:
+            shared = max(level for level in REASONS if cell[:level] in known)
+            result.missing.append((number, REASONS[shared]))
+    return result
+
+
+def _differences(number: dict[str, str], ours: pd.Series) -> list[str]:
     return [
-        _axes(row, models) | number
-        for row in table[table.status == "ok"].to_dict("records")
-        for number in (*_scores(row), *_costs(row))
-        if not math.isnan(number["value"])
+        f"{field}: {ours[field] or 'none'} here, {number[field] or 'not stated'} there"
+        for field in _protocol(number)
+        if ours[field] != number[field] or not number[field]
     ]
 
 
-def _models() -> dict[str, str]:
-    """Our name of a model by its name on the Hub, without the owner, in lower case."""
-    with (PUBLISHED / "models.csv").open(encoding="utf-8", newline="") as file:
-        return {row["hub"].rpartition("/")[2].lower(): row["model"] for row in csv.DictReader(file)}
-
-
-def _axes(row: dict[str, Any], models: dict[str, str]) -> dict[str, Any]:
-    config, control = row["config"], row["method"] in CONTROLS
-    parts = {name: config[name] for name in (RECIPE_OF_CONTROL if control else RECIPE)}
-    train = config["train"]
-    length = f"{train['epochs']} epochs" if train["epochs"] is not None else f"{train['steps']} steps"
-    source = Path(str(config["model"]["path"])).name.lower()
-    prune, calibrated = config["prune"], row["pruner"] in ("wanda", "sparsegpt")
-    return {
-        "model": models.get(source, row["model"]),
-        **{axis: row[axis] for axis in ("pruner", "pattern", "method")},
-        "sparsity": f"{row['sparsity']:g}",
-        "end_state": "" if control else row["end_state"],
-        "data": "" if control else config["data"]["name"],
-        "r": "" if control else str(config["adapter"]["r"]),
-        "calibration": f"{prune.get('samples')}x{prune.get('sequence_length')}" if calibrated else "",
-        "recipe": "" if control else f"{length}, lr {train['learning_rate']:g}",
-        "same": json.dumps([parts, [row[name] for name in MACHINE]], sort_keys=True, default=str),
-        "key": row["key"],
-    }
-
-
-def _scores(row: dict[str, Any]) -> Iterable[dict[str, Any]]:
-    scoring = row["config"]["eval"]
-    protocol = {
-        "shots": "0",
-        "bos": str(scoring["add_bos_token"]).lower(),
-        "items": "all" if scoring["limit"] is None else f"first {scoring['limit']}",
-    }
-    for task, value in row["tasks"].items():
-        yield {"task": task, "metric": row["task_metric"][task], "value": value, **protocol}
-    for task, value in row["task_norm"].items():
-        yield {"task": task, "metric": "acc_norm", "value": value, **protocol}
-    if row["accuracy_metric"] is not None:
-        tasks = "+".join(sorted(row["tasks"]))
-        yield {"task": "average", "metric": row["accuracy_metric"], "value": row["accuracy"], **protocol} | {
-            "task_set": tasks
-        }
-    if row["perplexity_text"] is not None:
-        text = TEXTS.get(row["perplexity_text"], row["perplexity_text"])
-        window = f"{row['perplexity_window']:.0f}"
-        yield {"task": text, "metric": "perplexity", "value": row["perplexity"], "context": window}
-
-
-def _costs(row: dict[str, Any]) -> Iterable[dict[str, Any]]:
-    """Step times; our memory is the allocator's, the published one what the device reports as used: not one metric."""
-    train = row["config"]["train"]
-    shape = {"batch": str(train["batch_size"]), "sequence_length": str(train["sequence_length"])}
-    yield {"task": "", "metric": "step_time", "value": row["step_ms"], "device": row["device"], **shape}
-
-
-def _protocol(number: dict[str, Any]) -> tuple[str, ...]:
+def _protocol(number: dict[str, Any]) -> list[str]:
     """Fields that must agree for this number, by what it is."""
     fields: list[str] = []
     if number["metric"] == "perplexity":
@@ -209,137 +198,83 @@ def _protocol(number: dict[str, Any]) -> tuple[str, ...]:
         fields += ["device", "batch", "sequence_length"]
     if number["task"] == "average":
         fields += ["task_set"]
-    if number["pruner"] in ("wanda", "sparsegpt"):
+    if number["pruner"] in CALIBRATED:
         fields += ["calibration"]
     if number["method"] not in CONTROLS:
         fields += ["data"] if number["method"] == "full" else ["data", "r"]
-    return tuple(fields)
+    return fields
 
 
-def compare(table: pd.DataFrame) -> Comparison:
-    """Put every published number into its place.
+def _measurements(table: pd.DataFrame) -> pd.DataFrame:
+    """Every number of ours, in the columns of the published ones; `value` in their units, and key and recipe.
 
-    Args:
-        table: As `analysis.results.load` returns it.
+    `same` tells the runs whose seeds are averaged. Memory is left out: ours is the allocator's, the published one what
+    the device reports as used.
     """
-    ours = measurements(table)
-    groups: dict[tuple[str, ...], dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
-    for number in ours:
-        groups[_cell(number)][number["same"]].append(number)
-    numbers = published()
-    known = [{tuple(number[axis] for axis in _until(level)) for number in ours} for level in range(len(REASONS))]
-    result = Comparison([], [], [], _unpublished(ours, {_cell(number) for number in numbers}))
-    for number in numbers:
-        rows = [_row(number, group) for group in groups.get(_cell(number), {}).values()]
-        same = [row for row in rows if not row.differs]
-        if same:
-            result.matched.extend(same)
-        elif rows:
-            result.other_protocol.append(min(rows, key=lambda row: len(row.differs)))
-        else:
-            result.missing.append(Missing(number, _reason(number, known)))
-    return result
-
-
-def _cell(number: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(number[axis] for axis in CELL)
-
-
-def _until(level: int) -> tuple[str, ...]:
-    return tuple(axis for axes, _ in REASONS[: level + 1] for axis in axes)
-
-
-def _reason(number: dict[str, Any], known: list[set[tuple[str, ...]]]) -> str:
-    for level, (_, reason) in enumerate(REASONS):
-        if tuple(number[axis] for axis in _until(level)) not in known[level]:
-            return reason
-    raise AssertionError("a cell of ours that is not ours")
-
-
-def _row(number: dict[str, str], group: list[dict[str, Any]]) -> Row:
-    values = [ours["value"] for ours in group]
-    differs = [
-        f"{field}: {group[0].get(field) or 'none'} here, {number[field] or 'not stated'} there"
-        for field in _protocol(number)
-        if group[0].get(field) != number[field] or not number[field]
+    models = pd.read_csv(PUBLISHED / "models.csv")
+    names = dict(zip(models.hub.str.rpartition("/")[2].str.lower(), models.model, strict=True))
+    found = [
+        _axes(row, names) | number
+        for row in table[table.status == "ok"].to_dict("records")
+        for number in _numbers(row)
+        if not math.isnan(number["value"])
     ]
-    spread = stdev(values) if len(values) > 1 else None
-    keys = tuple(ours["key"] for ours in group)
-    return Row(number, fmean(values), spread, len(values), keys, group[0]["recipe"], tuple(differs))
+    return pd.DataFrame(found, columns=[*COLUMNS, *CELL]).fillna("")
 
 
-def _unpublished(ours: list[dict[str, Any]], cells: set[tuple[str, ...]]) -> list[dict[str, str]]:
-    """Our models and methods without a published number, with the count of such metrics."""
-    axes = ("model", "pruner", "pattern", "sparsity", "method", "end_state")
-    counts = Counter(cell[: len(axes)] for cell in {_cell(number) for number in ours} - cells)
-    return [dict(zip(axes, cell, strict=True)) | {"numbers": str(n)} for cell, n in sorted(counts.items())]
+def _axes(row: dict[str, Any], models: dict[str, str]) -> dict[str, Any]:
+    config, control = row["config"], row["method"] in CONTROLS
+    train, prune = config["train"], config["prune"]
+    recipe = [config[name] for name in (RECIPE_OF_CONTROL if control else RECIPE)]
+    length = f"{train['epochs']} epochs" if train["epochs"] is not None else f"{train['steps']} steps"
+    trained = {
+        "end_state": row["end_state"],
+        "data": config["data"]["name"],
+        "r": str(config["adapter"]["r"]),
+        "recipe": f"{length}, lr {train['learning_rate']:g}",
+    }
+    return {
+        "model": models.get(Path(str(config["model"]["path"])).name.lower(), row["model"]),
+        **{axis: row[axis] for axis in ("pruner", "pattern", "method", "key")},
+        "sparsity": f"{row['sparsity']:g}",
+        "calibration": f"{prune.get('samples')}x{prune.get('sequence_length')}" if row["pruner"] in CALIBRATED else "",
+        "same": json.dumps([recipe, [row[name] for name in MACHINE]], sort_keys=True, default=str),
+        **({} if control else trained),
+    }
+
+
+def _numbers(row: dict[str, Any]) -> Iterable[dict[str, Any]]:
+    """Scores and step time of a row, each with its protocol."""
+    scoring, train = row["config"]["eval"], row["config"]["train"]
+    protocol = {
+        "shots": "0",
+        "bos": str(scoring["add_bos_token"]).lower(),
+        "items": "all" if scoring["limit"] is None else f"first {scoring['limit']}",
+    }
+    for task, value in row["tasks"].items():
+        yield {"task": task, "metric": row["task_metric"][task], "value": value, **protocol}
+    for task, value in row["task_norm"].items():
+        yield {"task": task, "metric": "acc_norm", "value": value, **protocol}
+    if row["accuracy_metric"] is not None:
+        average = {"task": "average", "metric": row["accuracy_metric"], "value": row["accuracy"]}
+        yield {**average, "task_set": "+".join(sorted(row["tasks"])), **protocol}
+    if row["perplexity_text"] is not None:
+        text = TEXTS.get(row["perplexity_text"], row["perplexity_text"])
+        window = f"{row['perplexity_window']:.0f}"
+        yield {"task": text, "metric": "perplexity", "value": row["perplexity"], "context": window}
+    shape = {"batch": str(train["batch_size"]), "sequence_length": str(train["sequence_length"])}
+    yield {"task": "", "metric": "step_time", "value": row["step_ms"], "device": row["device"], **shape}
 
 
 def markdown(comparison: Comparison) -> str:
     """The comparison for a reader: what agrees with what, and what is missing."""
-    sections = [
-        f"# Published numbers and ours\n\n{comparison.summary}",
-        "## Side by side\n\n" + _side_by_side(comparison.matched),
-        "## Same cell, another protocol: not compared\n\n" + _other_protocol(comparison.other_protocol),
-        "## Published, not measured here\n\n" + _not_here(comparison.missing),
-        "## Measured here, not published\n\n"
-        + _table(("model", "pruner", "pattern", "sparsity", "method", "end_state", "numbers"), comparison.unpublished),
-    ]
-    return "\n\n".join(sections) + "\n"
-
-
-def _side_by_side(rows: list[Row]) -> str:
-    return _table(("model", "cell", "metric", "published", "ours", "difference", "n", "recipe", "paper"), [
-        row.named
-        | {"published": row.number["value"], "ours": _ours(row), "n": str(row.n), "recipe": row.recipe or "-"}
-        | {"difference": "-" if row.difference is None else f"{row.difference:+.2f}"}
-        for row in rows
-    ])  # fmt: skip
-
-
-def _other_protocol(rows: list[Row]) -> str:
-    return _table(("model", "cell", "metric", "published", "ours", "protocol", "paper"), [
-        row.named
-        | {"published": row.number["value"], "ours": _ours(row), "protocol": "; ".join(row.differs)}
-        for row in rows
-    ])  # fmt: skip
-
-
-def _not_here(missing: list[Missing]) -> str:
-    counts = Counter((m.number["paper"], m.number["model"], m.number["method"], m.reason) for m in missing)
-    axes = ("paper", "model", "method", "why")
-    return _table(
-        (*axes, "numbers"), [dict(zip(axes, key, strict=True)) | {"numbers": str(n)} for key, n in counts.items()]
-    )
-
-
-def _named(number: dict[str, str]) -> dict[str, str]:
-    sparsity = number["pattern"] if number["pattern"] != "unstructured" else number["sparsity"]
-    cell = [number["pruner"], sparsity] * (number["pruner"] != "none") + [number["method"], number["end_state"]]
-    metric = f"{number['task']} {number['metric']}".strip() + (f" ({number['unit']})" if number["unit"] else "")
-    return {"model": number["model"], "cell": " ".join(filter(None, cell)), "metric": metric, "paper": number["paper"]}
-
-
-def _ours(row: Row) -> str:
-    return f"{row.mean:.2f}" + ("" if row.std is None else f" ± {row.std:.2f}")
-
-
-def _table(columns: tuple[str, ...], rows: list[dict[str, str]]) -> str:
-    if not rows:
-        return "None."
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    return "\n".join(lines + [f"| {' | '.join(row[name] or '-' for name in columns)} |" for row in rows])
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Folders of runs, and where to write."""
-    add_run_arguments(parser)
+    parts = ["# Published numbers and ours", comparison.summary]
+    for title, table in comparison.tables.items():
+        parts += [f"## {title}", markdown_table(table)]
+    return "\n\n".join(parts) + "\n"
 
 
 def run(options: argparse.Namespace) -> int:
     """Print the comparison and write `compare.md`."""
-    text = markdown(compare(load(options.runs)))
-    print(text)
-    output = output_folder(options)
-    (output / "compare.md").write_text(text, encoding="utf-8")
+    publish(markdown(compare(load(options.runs))), options, "compare.md")
     return 0

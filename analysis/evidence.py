@@ -1,17 +1,16 @@
 """Pairs of results that bear on a claim, and whether it holds in each.
 
-Two rows of results are a pair if they lie in one *cell*: same mode, model, pruner and sparsity, same data, recipe and
-scoring, same machine. If a side was run with several choices (rank, learning rate, options), its rows with most seeds
-count, and if these are several, those whose shared choices agree with the other side's. A learning rate that is the
-only one of its side was tuned for it and need not agree. With tolerance t a pair
+Two rows are a pair if they lie in one *cell*: same mode, model, pruner, sparsity, data, recipe, scoring and machine. If
+a side was run with several choices (rank, learning rate, options), its rows with most seeds count, and of several those
+whose shared choices agree with the other side's; a learning rate that is the only one of its side need not agree. With
+tolerance t a pair
 
-- *holds* if the claim is true beyond noise. For scores: left + t > right at the two-sided level of
-  `analysis.statistics`, which knows seeds and items. For costs, of which every run shows its own range (p10 to p90 of
-  the step times, exact sizes): the whole range of the left side is below (1 + t) times that of the right ("at most");
-- *fails* if the opposite is true beyond noise. One pair that fails refutes a claim, so that a claim of k pairs has k
-  chances to fail by accident: for scores the level is divided by k (Bonferroni). Holding needs no such correction: a
-  claim is reproduced only if all pairs hold. A number on the right side is a bound that every single run must keep;
-- is *open* otherwise, or if a single seed shows no spread to judge by.
+- *holds* if the claim is true beyond noise: for scores, left + t > right at the two-sided level of
+  `analysis.statistics`; for costs, the whole range of the left side (p10 to p90 of the step times, exact sizes) is
+  below (1 + t) times that of the right ("at most");
+- *fails* if the opposite is true beyond noise. Since one of k pairs refutes a claim, the level for scores is divided by
+  k (Bonferroni). A number on the right side is a bound that every run must keep;
+- is *open* otherwise, also with a single seed.
 """
 
 from collections import defaultdict
@@ -22,7 +21,18 @@ from typing import Any
 import pandas as pd
 
 from analysis.claim_file import COSTS, SCORES, Claim, Side
-from analysis.groups import CHOICES, IGNORED, IGNORED_WITHOUT_DATA, OF_CONTROLS, below, configs, repeats_shared, text_of
+from analysis.groups import (
+    CHOICES,
+    IGNORED,
+    IGNORED_WITHOUT_DATA,
+    OF_CONTROLS,
+    Values,
+    configs,
+    repeats_shared,
+    text_of,
+    within,
+    without,
+)
 from analysis.results import CONTROLS, MACHINE
 from analysis.statistics import ALPHA, Sample, difference
 
@@ -62,24 +72,20 @@ def prepared(table: pd.DataFrame) -> pd.DataFrame:
     """
     rows = table[table.status == "ok"]
     values = configs(rows)
-    repeated = {key for key in set().union(*values) if repeats_shared(key, values)}
-    chosen = [
-        {key: value for key, value in of_row.items() if below(key, CHOICES) and key not in repeated}
-        for of_row in values
-    ]
-    shared = [{key: value for key, value in of_row.items() if not below(key, ("method", *RATES))} for of_row in chosen]
-    rates = [{key: of_row.get(key) for key in RATES} for of_row in values]
-    protocol = [_protocol(of_row, mode) for of_row, mode in zip(values, rows["mode"], strict=True)]
-    texts = {"choices": chosen, "shared": shared, "rate": rates}
+    repeated = [key for key in set().union(*values) if repeats_shared(key, values)]
+    chosen = [without(within(of_row, CHOICES), repeated) for of_row in values]
     return rows.assign(
-        values=values, protocol=protocol, **{name: list(map(text_of, column)) for name, column in texts.items()}
+        values=values,
+        protocol=[_protocol(of_row, mode) for of_row, mode in zip(values, rows["mode"], strict=True)],
+        choices=list(map(text_of, chosen)),
+        shared=[text_of(without(of_row, ("method", *RATES))) for of_row in chosen],
+        rate=[text_of([of_row.get(key) for key in RATES]) for of_row in values],
     )
 
 
-def _protocol(values: Mapping[str, Any], mode: str) -> dict[str, str]:
-    ignored = IGNORED + CHOICES + (IGNORED_WITHOUT_DATA if mode != "run" else ())
-    kept = {key: value for key, value in values.items() if not below(key, ignored)}
-    return {part: text_of({key: value for key, value in kept.items() if below(key, (part,))}) for part in SHARED}
+def _protocol(values: Values, mode: str) -> dict[str, str]:
+    kept = without(values, IGNORED + CHOICES + (IGNORED_WITHOUT_DATA if mode != "run" else ()))
+    return {part: text_of(within(kept, (part,))) for part in SHARED}
 
 
 def rows_of(claim: Claim, rows: pd.DataFrame) -> list[pd.DataFrame]:

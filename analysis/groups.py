@@ -1,50 +1,36 @@
 """Which runs stand in one table: what they share, in what else than method and seed they differ, and their controls.
 
-The config of every run is in its result file, so nobody has to say what was swept. A config value is either
+A value of the config of a run is either
 
-- *protocol*: what is trained on, for how long, how the model was pruned, how it is scored. Runs of another protocol go
-  to another table;
-- a *choice* of the one who uses a method: rank, scale, learning rate, the method's own options. Runs of another choice
-  are another row of the same table, and a column shows the value.
+- *protocol*: data, training length, pruning, scoring. Runs of another protocol go to another table;
+- a *choice* of the user of a method: rank, scale, learning rate, the method's own options. Runs of another choice are
+  another row of the same table, and a column shows the value.
 
-Runs that differ in nothing but the seed are one row. Nothing else is ever averaged: not two pruned checkpoints either,
-whether they come from another `prune.seed` or from a model that came with zeros; the fingerprint of the zeros is a
-protocol value. Measured and simulated results have different modes and never meet; results of several machines meet
-only on demand, as rows of their own.
+Runs that differ in nothing but the seed are one row. Nothing else is averaged, two pruned checkpoints neither: the
+fingerprint of the zeros is a protocol value. Results of several machines share a table only on demand, as rows of their
+own.
 """
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
-from analysis.results import CONTROLS, MACHINE, is_dense
-from harness.identity import ABSENT, CONSTRUCTION
+from analysis.results import CONTROLS, MACHINE, is_dense, machine_of
+from harness.identity import ABSENT
 
-__all__ = [
-    "AXES",
-    "Group",
-    "below",
-    "check_one_machine",
-    "configs",
-    "flat",
-    "groups_of",
-    "repeats_shared",
-    "sortable",
-    "text_of",
-    "varying",
-]
+__all__ = ["AXES", "CHOICES", "IGNORED", "OF_CONTROLS", "Group", "check_one_machine", "configs", "flat", "groups_of"]
+__all__ += ["repeats_shared", "sortable", "text_of", "varying", "within", "without"]
 
 AXES = ("mode", "model", "pruner", "pattern", "sparsity", "label")
 # Config values that say where and how a job runs, that are an axis, or that another value says already.
 IGNORED = (
     *("seed", "mode", "sparsity", "pattern", "force", "only", "name", "runs_root", "cache_root", "save_merged"),
     *("launch", "model.name", "prune.name", "eval.baselines"),
-    *("train.checkpoint_every", "train.steps_by_mode", "train.tuned"),
-    *("method.name", "method.merges", "method.keeps_zeros"),
+    *("train.checkpoint_every", "train.steps_by_mode", "train.tuned", "method.merges"),
 )
 # On random weights and tokens, without scores, these say nothing.
 IGNORED_WITHOUT_DATA = ("data", "eval", "prune", "model.path", "model.revision")
@@ -113,7 +99,13 @@ def groups_of(table: pd.DataFrame, *, mix: bool = False) -> list[Group]:
     keys = varying(controls["values"])
     heads = pruned[~pruned.index.isin(used)] if groups or len(pruned) else controls
     groups += [_group(head, trained.iloc[:0], trained, controls, keys, mix) for _, head in heads.iterrows()]
-    return sorted(groups, key=lambda group: [sortable(v) for v in (*group.axes.values(), *group.protocol.values())])
+    return sorted(groups, key=_place)
+
+
+def _place(group: Group) -> list[tuple[bool, float, str]]:
+    """Sorts tables by their axes and protocol; unstructured zeros come before patterns."""
+    axes = {**group.axes, "pattern": group.axes["pattern"].removeprefix("unstructured")}
+    return [sortable(value) for value in (*axes.values(), *group.protocol.values())]
 
 
 def varying(configs: Iterable[Values]) -> list[str]:
@@ -157,13 +149,15 @@ def _group(
     same_protocol = [key for key in keys if not key.startswith("prune.")]
     wanted = text_of(_picked(head["values"], same_protocol))
     dense = trained[(trained.pruner == "none") & (trained.sparsity == 0) & (trained.model == head.model)]
-    dense = _where(dense, lambda row: text_of(_picked(row["values"], same_protocol)) == wanted)
+    dense = dense.loc[[text_of(_picked(values, same_protocol)) == wanted for values in dense["values"]]]
     if is_dense(head) or head["mode"] != "run":
         dense = dense.iloc[:0]
-    controls = _where(controls, lambda row: _is_control_of(row, head))
+    controls = controls.loc[[_is_control_of(row, head) for _, row in controls.iterrows()]]
     if not mix:
         check_one_machine(runs)
-        dense, controls = (_where(rows, lambda row: _machine(row) == _machine(head)) for rows in (dense, controls))
+        dense, controls = (
+            rows.loc[[machine_of(row) == machine_of(head) for _, row in rows.iterrows()]] for rows in (dense, controls)
+        )
     chosen = varying([*runs["values"], *dense["values"]])
     machines = pd.concat([runs, dense, controls])
     mixed = [name for name in MACHINE if name not in chosen and machines[name].map(str).nunique() > 1]
@@ -183,8 +177,10 @@ def configs(table: pd.DataFrame) -> list[dict[str, Any]]:
     That is the fingerprint of the zeros (`prune.support`), where it is needed. Class paths are left out: a method is
     known by its name. An option that older runs of a method lack gets the value that its absence means (`ABSENT`).
     """
-    flats = [{key: value for key, value in flat(config).items() if key.split(".")[-1] not in CONSTRUCTION}
-             for config in table.config]  # fmt: skip
+    flats = [
+        {key: value for key, value in flat(config).items() if not key.rpartition(".")[2].startswith("_")}
+        for config in table.config
+    ]
     known = {(config["method.name"], key) for config in flats for key in ABSENT if key in config}
     for config, support in zip(flats, table.support, strict=True):
         for key in ABSENT:
@@ -198,9 +194,9 @@ def configs(table: pd.DataFrame) -> list[dict[str, Any]]:
 def _values(row: pd.Series, config: Values) -> Values:
     """The flat config as far as it can matter for this row, and the machine."""
     if row.method in CONTROLS:
-        config = {key: value for key, value in config.items() if below(key, OF_CONTROLS[row.method])}
+        config = within(config, OF_CONTROLS[row.method])
     elif row["mode"] != "run":
-        config = {key: value for key, value in config.items() if not below(key, IGNORED_WITHOUT_DATA)}
+        config = without(config, IGNORED_WITHOUT_DATA)
     return config | {name: row[name] for name in MACHINE}
 
 
@@ -218,8 +214,8 @@ def _is_control_of(control: pd.Series, head: pd.Series) -> bool:
         return False
     if control.method == "pruned" and (control.pruner, control.label) != (head.pruner, head.label):
         return False
-    own = [key for key in control["values"] if below(key, OF_CONTROLS[control.method]) and not below(key, IGNORED)]
-    return text_of(_picked(control["values"], own)) == text_of(_picked(head["values"], own))
+    own = without(within(control["values"], OF_CONTROLS[control.method]), IGNORED)
+    return text_of(own) == text_of(_picked(head["values"], own))
 
 
 def check_one_machine(runs: pd.DataFrame) -> None:
@@ -234,16 +230,18 @@ def check_one_machine(runs: pd.DataFrame) -> None:
         )
 
 
-def _where(rows: pd.DataFrame, condition: Callable[[pd.Series], bool]) -> pd.DataFrame:
-    return rows.loc[[index for index, row in rows.iterrows() if condition(row)]]
-
-
-def _machine(row: pd.Series) -> tuple[str, ...]:
-    return tuple(str(row[name]) for name in MACHINE)
-
-
 def _picked(values: Values, keys: Iterable[str]) -> dict[str, Any]:
     return {key: values.get(key) for key in keys}
+
+
+def within(values: Values, names: Iterable[str]) -> Values:
+    """The values whose keys are one of `names` or lie below it."""
+    return {key: value for key, value in values.items() if below(key, names)}
+
+
+def without(values: Values, names: Iterable[str]) -> Values:
+    """The other ones."""
+    return {key: value for key, value in values.items() if not below(key, names)}
 
 
 def text_of(value: Any) -> str:

@@ -1,14 +1,12 @@
 """The runs of a group sorted into lines: one for each method, choice and end state, controls first."""
 
-import json
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
 
-from analysis.groups import Group, below, sortable
+from analysis.groups import Group, sortable, text_of, without
 from analysis.measures import Measure
 from analysis.results import is_dense
 from analysis.statistics import Sample
@@ -17,7 +15,6 @@ from analysis.style import END_STATES, name_of, order_of
 __all__ = ["Line", "choice_headers", "contenders", "lines_of", "reference_of", "short_name", "told_apart"]
 
 REFERENCE = "lora"
-ABSENT = "-"
 # Last parts of config keys that several groups have.
 VAGUE = ("name", "path", "seed", "split", "text")
 
@@ -61,8 +58,7 @@ class Line:
         """Name of the variants of one method that this is one of, as `statistics` has them; None for a control."""
         if self.role == "control":
             return None
-        shared = {key: value for key, value in self.choices.items() if not below(key, ("method",))}
-        return f"{self.method} {self.end_state} {json.dumps(shared, default=str)}"
+        return f"{self.method} {self.end_state} {text_of(without(self.choices, ('method',)))}"
 
     def sample(self, measure: Measure) -> Sample:
         """A number by seed, without the runs that do not have it."""
@@ -70,26 +66,21 @@ class Line:
 
     def text(self, key: str) -> str:
         """The value of a choice for readers."""
-        return _text(self.choices[key]) if key in self.choices else ABSENT
+        return _text(self.choices[key]) if key in self.choices else "-"
 
 
 def lines_of(group: Group, *, controls: bool) -> list[Line]:
-    """The lines of a table in the order in which they are shown.
-
-    Args:
-        group: The runs.
-        controls: Also a line for each control, measured or not.
-    """
+    """The lines of a table in the order in which they are shown, with a line for each control if asked for."""
     lines = []
     if controls:
         comes_sparse = group.axes["pruner"] == "none" and not is_dense(group.axes)  # from what, nobody knows
         lines += [] if comes_sparse else _control("dense", group)
         if not is_dense(group.axes):
             lines += ([] if comes_sparse else _tuned_dense(group)) + _control("pruned", group)
-    return lines + sorted(_trained(group.runs, group), key=_order)
+    return lines + list(_trained(group.runs, group))
 
 
-def reference_of(line: Line, lines: list[Line]) -> int | None:
+def reference_of(line: Line, lines: Sequence[Line]) -> int | None:
     """Place of the LoRA line that a line is compared with: the adapter as trained, the shared settings the same.
 
     A setting counts if some method was run with several values of it (a sweep of ranks, say); one that was tuned for
@@ -107,36 +98,26 @@ def reference_of(line: Line, lines: list[Line]) -> int | None:
     return same[0] if len(same) == 1 else None
 
 
-def _is_swept(key: str, lines: list[Line]) -> bool:
-    values = defaultdict(set)
-    for line in lines:
-        if line.role == "method":
-            values[line.method].add(json.dumps(line.choices.get(key), default=str))
-    return any(len(of_method) > 1 for of_method in values.values())
+def _is_swept(key: str, lines: Sequence[Line]) -> bool:
+    values = {(line.method, text_of(line.choices.get(key))) for line in lines if line.role == "method"}
+    return len(values) > len({method for method, _ in values})
 
 
-def contenders(lines: list[Line], *, trainings: bool = False) -> list[Line]:
-    """One line of a plot for each training. Where several have one label, it says by which choices they differ.
+def contenders(lines: Sequence[Line]) -> list[Line]:
+    """One line of a plot for each training, in the end state that keeps the zeros, else the first.
 
-    Args:
-        lines: Of one table.
-        trainings: For what does not depend on the end state, cost and loss. Otherwise it is the one that keeps the
-            zeros, else the first.
+    Where several have one label, it says by which choices they differ.
     """
     trained = [line for line in lines if line.role == "method" and not line.rows.empty]
     chosen: dict[tuple[str, str], Line] = {}
-    for line in sorted(trained, key=lambda line: (not trainings and line.keeps_zeros, line.headline), reverse=True):
-        chosen.setdefault((line.method, _identity(line)), line)
-    kept = [line for line in trained if chosen[line.method, _identity(line)] is line]
-    if trainings:
-        kept = [replace(line, label=name_of(line.method), end_state=None) for line in kept]
-    alike = defaultdict(list)
-    for line in kept:
-        alike[line.label].append(line)
+    for line in sorted(trained, key=lambda line: (line.keeps_zeros, line.headline), reverse=True):
+        chosen.setdefault((line.method, text_of(line.choices)), line)
+    kept = [line for line in trained if chosen[line.method, text_of(line.choices)] is line]
+    alike = {line.label: [other for other in kept if other.label == line.label] for line in kept}
     return [replace(line, label=f"{line.label}{told_apart(line, alike[line.label])}") for line in kept]
 
 
-def told_apart(line: Line, lines: list[Line]) -> str:
+def told_apart(line: Line, lines: Sequence[Line]) -> str:
     """The choices by which a line differs from others of the same method, in brackets, or nothing."""
     same = [other for other in lines if other.method == line.method]
     keys = [key for key in line.choices if len({other.text(key) for other in same}) > 1]
@@ -149,39 +130,48 @@ def choice_headers(group: Group) -> dict[str, str]:
     return {key: name if names.count(name) == 1 else key for key, name in zip(group.choices, names, strict=True)}
 
 
+def short_name(key: str) -> str:
+    """A config key for readers: its last part in words, with the one before where the last says nothing by itself."""
+    parts = key.split(".")
+    return " ".join(parts[-2 if parts[-1] in VAGUE else -1 :]).replace("_", " ")
+
+
 def _control(method: str, group: Group) -> list[Line]:
+    """A line for each score of a control, or an empty one."""
     found = group.controls[group.controls.method == method]
     scored = found[found.status == "ok"]
-    if scored.empty:
-        out_of_memory = bool((found.status == "oom").any())
-        return [Line(method, None, "control", name_of(method), {}, scored, out_of_memory=out_of_memory)]
-    return [
+    lines = [
         Line(method, None, "control", name_of(method), _choices(row, group), scored.loc[[index]])
         for index, row in scored.iterrows()
     ]
+    out_of_memory = bool((found.status == "oom").any())
+    return lines or [Line(method, None, "control", name_of(method), {}, scored, out_of_memory=out_of_memory)]
 
 
 def _tuned_dense(group: Group) -> list[Line]:
     """The dense model with the same fine-tuning, in the end state that each method names first."""
     label = "dense, fine-tuned"
     found = [
-        Line(line.method, line.end_state, "control", f"{label} ({name_of(line.method)})", line.choices, line.rows)
-        for line in sorted(_trained(group.tuned_dense, group), key=_order)
+        replace(line, role="control", label=f"{label} ({name_of(line.method)})")
+        for line in _trained(group.tuned_dense, group)
         if line.headline and not line.rows.empty
     ]
     return found or [Line("dense", None, "control", label, {}, group.tuned_dense.iloc[:0])]
 
 
-def _trained(runs: pd.DataFrame, group: Group) -> Iterator[Line]:
-    chosen = [json.dumps(_choices(row, group), default=str) for _, row in runs.iterrows()]
+def _trained(runs: pd.DataFrame, group: Group) -> list[Line]:
+    return sorted(_unsorted(runs, group), key=_order)
+
+
+def _unsorted(runs: pd.DataFrame, group: Group) -> Iterator[Line]:
+    chosen = [text_of(_choices(row, group)) for _, row in runs.iterrows()]
     for (method, _), same in runs.groupby(["method", pd.Series(chosen, runs.index, dtype=object)], sort=False):
         choices = _choices(same.iloc[0], group)
         finished = same[same.status == "ok"]
         for state, rows in finished.groupby("end_state", sort=False):
-            headline = bool(rows.headline.iloc[0])
             alone = finished.end_state.nunique() == 1 and state == "merged"
             label = name_of(method, None if alone else state)
-            yield Line(method, state, "method", label, choices, rows, headline)
+            yield Line(method, state, "method", label, choices, rows, bool(rows.headline.iloc[0]))
         if finished.empty:
             out_of_memory = bool((same.status == "oom").any())
             yield Line(method, None, "method", name_of(method), choices, finished, out_of_memory=out_of_memory)
@@ -193,19 +183,8 @@ def _choices(row: pd.Series, group: Group) -> dict[str, Any]:
 
 
 def _order(line: Line) -> tuple[Any, ...]:
-    states = list(END_STATES)
-    state = states.index(line.end_state) if line.end_state in states else -1
-    return (order_of(line.method), [sortable(value) for value in line.choices.values()], state)
-
-
-def _identity(line: Line) -> str:
-    return json.dumps(line.choices, sort_keys=True, default=str)
-
-
-def short_name(key: str) -> str:
-    """A config key for readers: its last part in words, with the one before where the last says nothing by itself."""
-    parts = key.split(".")
-    return " ".join(parts[-2 if parts[-1] in VAGUE else -1 :]).replace("_", " ")
+    states = [None, "merged", *END_STATES]
+    return order_of(line.method), [sortable(value) for value in line.choices.values()], states.index(line.end_state)
 
 
 def _text(value: Any) -> str:

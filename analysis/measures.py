@@ -1,4 +1,4 @@
-"""What a score is read from in a row of `results.load`: its value, its error over the test items, and the items."""
+"""What a number of a run is read from in a row of `results.load`: value, error over the test items, and the items."""
 
 import math
 from collections.abc import Callable
@@ -9,8 +9,6 @@ import pandas as pd
 from analysis.statistics import Items, Sample
 
 __all__ = ["ACCURACY", "HELDOUT_LOSS", "Measure", "number", "task_accuracy"]
-
-Number = Callable[[pd.Series], float]
 
 
 @dataclass(frozen=True)
@@ -23,9 +21,9 @@ class Measure:
         items: The scores of the items, if they are recorded, task by task.
     """
 
-    value: Number
-    item_error: Number | None = None
-    items: Callable[[pd.Series], Items | None] | None = None
+    value: Callable[[pd.Series], float]
+    item_error: Callable[[pd.Series], float] | None = None
+    items: Callable[[pd.Series], Items | None] = lambda row: None
 
     def sample(self, rows: pd.DataFrame, factor: float = 1.0) -> Sample:
         """`factor` times the number by seed, without the runs that do not have it."""
@@ -37,8 +35,7 @@ class Measure:
             seed = None if math.isnan(row.seed) else int(row.seed)
             values[seed] = factor * value
             errors.append(factor * self.item_error(row) if self.item_error else 0.0)
-            known = self.items(row) if self.items else None
-            if known is not None:
+            if (known := self.items(row)) is not None:
                 items[seed] = [factor * task for task in known]
         errors = [error for error in errors if not math.isnan(error)]
         return Sample(values, sum(errors) / len(errors) if errors else 0.0, items)

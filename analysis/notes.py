@@ -13,7 +13,8 @@ from analysis.results import MACHINE
 from analysis.statistics import ALPHA, CONDITION, pooled
 from analysis.style import name_of, order_of
 
-__all__ = ["LEGEND", "failures_of", "notes_of", "pooling_of", "pruning_of", "settings", "slug", "slug_of", "title_of"]
+__all__ = ["LEGEND", "cautions_of", "failures_of", "notes_of", "origin_of"]
+__all__ += ["pruning_of", "settings", "slug", "title_of"]
 
 LEGEND = (
     "Scores are in per cent; ± is the standard deviation over n seeds, beside `Δ LoRA` the standard error of the "
@@ -58,11 +59,6 @@ def settings(values: Mapping[str, object]) -> list[str]:
     return [f"{short_name(key)} {value}" for key, value in values.items()]
 
 
-def slug_of(group: Group) -> str:
-    """The title as a part of a file name."""
-    return slug(title_of(group))
-
-
 def slug(value: object) -> str:
     """Any value as a part of a file name."""
     return re.sub(r"[^A-Za-z0-9.]+", "_", str(value).replace(":", "of")).strip("_")
@@ -70,30 +66,43 @@ def slug(value: object) -> str:
 
 def notes_of(group: Group) -> list[str]:
     """Errors over the items, what perplexity and memory are, and the machine; only what there is."""
-    finished = pd.concat([group.controls, group.tuned_dense, group.runs])
-    finished = finished[finished.status == "ok"]
-    notes = (_contradiction(group.controls), _items(finished), _perplexity(finished), _memory(group.runs),
-             _machine(finished), _code(finished))  # fmt: skip
-    return [note for note in notes if note]
+    rows = _finished(group)
+    notes = [_contradiction(group.controls), _items(rows), _perplexity(rows), _memory(group.runs), _machine(rows)]
+    commits = sorted({commit[:10] for commit in rows.git_commit.dropna()})
+    return [note for note in notes if note] + ([f"Code: {', '.join(commits)}."] if commits else [])
 
 
-def pooling_of(lines: Sequence[Line]) -> str | None:
-    """Over which lines of a table the variance over the seeds was pooled; None if there is none to pool."""
+def cautions_of(group: Group, lines: Sequence[Line]) -> list[str]:
+    """Where the runs come from, and over which lines (those that were scored) the variance was pooled."""
+    return [*origin_of(_finished(group)), *_pooling(lines)]
+
+
+def origin_of(rows: pd.DataFrame) -> list[str]:
+    """How many of the runs behind some rows ran on a changed tree, and how many belong to another experiment too."""
+    runs = rows.drop_duplicates("path")
+    changed = sum(dirty is True for dirty in runs.git_dirty)
+    shared = [names for names in runs.experiments if len(names) > 1]
+    notes = [f"{changed} of {len(runs)} runs with changes that were not committed."] if changed else []
+    if shared:
+        names = ", ".join(sorted(set().union(*shared)))
+        notes.append(f"{len(shared)} of {len(runs)} runs belong to more than one experiment ({names}).")
+    return notes
+
+
+def _pooling(lines: Sequence[Line]) -> list[str]:
     pools: dict[str, list[Line]] = {}
     for line in lines:
         if line.pool is not None and line.n > 1:
             pools.setdefault(line.pool, []).append(line)
-    if not pools:
-        return None
     found = []
     for same in pools.values():
         rows = pooled([line.sample(ACCURACY) for line in same])
         if rows:
             degrees = (len(rows) - 1) * (rows[0].n - 1)
             found.append(f"over the {len(rows)} rows of {same[0].label} ({degrees} degrees of freedom)")
-    if not found:
-        return "Variance over the seeds: not pooled, n - 1 degrees of freedom for every pair."
-    return f"Variance over the seeds: pooled {' and '.join(found)}, else n - 1 degrees of freedom."
+    if found:
+        return [f"Variance over the seeds: pooled {' and '.join(found)}, else n - 1 degrees of freedom."]
+    return ["Variance over the seeds: not pooled, n - 1 degrees of freedom for every pair."] if pools else []
 
 
 def failures_of(group: Group) -> list[str]:
@@ -107,6 +116,11 @@ def failures_of(group: Group) -> list[str]:
         place = (order_of(row.method), [sortable(value) for _, value in chosen], row.seed)
         lines.append((place, f"{what}: {'out of memory' if row.status == 'oom' else row.status} ({row.error})"))
     return [line for _, line in sorted(lines)]
+
+
+def _finished(group: Group) -> pd.DataFrame:
+    rows = pd.concat([group.controls, group.tuned_dense, group.runs])
+    return rows[rows.status == "ok"]
 
 
 def _contradiction(controls: pd.DataFrame) -> str | None:
@@ -141,9 +155,3 @@ def _machine(rows: pd.DataFrame) -> str | None:
     values = {name: " and ".join(sorted({str(value) for value in rows[name].dropna()})) or "none" for name in MACHINE}
     versions = ", ".join(f"{name} {values[name]}" for name in MACHINE if name not in ("device", "threads"))
     return None if rows.empty else f"Device: {values['device']}, threads: {values['threads']}; {versions}."
-
-
-def _code(rows: pd.DataFrame) -> str | None:
-    commits = sorted({commit[:10] for commit in rows.git_commit.dropna()})
-    changed = " with local changes" if (rows.git_dirty == True).any() else ""  # noqa: E712 - None is no True
-    return f"Code: {', '.join(commits)}{changed}." if commits else None

@@ -14,6 +14,7 @@ import pandas as pd
 import yaml
 
 from analysis.results import CONTROLS, add_run_arguments, load, output_folder
+from analysis.table_writer import Bold, TextTable, markdown
 from harness.store import write_text
 
 __all__ = ["add_arguments", "run", "searched", "table_of", "winners", "write_recipe"]
@@ -31,9 +32,7 @@ def searched(table: pd.DataFrame) -> pd.DataFrame:
     if rows.empty:
         raise ValueError("runs: no fine-tuned run below; python run.py -m experiment=lr_search makes them")
     rows = rows.assign(rate=[float(config["train"]["learning_rate"]) for config in rows.config])
-    budgets = {
-        method: sorted(zip(group.rate, group.seed, strict=True)) for method, group in rows.groupby("method", sort=True)
-    }
+    budgets = {method: sorted(zip(group.rate, group.seed, strict=True)) for method, group in rows.groupby("method")}
     (first, budget), *others = budgets.items()
     for method, other in others:
         if other != budget:
@@ -59,16 +58,16 @@ def winners(means: pd.DataFrame) -> dict[str, float]:
 def table_of(means: pd.DataFrame) -> str:
     """Markdown: the search, the winners in bold, and which of them lie at an end of the grid."""
     rates, best = list(means.columns), winners(means)
-    lines = [f"| method | {' | '.join(f'{rate:g}' for rate in rates)} |", "|---" * (len(rates) + 1) + "|"]
+    rows = []
     for method, row in means.iterrows():
-        cells = ["diverged" if pd.isna(row[rate]) else f"{row[rate]:.1f}" for rate in rates]
-        place = rates.index(best[method])
-        cells[place] = f"**{cells[place]}**"
-        lines.append(f"| {method} | {' | '.join(cells)} |")
+        cells = ["diverged" if pd.isna(value) else f"{value:.1f}" for value in row]
+        cells[rates.index(best[method])] = Bold(cells[rates.index(best[method])])
+        rows.append([method, *cells])
+    text = markdown(TextTable(["method", *(f"{rate:g}" for rate in rates)], rows)) + "\n"
     ends = [method for method, rate in best.items() if rate in (rates[0], rates[-1])]
     if ends:
-        lines += ["", f"At an end of the grid, so that a rate beyond it may be better: {', '.join(ends)}."]
-    return "\n".join(lines) + "\n"
+        text += f"\nAt an end of the grid, so that a rate beyond it may be better: {', '.join(ends)}.\n"
+    return text
 
 
 def write_recipe(best: dict[str, float], file: Path) -> None:

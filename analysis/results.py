@@ -8,19 +8,16 @@ that no mean can pick up what a broken run had measured before it broke. The col
               label ("0.5", "2:4", "0"), end_state, headline (the first end state of its run). A model that came with
               zeros has the pruner none and the sparsity that was measured
     support   fingerprint of the zeros that the run started from, where runs with one config have several; else None
-    run       key, path (of result.json), experiment, error, config (nested, resolved), steps_file
-    machine   device, threads, python, torch, transformers, peft, lm_eval, datasets, git_commit, git_dirty
+    run       key, path (of result.json; of a packed run its file with the key below it), experiments (all that the run
+              was made for, and the packed files that it was found in), error, config (nested, resolved)
+    machine   MACHINE, python, git_commit, git_dirty
     quality   accuracy and accuracy_stderr (points), accuracy_metric, averaged (tasks), tasks, task_stderr, task_metric,
               task_norm and task_items (by task; acc_norm where a task has one, and points of each item if recorded),
               perplexity, heldout_loss and heldout_stderr (nats), heldout_items (nats of each window, or None),
               perplexity_text, perplexity_window
-    training  loss_first, loss_last
-    zeros     zeros_before and zeros_after (fractions), zeros_lost and zeros_gained (counts), zeros_kept (fraction of
-              the old zeros that are still zero; NaN beside an unmerged adapter), pattern_valid
-    size      trainable, total (counts), adapter_bytes
-    memory    memory_kind, train_peak, init_peak, eval_peak, reserved_peak (bytes), memory_breakdown (by category)
-    time      step_ms (median), step_ms_p10, step_ms_p90, forward_ms, backward_ms, optimizer_ms, tokens_per_second,
-              flops (per step)
+    zeros     zeros_lost (count), zeros_kept (fraction of the old zeros that are still zero; NaN beside an unmerged
+              adapter)
+    others    numbers of SIZES and COSTS: counts, bytes, milliseconds; memory_kind and memory_breakdown (by category)
 """
 
 import argparse
@@ -33,83 +30,112 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.shape import problem_of
+from analysis import result_schema
+from analysis.parquet_file import SUFFIX, results_of
+from analysis.result_schema import MACHINE
 from harness.store import read_result
 
-__all__ = ["CONTROLS", "MACHINE", "add_run_arguments", "is_dense", "load", "output_folder", "read", "zeros_kept"]
+__all__ = ["CONTROLS", "COSTS", "MACHINE", "SIZES", "add_run_arguments", "is_dense", "load", "machine_of"]
+__all__ += ["output_folder", "publish", "results_in"]
 
-SCHEMA = 1
+RESULT = "result.json"
 # Models that no method has trained; rows of their own, whatever run they were scored in.
 CONTROLS = ("dense", "pruned")
-# Runs that differ in one of these do not share a table: what they were measured on, and with.
-MACHINE = ("device", "threads", "torch", "transformers", "peft", "lm_eval", "datasets")
 NAN = float("nan")
+# Numeric columns and their places in the result: of every run, and of a finished one.
+SIZES = {name: f"parameters.{name}" for name in ("trainable", "total", "adapter_bytes")}
+COSTS = {
+    **{name: f"memory.{name}" for name in ("train_peak", "init_peak", "eval_peak")},
+    **{"step_ms": "time.step_ms.p50", "step_ms_p10": "time.step_ms.p10", "step_ms_p90": "time.step_ms.p90"},
+    **{name: f"time.{name}" for name in ("forward_ms", "backward_ms", "optimizer_ms", "tokens_per_second")},
+    **{"flops": "flops.per_step", "loss_first": "loss.first", "loss_last": "loss.last"},
+}
+
+Result = dict[str, Any]
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of every command that reads runs: their folders, and where to write."""
+    """The arguments of every command that reads runs: where they are, and where to write."""
     parser.add_argument(
-        "runs", type=Path, nargs="*", default=[Path("runs")], help="folders of result files; default: runs"
+        "runs", type=Path, nargs="*", default=[Path("runs")], help="folders of runs, or packed files; default: runs"
     )
-    parser.add_argument("--output", type=Path, help="folder for what is written; default: the first of the folders")
+    parser.add_argument(
+        "--output", type=Path, help=f"folder for what is written; default: the first of RUNS, without {SUFFIX}"
+    )
 
 
 def output_folder(options: argparse.Namespace) -> Path:
     """The folder for what a command writes, made if it is not there yet."""
-    output: Path = options.output or options.runs[0]
+    first: Path = options.runs[0]
+    output: Path = options.output or (first.with_suffix("") if first.suffix == SUFFIX else first)
     output.mkdir(parents=True, exist_ok=True)
     return output
 
 
-def load(folders: Iterable[Path]) -> pd.DataFrame:
-    """All results below `folders`, columns as in the module's text.
+def publish(text: str, options: argparse.Namespace, name: str) -> None:
+    """Print a text, and write it to a file of this name in the folder for what a command writes."""
+    print(text)
+    (output_folder(options) / name).write_text(text, encoding="utf-8")
+
+
+def load(places: Iterable[Path]) -> pd.DataFrame:
+    """All results in `places`, columns as in the module's text.
 
     A ``method=none`` run is the control that it scores: "pruned", or "dense" if it has no zeros. A run that was
     repeated on the same machine counts once: the finished one, then the latest.
 
+    Args:
+        places: Packed files, and folders with runs or packed files below.
+
     Raises:
-        ValueError: No result file below `folders`, or one that is damaged.
+        ValueError: No result in `places`, or one that is damaged.
     """
-    folders = [Path(folder) for folder in folders]
-    # Hidden is a repetition under way, or failed, beside its good result.
-    files = [
-        file
-        for folder in folders
-        for file in sorted(folder.rglob("result.json"))
-        if not any(part.startswith(".") for part in file.relative_to(folder).parts)
-    ]
-    if not files:
-        raise ValueError(f"runs={', '.join(map(str, folders))}: no result.json below")
+    found = list(results_in(places))
+    experiments: dict[str, set[str]] = defaultdict(set)
+    supports: dict[str, set[str]] = defaultdict(set)  # the fingerprints that are known of each pruned model
+    for path, result in found:
+        experiments[result["key"]] |= {result["config"]["name"]}
+        experiments[result["key"]] |= {path.parent.stem} if path.parent.suffix == SUFFIX else set()
+        if result["mode"] == "run" and result.get("support"):
+            supports[_pruned_model(result)].add(result["support"]["sha256"])
     rows: dict[tuple[str, ...], dict[str, Any]] = {}
-    results = _newest((file, read(file)) for file in files)
-    supports = _supports(result for _, result in results)
-    for file, result in results:
-        for row in _rows(result, file, supports[_pruned_model(result)]):
+    for path, result in _newest(found):
+        # It is needed only where it takes one to tell a pruned model from another.
+        support = result.get("support") if len(supports[_pruned_model(result)]) > 1 and not is_dense(result) else None
+        run = {"path": path, "experiments": sorted(experiments[result["key"]])}
+        run |= {"support": support and support["sha256"]} | _run(result)
+        for row in _end_states(result, run):
             if row["method"] not in CONTROLS:
-                rows[result["key"], *_machine(row), str(row["end_state"])] = row
+                rows[result["key"], *machine_of(row), str(row["end_state"])] = row
             elif row["status"] == "ok":
                 rows.setdefault(_control_identity(row), row)
             else:
-                rows[result["key"], *_machine(row), "control"] = row
+                rows[result["key"], *machine_of(row), "control"] = row
     # Text stays text and None stays None: pandas would make NaN of it.
-    table = pd.DataFrame(rows.values(), dtype=object).drop(columns="end")
+    table = pd.DataFrame(rows.values(), dtype=object)
     return table.astype({name: float for name in table if set(map(type, table[name])) == {float}})
 
 
-def read(file: Path) -> dict[str, Any]:
-    """The content of a result file.
+def results_in(places: Iterable[Path]) -> Iterator[tuple[Path, Result]]:
+    """Every result in `places`, by its path as in the column `path`; arguments and errors as of `load`."""
+    places = [Path(place) for place in places]
+    files = [file for place in places for file in ([place] if place.is_file() else _files_below(place))]
+    if not files:
+        raise ValueError(f"runs={', '.join(map(str, places))}: no {RESULT} and no packed file ({SUFFIX}) below")
+    for file in files:
+        for result in [read_result(file)] if file.name == RESULT else results_of(file):
+            path = file if file.name == RESULT else file / str(result["key"])
+            try:
+                result_schema.check(result)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
+            yield path, result
 
-    Raises:
-        ValueError: It is damaged: no JSON, changed since it was written, or without a field that is read here.
-    """
-    result = read_result(file)
-    if result is None:
-        raise ValueError(f"{file}: is gone")
-    if result.get("schema") != SCHEMA:
-        raise ValueError(f"{file}: schema {result.get('schema')}; this version reads {SCHEMA}")
-    if problem := problem_of(result):
-        raise ValueError(f"{file}: damaged, {problem}")
-    return result
+
+def _files_below(folder: Path) -> list[Path]:
+    files = (file for file in folder.rglob("*") if file.name == RESULT or file.suffix == SUFFIX)
+    # Hidden is a repetition under way, or failed, beside its good result.
+    return sorted(file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts))
 
 
 def is_dense(values: Mapping[str, Any]) -> bool:
@@ -117,41 +143,22 @@ def is_dense(values: Mapping[str, Any]) -> bool:
     return values["pruner"] == "none" and values["sparsity"] == 0
 
 
-def _pruned_model(result: dict[str, Any]) -> str:
+def machine_of(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a run was measured on and with, comparable."""
+    return tuple(str(values[name]) for name in MACHINE)
+
+
+def _pruned_model(result: Result) -> str:
     """What a pruned model is made of."""
     axes = [result[axis] for axis in ("mode", "pruner", "pattern", "sparsity")]
     return json.dumps([*axes, result["config"]["model"], result["config"]["prune"]], sort_keys=True)
 
 
-def _supports(results: Iterable[dict[str, Any]]) -> dict[str, set[str]]:
-    """The fingerprints that are known of each pruned model."""
-    known: dict[str, set[str]] = defaultdict(set)
-    for result in results:
-        if result["mode"] == "run" and result.get("support"):
-            known[_pruned_model(result)].add(result["support"]["sha256"])
-    return known
-
-
-def _support(result: dict[str, Any], known: set[str]) -> str | None:
-    """The fingerprint of a run, where it takes one to tell its pruned model from another."""
-    own = result.get("support")
-    return own["sha256"] if own and len(known) > 1 and not is_dense(result) else None
-
-
-def _newest(results: Iterable[tuple[Path, dict[str, Any]]]) -> list[tuple[Path, dict[str, Any]]]:
+def _newest(results: Iterable[tuple[Path, Result]]) -> list[tuple[Path, Result]]:
     """One result for each run and machine; those that scored a control by itself come first."""
-    kept: dict[tuple[str, ...], tuple[Path, dict[str, Any]]] = {}
-    for file, result in sorted(results, key=lambda item: (item[1]["status"] == "ok", _end(item[1]))):
-        kept[result["key"], *_machine(result["environment"])] = (file, result)
+    ordered = sorted(results, key=lambda item: (item[1]["status"] == "ok", item[1]["environment"]["end"] or ""))
+    kept = {(result["key"], machine_of(result["environment"])): (path, result) for path, result in ordered}
     return sorted(kept.values(), key=lambda item: (item[1]["method"] != "none", item[0]))
-
-
-def _end(result: dict[str, Any]) -> str:
-    return result["environment"]["end"] or ""
-
-
-def _machine(values: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(str(values[name]) for name in MACHINE)
 
 
 def _control_identity(row: dict[str, Any]) -> tuple[str, ...]:
@@ -163,91 +170,78 @@ def _control_identity(row: dict[str, Any]) -> tuple[str, ...]:
     config = row["config"]
     parts = [config["model"], config["eval"]] + ([config["prune"]] if row["method"] == "pruned" else [])
     scores = f"{row['accuracy']:.2f} {row['heldout_loss']:.3f}"
-    return (row["method"], row["label"], str(row["support"]), json.dumps(parts, sort_keys=True), *_machine(row), scores)
+    chosen = json.dumps(parts, sort_keys=True)
+    return (row["method"], row["label"], str(row["support"]), chosen, *machine_of(row), scores)
 
 
-def _rows(result: dict[str, Any], file: Path, supports: set[str]) -> Iterator[dict[str, Any]]:
-    run = {**_axes(result), "support": _support(result, supports), **_origin(result, file)}
-    run |= _sizes(result["parameters"])
+def _run(result: Result) -> dict[str, Any]:
+    """What all rows of a run have in common."""
+    error, environment, sparsity = result["error"], result["environment"], float(result["sparsity"])
+    return {
+        **{axis: result[axis] for axis in ("status", "mode", "method", "model", "pruner", "pattern", "key", "config")},
+        **{"sparsity": sparsity, "seed": float(result["seed"])},
+        "label": result["pattern"] if result["pattern"] != "unstructured" else f"{sparsity:.4g}",
+        "error": None if error is None else f"{error['type']}: {' '.join(error['message'].split())}",
+        **{name: environment[name] for name in (*MACHINE, "python", "git_commit", "git_dirty")},
+        **_numbers(result, SIZES),
+    }
+
+
+def _end_states(result: Result, run: dict[str, Any]) -> Iterator[dict[str, Any]]:
     ok = result["status"] == "ok"
-    cost = {**_memory(result["memory"] if ok else {}), **_time(result if ok else {})}
+    cost = _cost(result if ok else None)
     if result["method"] == "none":
-        yield (
-            run
-            | cost
-            | _as_control("dense" if is_dense(result) else "pruned")
-            | (_quality(result["eval"] if ok else None) | _zeros(result["zeros"] if ok else None))
-        )
+        control = _as_control("dense" if is_dense(result) else "pruned")
+        yield run | cost | control | _quality(result["eval"] if ok else None) | _zeros(result["zeros"] if ok else None)
         yield from _controls(result, run, ("dense",)) if ok else ()
         return
-    states = {result["end_state"]: (result["eval"], result["zeros"])}
-    states |= {name: (variant["eval"], variant["zeros"]) for name, variant in result["variants"].items()}
-    for state, (scores, zeros) in states.items() if ok else [(None, (None, None))]:
+    states = {result["end_state"]: result, **result["variants"]} if ok else {None: {"eval": None, "zeros": None}}
+    for state, found in states.items():
         end = {"end_state": state, "headline": state == result["end_state"] or not ok}
-        yield run | cost | end | _quality(scores) | _zeros(zeros)
+        yield run | cost | end | _quality(found["eval"]) | _zeros(found["zeros"])
     yield from _controls(result, run, CONTROLS) if ok else ()
 
 
-def _controls(result: dict[str, Any], run: dict[str, Any], names: Iterable[str]) -> Iterator[dict[str, Any]]:
+def _controls(result: Result, run: dict[str, Any], names: Iterable[str]) -> Iterator[dict[str, Any]]:
     """The baseline scores that a run carries; none of its own cost belongs to them."""
     for name in names:
         scores = result["baselines"][name]
         if scores is None or (name == "pruned" and is_dense(result)):
             continue
-        row = run | _as_control(name) | _sizes({"trainable": 0}) | _memory({}) | _time({}) | _quality(scores)
-        zeros = result["zeros"] if name == "pruned" else None
-        before = {} if zeros is None else {"after_prune": zeros["after_prune"], "after_merge": zeros["after_prune"]}
-        row |= _zeros(before | {"lost": 0, "gained": 0} if before else None)
+        before = result["zeros"]["after_prune"] if name == "pruned" and result["zeros"] else None
+        untouched = None if before is None else {"after_prune": before, "after_merge": before, "lost": 0, "gained": 0}
+        row = run | _as_control(name) | dict.fromkeys(SIZES, NAN) | {"trainable": 0.0} | _cost(None)
+        row |= _quality(scores) | _zeros(untouched)
         if name == "dense":
             row |= {"pruner": "none", "pattern": "unstructured", "sparsity": 0.0, "label": "0", "support": None}
         yield row
 
 
 def _as_control(name: str) -> dict[str, Any]:
-    return {"method": name, "seed": NAN, "end_state": None, "headline": True, "steps_file": None}
+    return {"method": name, "seed": NAN, "end_state": None, "headline": True}
 
 
-def _axes(result: dict[str, Any]) -> dict[str, Any]:
-    axes = ("status", "mode", "method", "model", "pruner", "pattern")
-    label = result["pattern"] if result["pattern"] != "unstructured" else f"{result['sparsity']:.4g}"
-    numbers = {axis: _number(result[axis]) for axis in ("sparsity", "seed")}
-    return {**{axis: result[axis] for axis in axes}, **numbers, "label": label}
-
-
-def _origin(result: dict[str, Any], file: Path) -> dict[str, Any]:
-    error, environment = result["error"], result["environment"]
-    steps = result["artifacts"]["steps"]
-    machine = (*MACHINE, "python", "git_commit", "git_dirty", "end")
+def _quality(scores: Result | None) -> dict[str, Any]:
+    scores = scores or {"tasks": {}, "average": None, "perplexity": None}
+    tasks = scores["tasks"]
+    average = scores["average"] or {"value": None, "stderr": None, "metric": None, "tasks": []}
+    text = scores["perplexity"] or dict.fromkeys(("value", "loss", "loss_stderr", "text", "window"))
     return {
-        "key": result["key"],
-        "path": file,
-        "experiment": result["config"]["name"],
-        "error": None if error is None else f"{error['type']}: {' '.join(error['message'].split())}",
-        "config": result["config"],
-        "steps_file": None if steps is None else file.parent / steps,
-        **{name: environment[name] for name in machine},
-    }
-
-
-def _quality(scores: dict[str, Any] | None) -> dict[str, Any]:
-    scores = scores or {}
-    tasks, average, text = scores.get("tasks", {}), scores.get("average") or {}, scores.get("perplexity") or {}
-    return {
-        "accuracy": _points(average.get("value")),
-        "accuracy_stderr": _points(average.get("stderr")),
-        "accuracy_metric": average.get("metric"),
-        "averaged": average.get("tasks", []),
+        "accuracy": _points(average["value"]),
+        "accuracy_stderr": _points(average["stderr"]),
+        "accuracy_metric": average["metric"],
+        "averaged": average["tasks"],
         "tasks": {name: _points(task["value"]) for name, task in tasks.items()},
         "task_stderr": {name: _points(task["stderr"]) for name, task in tasks.items()},
         "task_metric": {name: task["metric"] for name, task in tasks.items()},
         "task_norm": {name: _points(task["acc_norm"]) for name, task in tasks.items() if "acc_norm" in task},
         "task_items": {name: _item_points(task["correct"]) for name, task in tasks.items() if "correct" in task},
-        "perplexity": _number(text.get("value")),
-        "heldout_loss": _number(text.get("loss")),
-        "heldout_stderr": _number(text.get("loss_stderr")),
-        "heldout_items": np.array(text["losses"]) if "losses" in text else None,
-        "perplexity_text": text.get("text"),
-        "perplexity_window": _number(text.get("window")),
+        "perplexity": _number(text["value"]),
+        "heldout_loss": _number(text["loss"]),
+        "heldout_stderr": _number(text["loss_stderr"]),
+        "heldout_items": np.array(text["losses"], dtype=float) if "losses" in text else None,
+        "perplexity_text": text["text"],
+        "perplexity_window": _number(text["window"]),
     }
 
 
@@ -256,61 +250,36 @@ def _item_points(correct: str) -> np.ndarray:
     return 100.0 * (np.frombuffer(correct.encode("ascii"), np.uint8) == ord("1"))
 
 
-def _zeros(zeros: dict[str, Any] | None) -> dict[str, Any]:
-    zeros = zeros or {}
-    return {
-        "zeros_before": _number(zeros.get("after_prune")),
-        "zeros_after": _number(zeros.get("after_merge")),
-        "zeros_lost": _number(zeros.get("lost")),
-        "zeros_gained": _number(zeros.get("gained")),
-        "zeros_kept": zeros_kept(zeros),
-        "pattern_valid": zeros.get("pattern_valid"),
-    }
+def _zeros(zeros: Result | None) -> dict[str, float]:
+    """Zeros lost, and the fraction of the zeros of the pruned model that are still zero; NaN where it is not known.
 
-
-def zeros_kept(zeros: Mapping[str, Any]) -> float:
-    """Fraction of the zeros of the pruned model that are still zero; NaN where it is not known.
-
-    The file has the fractions z and z' of zeros before and after, and the numbers of lost and of gained ones. From
+    `before` and `after` are the fractions z and z' of zeros, `lost` and `gained` numbers of them. From
     gained - lost = (z' - z) N follows N, the number of weights.
     """
-    lost, before, after = zeros.get("lost"), zeros.get("after_prune"), zeros.get("after_merge")
-    if lost is None or not before:
-        return NAN
-    if lost == 0:
-        return 1.0
-    if after == before:
-        return NAN
-    weights = (zeros["gained"] - lost) / (after - before)
-    return 1 - lost / (before * weights)
+    places = ("after_prune", "after_merge", "lost", "gained")
+    before, after, lost, gained = (_number(zeros[name]) if zeros else NAN for name in places)
+    kept = NAN
+    if lost == 0 and before > 0:
+        kept = 1.0
+    elif before > 0 and after != before and gained != lost:
+        kept = 1 - lost * (after - before) / (before * (gained - lost))
+    return {"zeros_lost": lost, "zeros_kept": kept}
 
 
-def _sizes(parameters: dict[str, Any] | None) -> dict[str, Any]:
-    return {name: _number((parameters or {}).get(name)) for name in ("trainable", "total", "adapter_bytes")}
+def _cost(result: Result | None) -> dict[str, Any]:
+    """Memory, time and losses of a run; without a result there are none."""
+    memory = result["memory"] if result else {"kind": None, "breakdown": None}
+    return {**_numbers(result, COSTS), "memory_kind": memory["kind"], "memory_breakdown": memory["breakdown"] or {}}
 
 
-def _memory(memory: dict[str, Any]) -> dict[str, Any]:
-    peaks = ("train_peak", "init_peak", "eval_peak", "reserved_peak")
-    return {
-        "memory_kind": memory.get("kind"),
-        **{name: _number(memory.get(name)) for name in peaks},
-        "memory_breakdown": memory.get("breakdown") or {},
-    }
-
-
-def _time(result: dict[str, Any]) -> dict[str, Any]:
-    time, loss = result.get("time") or {}, result.get("loss") or {}
-    step = time.get("step_ms") or {}
-    spans = ("forward_ms", "backward_ms", "optimizer_ms", "tokens_per_second")
-    return {
-        "step_ms": _number(step.get("p50")),
-        "step_ms_p10": _number(step.get("p10")),
-        "step_ms_p90": _number(step.get("p90")),
-        **{name: _number(time.get(name)) for name in spans},
-        "flops": _number((result.get("flops") or {}).get("per_step")),
-        "loss_first": _number(loss.get("first")),
-        "loss_last": _number(loss.get("last")),
-    }
+def _numbers(result: Result | None, places: Mapping[str, str]) -> dict[str, float]:
+    found = {}
+    for column, place in places.items():
+        value: Any = result
+        for name in place.split("."):
+            value = None if value is None else value[name]
+        found[column] = _number(value)
+    return found
 
 
 def _number(value: float | None) -> float:

@@ -1,61 +1,39 @@
 """Which difference is more than noise, from few seeds on one set of test items.
 
-A score has two sources of error. *Seeds*: another seed of the fine-tuning gives another model. *Items*: another draw
-of test questions gives another score, and more seeds do not help, because all of them answer the same questions. Both
-are in the difference d of two methods a and b that answered the same items i = 1 .. N with the same seeds s = 1 .. n:
+No library has this test: the two-way variance of seeds and items, and the p value of a sum of two estimated variances.
 
-    d_si = a_si - b_si,    d_s = mean over i,    d_i = mean over s,    d = mean over both
+**Variance.** Two methods answered the same items i = 1 .. N with the same seeds s = 1 .. n, d_si = a_si - b_si. What a
+seed or an item does to both cancels. The rest is estimated by the mean squares of the two-way layout without
+replication (means: d_s over i, d_i over s, d over both):
 
-Pairing takes out what a seed or an item does to both. What is left are a seed's effect, an item's effect and a rest,
-Var(d) = S^2 / n + I^2 / N + R^2 / (n N), estimated by the mean squares of the two-way layout without replication:
-
-    v_seeds = var(d_s) / n                   has the expectation  S^2 / n + R^2 / (n N)
-    v_items = var(d_i) / N                                        I^2 / N + R^2 / (n N)
-    v_rest  = var(d_si - d_s - d_i + d) / (n N)                   R^2 / (n N)          (n - 1)(N - 1) degrees of freedom
-
-    v = v_seeds + w    with    w = v_items - v_rest, but not less than 0
+    v_seeds = var(d_s) / n                       n - 1 degrees of freedom
+    v_items = var(d_i) / N
+    v_rest  = var(d_si - d_s - d_i + d) / (n N)  (n - 1)(N - 1) degrees of freedom; it is in both of the above
+    v       = v_seeds + w,   w = max(v_items - v_rest, 0)
 
 A mean over tasks has v_items and v_rest of each task, over the squared number of tasks. The items of the held-out loss
-are the windows of the text. Where a score comes without its items, their errors e are taken as independent, w = e_a^2
-+ e_b^2: an upper bound, since models that come from the same pruned one err on the same questions. The standard error
-that is shown is sqrt(v), but not less than sqrt(v_items): each of the three parts is at least 0.
+are the windows of the text. Where single items are not known, w = e_a^2 + e_b^2 with the standard errors e over the
+items, an upper bound. The standard error that is shown is sqrt(v), but not less than sqrt(v_items).
 
-**Pooling.** v_seeds has f = n - 1 degrees of freedom: two, for three seeds. Of two different methods nothing better is
-known. Their spreads run from 0.0 to 1.7 points in one table; a pooled variance would be too small for those that
-spread most, and no pretest sees that from three seeds. So it is decided by design, never by the data: pooled are rows
-that are *variants of one method* in one table, that is on one pruned model with the same data, recipe, rate and rank,
-in one end state, which differ in that method's own options alone. For m >= 3 such rows with the same seeds, y_ks the
-score of row k with seed s,
+**Pooling.** Rows of one table that are variants of one method (same data, recipe, rate, rank and end state) share one
+variance over the seeds. For m >= 3 such rows with the same seeds, y_ks the score of row k with seed s,
 
-    v_seeds = 2 var(y_ks - y_k - y_s + y) / n                     f = (m - 1)(n - 1) degrees of freedom
+    v_seeds = 2 var(y_ks - y_k - y_s + y) / n    (m - 1)(n - 1) degrees of freedom
 
-which is the mean of var(d_s) / n over all pairs of them. It assumes that they spread alike. Every table says whether
-it was pooled. Claims never are: their sides are two methods, or two variants without the others.
+Different methods are never pooled, since their spreads differ, and claims never are.
 
-**p values.** d / sqrt(v) has no t distribution: only a part of v rests on f degrees of freedom. Satterthwaite's
-explode where v_seeds is small by luck, and with three seeds a nominal 0.001 is then up to 0.016; f degrees for the
-whole of v are safe, and blind where the items dominate. Here
+**p values.** With f degrees of freedom of v_seeds and g of w (Satterthwaite over the tasks),
 
     p = P(|sqrt(v_seeds) T_f + sqrt(w) T_g| > |d|)
 
-with independent t variables (Behrens 1929, Fisher 1935), g from the items, after Satterthwaite over the tasks. It is
-Student's test where w = 0 and that of the items where v_seeds = 0; in between its true size is below the nominal one,
-for small f far below. From f = `ENOUGH` on nothing forces this loss, and the prior of Ghosh and Kim (Canadian Journal
-of Statistics 29, 2001), with which nominal and true size agree, takes the place of Fisher's 1 / V for the true
-variance V of the seeds: (V + w) / V^2. p is then a mixture: with the weight v_seeds / v the one above, with the weight
-w / v the same for f + 2 degrees of freedom and v_seeds f / (f + 2). Sizes are simulated in
-`tests/test_analysis_statistics.py`: at 0.05, 0.01 and 0.001 at most 1.2 times the nominal one, and at least 0.8 times
-where six or more rows are pooled.
+for independent t variables (Behrens 1929, Fisher 1935). From f = `ENOUGH` on the prior of Ghosh and Kim (Canadian
+Journal of Statistics 29, 2001) takes the place of Fisher's; p is then a mixture: with the weight v_seeds / v the p
+above, with the weight w / v that of f + 2 degrees of freedom and v_seeds f / (f + 2).
+`tests/test_analysis_statistics.py` simulates the sizes.
 
 All pairs of a table are corrected by Holm. *Best* is the row with the best mean if it differs from every other row at
-the two-sided level ALPHA. Picking the winner first and testing it afterwards needs no further correction: the
-two-sided p value of the winner against the runner-up is valid for any number of rows (Gutmann and Maymin, Annals of
-Statistics 15, 1987; Hung and Fithian, arXiv 1610.03944). A method that was run with one seed shows no spread and
-cannot win; a control has no seed and therefore none.
-
-Every p is conditional, and `CONDITION` says so wherever one stands: the seeds are those of the fine-tuning. Another
-pruned checkpoint, or another search of the rates, is a source of variation that no p here knows. The first can be
-varied (`experiment=prune_seeds`); its runs are tables of their own.
+the two-sided level ALPHA; this needs no correction for the choice of the winner (Gutmann and Maymin, Annals of
+Statistics 15, 1987). One seed shows no spread and cannot win. Every p is conditional on `CONDITION`.
 """
 
 import math
@@ -124,12 +102,12 @@ class Sample:
     @property
     def mean(self) -> float:
         """Mean over the seeds; NaN without any."""
-        return sum(self.values.values()) / self.n if self.values else math.nan
+        return float(np.mean(list(self.values.values()))) if self.values else math.nan
 
     @property
     def std(self) -> float:
         """Standard deviation over the seeds (n - 1 in the denominator); NaN for fewer than two."""
-        return math.sqrt(_variance(list(self.values.values()))) if self.n > 1 else math.nan
+        return float(np.std(list(self.values.values()), ddof=1)) if self.n > 1 else math.nan
 
     @property
     def fixed(self) -> bool:
@@ -173,8 +151,8 @@ def difference(a: Sample, b: Sample, pool: Sequence[Sample] = ()) -> Difference 
     n = len(pairs)
     if n < 2 and not known:
         return None
-    d_s = [a.values[i] - b.values[j] for i, j in pairs]
-    mean = sum(d_s) / n
+    d_s = np.array([a.values[i] - b.values[j] for i, j in pairs])
+    mean = float(d_s.mean())
     rows = pooled(pool)
     rows = rows if {id(a), id(b)} <= set(map(id, rows)) else []
     if known:
@@ -182,7 +160,7 @@ def difference(a: Sample, b: Sample, pool: Sequence[Sample] = ()) -> Difference 
     elif rows:
         of_seeds, degrees = _pooled_variance(rows), (len(rows) - 1) * (n - 1)
     else:
-        of_seeds, degrees = _variance(d_s) / n, n - 1
+        of_seeds, degrees = float(d_s.var(ddof=1)) / n, n - 1
     paired = _item_differences(a, b, pairs)
     if paired is None:
         of_items, of_rest, item_degrees = a.item_error**2 + b.item_error**2, 0.0, math.inf
@@ -209,15 +187,13 @@ def between(a: Key, b: Key, samples: Mapping[Key, Sample], pools: Pools | None =
 
 def differences(samples: Mapping[Key, Sample], pools: Pools | None = None) -> dict[tuple[Key, Key], Difference]:
     """All pairs of a table that can be compared, in the order of the rows, corrected by Holm; see `between`."""
-    # It takes seconds to import, and only tables of pairs need it.
-    from statsmodels.stats.multitest import multipletests
-
     of_pairs = {(a, b): between(a, b, samples, pools) for a, b in combinations(samples, 2)}
     found = {pair: one for pair, one in of_pairs.items() if one is not None}
-    if not found:
-        return {}
-    corrected = multipletests([one.p for one in found.values()], method="holm")[1]
-    return {pair: replace(one, holm=float(p)) for (pair, one), p in zip(found.items(), corrected, strict=True)}
+    p, holm = 0.0, {}
+    for left, pair in enumerate(sorted(found, key=lambda pair: found[pair].p)):
+        p = max(p, min(1.0, (len(found) - left) * found[pair].p))
+        holm[pair] = p
+    return {pair: replace(one, holm=holm[pair]) for pair, one in found.items()}
 
 
 def best(samples: Mapping[Key, Sample], *, higher: bool, pools: Pools | None = None) -> Key | None:
@@ -355,8 +331,7 @@ def _item_variances(differences: Items) -> tuple[float, float, float]:
         of_items += of_task
         spread += of_task**2 / (count - 1)
         if n > 1:
-            rest = d - d_i - d.mean(axis=1, keepdims=True) + d.mean()
-            of_rest += (rest**2).sum() / ((n - 1) * (count - 1)) / (n * count)
+            of_rest += _rest_square(d) / (n * count)
     tasks = len(differences) ** 2
     return of_items / tasks, of_rest / tasks, of_items**2 / spread if spread else math.inf
 
@@ -364,11 +339,11 @@ def _item_variances(differences: Items) -> tuple[float, float, float]:
 def _pooled_variance(rows: Sequence[Sample]) -> float:
     """v_seeds of a difference of two of these rows, from all of them; they have the same seeds."""
     y = np.array([[row.values[seed] for seed in rows[0].values] for row in rows])  # m x n
-    rest = y - y.mean(axis=1, keepdims=True) - y.mean(axis=0) + y.mean()
-    m, n = y.shape
-    return float(2 * (rest**2).sum() / ((m - 1) * (n - 1)) / n)
+    return 2 * _rest_square(y) / y.shape[1]
 
 
-def _variance(values: Sequence[float]) -> float:
-    mean = sum(values) / len(values)
-    return sum((value - mean) ** 2 for value in values) / (len(values) - 1)
+def _rest_square(x: np.ndarray) -> float:
+    """Mean square of what the means of rows and columns of a two-way layout do not explain."""
+    rest = x - x.mean(axis=0) - x.mean(axis=1, keepdims=True) + x.mean()
+    rows, columns = x.shape
+    return float((rest**2).sum()) / ((rows - 1) * (columns - 1))

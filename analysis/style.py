@@ -9,7 +9,7 @@ dashes, so that a print in black and white can be read.
 import hashlib
 from dataclasses import dataclass, replace
 
-__all__ = ["DOTTED", "METHODS", "Style", "name_of", "order_of", "style_of"]
+__all__ = ["DASHED", "DOTTED", "METHODS", "SOLID", "Style", "name_of", "order_of", "style_of"]
 
 BLACK, GREY = "#000000", "#777777"
 VERMILLION, BLUE, GREEN, ORANGE, SKY, PURPLE = "#D55E00", "#0072B2", "#009E73", "#E69F00", "#56B4E9", "#CC79A7"
@@ -26,7 +26,7 @@ class Style:
         colour: Of the family, ``#rrggbb``.
         marker: matplotlib's sign.
         line: matplotlib's line style.
-        filled: Hollow markers are end states that no longer are what was trained.
+        filled: Hollow markers are models that were masked again or lost zeros.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Tables of quality and of cost: a row for each method and end state, as CSV, Markdown and LaTeX.
+"""Tables of quality and of cost: a row for each method and end state, as Markdown, LaTeX and CSV.
 
 One table for each model, pruner, pattern and protocol (`groups`), before them their averages side by side. Cells are
 mean ± standard deviation over the seeds. The best is bold only where it is no accident (`statistics`): scores by a
@@ -7,23 +7,25 @@ and out of the contest; so are, for scores, models that lost zeros: they have so
 """
 
 import argparse
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import pandas as pd
 
 from analysis import render
 from analysis.averages import side_by_side
 from analysis.columns import Column, cost_columns, quality_columns
-from analysis.differences import pairwise
 from analysis.groups import Group, groups_of
-from analysis.lines import Line, choice_headers, lines_of, reference_of
-from analysis.notes import failures_of, notes_of, pooling_of, title_of
-from analysis.results import add_run_arguments, load, output_folder
-from analysis.statistics import Sample, best, best_range, between
-from analysis.table_parts import Cell, Row, Table
+from analysis.lines import Line, choice_headers, lines_of, reference_of, told_apart
+from analysis.measures import ACCURACY
+from analysis.notes import cautions_of, failures_of, notes_of, title_of
+from analysis.results import add_run_arguments, load, output_folder, publish
+from analysis.statistics import CONDITION, Sample, best, best_range, between, differences
+from analysis.style import name_of
+from analysis.table_cells import Cell, Row, Table
+from analysis.table_writer import TextTable
 
-__all__ = ["build"]
+__all__ = ["add_arguments", "build", "run"]
 
 
 def build(results: pd.DataFrame, *, mix: bool = False) -> list[Table]:
@@ -36,23 +38,40 @@ def build(results: pd.DataFrame, *, mix: bool = False) -> list[Table]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Folders, and whether machines may be mixed."""
+    """Places of runs, and whether machines may be mixed; for plots and the report too."""
     add_run_arguments(parser)
-    parser.add_argument("--mix", action="store_true", help="allow several devices or library versions in one table")
+    parser.add_argument(
+        "--mix", action="store_true", help="allow several devices or library versions in one table or plot"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
-    """Write `tables.md`, `tables.csv`, `tables.tex` and `differences.csv`, and print the first."""
+    """Write `tables.md`, `tables.tex`, `tables.csv` (all numbers) and `differences.csv` (pairs); print the first."""
     groups = groups_of(load(options.runs), mix=options.mix)
     tables = [_table(group) for group in groups]
     shown = [*side_by_side(tables), *tables]
     output = output_folder(options)
-    text = render.markdown(shown)
-    for suffix, content in (("md", text), ("csv", render.comma_separated(tables)), ("tex", render.latex(shown))):
-        (output / f"tables.{suffix}").write_text(content, encoding="utf-8")
-    pairwise(groups).to_csv(output / "differences.csv", index=False, float_format="%.4g", lineterminator="\n")
-    print(text)
+    publish(render.markdown(shown), options, "tables.md")
+    (output / "tables.tex").write_text(render.latex(shown), encoding="utf-8")
+    for name, numbers in (("tables", render.numbers(tables)), ("differences", _pairwise(groups))):
+        numbers.to_csv(output / f"{name}.csv", index=False, float_format="%.6g", lineterminator="\n")
     return 0
+
+
+def _pairwise(groups: Sequence[Group]) -> pd.DataFrame:
+    """A row for each pair of lines of a table that have an average, the higher one first, with their p values."""
+    records = []
+    for group in groups:
+        lines = lines_of(group, controls=True)
+        names = [f"{a.label}{told_apart(a, [b for b in lines if b.role == a.role])}" for a in lines]
+        samples = {index: line.sample(ACCURACY) for index, line in enumerate(lines)}
+        samples = {index: sample for index, sample in samples.items() if sample.n}
+        for (a, b), found in differences(samples, _pools(lines)).items():
+            a, b = (a, b) if found.mean >= 0 else (b, a)
+            numbers = (abs(found.mean), found.error, found.holm, found.p, found.n, found.degrees, found.pooled)
+            records.append((title_of(group), names[a], names[b], *numbers, CONDITION))
+    columns = ("table", "a", "b", "difference", "error", "holm", "p", "n", "degrees", "pooled", "condition")
+    return pd.DataFrame(records, columns=columns)
 
 
 def _table(group: Group) -> Table:
@@ -64,32 +83,33 @@ def _table(group: Group) -> Table:
         compute = _relative_cells if column.relative else _cells
         for of_line, cell in zip(cells, compute(column, lines, group), strict=True):
             of_line[column.name] = cell
+    rows = [Row(**vars(line), cells=of_line) for line, of_line in zip(lines, cells, strict=True)]
+    # Every training once, whatever became of its adapter.
+    trainings = [replace(row, label=name_of(row.method)) for row in rows if row.role == "method" and row.headline]
+    choices = choice_headers(group)
+    shown = {"Scores": (quality, rows), "Size, memory and time": (cost, trainings)}
     return Table(
         title=title_of(group),
+        panels={title: _panel(choices, *panel) for title, panel in shown.items() if all(panel)},
+        notes=notes_of(group),
+        cautions=cautions_of(group, lines if quality else []),
+        failures=failures_of(group),
         axes={**group.axes, **group.protocol},
-        choices=choice_headers(group),
+        choices=choices,
         quality=quality,
         cost=cost,
-        rows=[_row(line, of_line, group) for line, of_line in zip(lines, cells, strict=True)],
-        notes=notes_of(group),
-        pooling=pooling_of(lines) if quality else None,
-        failures=failures_of(group),
+        rows=rows,
     )
 
 
-def _row(line: Line, cells: Mapping[str, Cell], group: Group) -> Row:
-    return Row(
-        method=line.method,
-        end_state=line.end_state,
-        role=line.role,
-        label=line.label,
-        choices={key: line.text(key) for key in group.choices},
-        headline=line.headline,
-        n=line.n,
-        cells=cells,
-        keys=tuple(line.rows.key),
-        paths=tuple(map(str, line.rows.path)),
-    )
+def _panel(choices: Mapping[str, str], columns: Sequence[Column], rows: Sequence[Row]) -> TextTable:
+    header = ["method", *choices.values(), "n", *(column.title for column in columns)]
+    texts = [
+        [row.label, *map(row.text, choices), str(row.n or "-"), *(row.cells[c.name].text(c) for c in columns)]
+        for row in rows
+    ]
+    controls = sum(row.role == "control" for row in rows)
+    return TextTable(header, texts, [list(row.rows.key) for row in rows], [row.method for row in rows], controls)
 
 
 def _cells(column: Column, lines: list[Line], group: Group) -> list[Cell]:
@@ -99,8 +119,6 @@ def _cells(column: Column, lines: list[Line], group: Group) -> list[Cell]:
         Cell(
             mean=sample.mean,
             std=sample.std,
-            n=sample.n,
-            item_error=sample.item_error if column.measure.item_error and sample.n else math.nan,
             best=winner is not None and _same_training(line, winner, any_end=column.bounds is not None),
             out_of_memory=line.out_of_memory,
         )
@@ -118,10 +136,10 @@ def _relative_cells(column: Column, lines: list[Line], group: Group) -> list[Cel
         if not own.n or not other.n or (place == index and column.relative == "difference"):
             cells.append(Cell())
         elif column.relative == "ratio":
-            cells.append(Cell(own.mean / other.mean, n=own.n))
+            cells.append(Cell(own.mean / other.mean))
         else:
             paired = between(index, place, samples, _pools(lines))
-            cells.append(Cell(own.mean - other.mean) if paired is None else Cell(paired.mean, paired.error, paired.n))
+            cells.append(Cell(own.mean - other.mean) if paired is None else Cell(paired.mean, paired.error))
     return cells
 
 

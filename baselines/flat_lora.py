@@ -13,9 +13,8 @@ On a pruned weight, M = (W != 0), everything is masked (W' and the product in th
 
     Y = X (W + M (.) (s B A + E))^t + bias
 
-With the variance divided by in, the relative noise of a row then falls with its density; ``divisor='kept'`` divides by
-its number of non-zeros instead. ``mask_noise=False`` leaves E dense under a masked update, and ``keep_zeros=False``
-is the method as published.
+The variance is divided by in as in the dense method, so the relative noise of a row falls with its density.
+``keep_zeros=False`` is the method as published, without M.
 
 W is never changed. E is drawn from a seed and one deviation per row (out floats per layer), again in the backward pass,
 where PyTorch's non re-entrant checkpoint computes the moved weight a second time: between the passes only X, W, A
@@ -29,65 +28,43 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
 from baselines.sqft import masked_product
+from harness.method import Method
+from lors.checks import number, option, whole
 from lors.low_rank import LowRankConfig, LowRankLinear
 from lors.plugin import register
 from lors.randomness import generator_of
-from lors.sparse_config import check_choice, check_flag
-from lors.sparse_tuner import SparseTunerModel
 
 __all__ = [
     "FlatLoraConfig",
     "FlatLoraLinear",
+    "FlatLoraMethod",
     "FlatLoraModel",
     "Noise",
     "WeightNoise",
     "draw_noise",
-    "fully_noisy",
     "noise_scale",
     "remove_noise",
 ]
-
-DIVISORS = ("width", "kept")
 
 
 @dataclass
 class FlatLoraConfig(LowRankConfig):
     """Configuration of Flat-LoRA; a bad value raises ``ValueError``."""
 
-    sigma: float = field(default=0.05, metadata={"help": "Noise at the end of the training, relative to a row of W'."})
-    interval: int = field(default=1, metadata={"help": "Only the first of so many steps is perturbed."})
-    divisor: str = field(
-        default="width",
-        metadata={"help": "The noise of a row has the variance sigma^2 |W'_i|^2 / d: 'width': d = in; 'kept': nnz."},
+    sigma: float = option(
+        0.05, "Norm of the noise of a row of W' relative to that of the row, at the last step.", number(">= 0")
     )
-    mask_noise: bool = field(
-        default=True, metadata={"help": "With keep_zeros: no noise on pruned weights; False: dense noise."}
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = FLAT_LORA
-        check_choice("divisor", self.divisor, DIVISORS)
-        check_flag("mask_noise", self.mask_noise)
-        if not self.sigma >= 0:
-            raise ValueError(f"sigma={self.sigma!r}: must be a number >= 0")
-        if not isinstance(self.interval, int) or isinstance(self.interval, bool) or self.interval < 1:
-            raise ValueError(f"interval={self.interval!r}: must be a positive number of steps")
-
-    @property
-    def masks_noise(self) -> bool:
-        """Whether the noise keeps the zeros."""
-        return self.keep_zeros and self.mask_noise
+    interval: int = option(1, "Only the first of so many steps is perturbed.", whole(">= 1"))
 
 
 @dataclass(frozen=True)
@@ -153,19 +130,10 @@ class FlatLoraLinear(LowRankLinear):
     @torch.no_grad()
     def noise_at(self, sigma: float, key: tuple[int, ...]) -> Noise:
         """The noise of the scale sigma around the present W'."""
-        weight, options = self.get_base_layer().weight, self.noise_options
+        weight = self.get_base_layer().weight
         precise = weight.to(torch.promote_types(weight.dtype, torch.float32))
         W = precise + sum(self.delta_weight(precise, name) for name in self._own(self.active_adapters))  # W'
-        width = self.in_features if options.divisor == "width" else (weight != 0).sum(dim=1).clamp(min=1)
-        std = sigma * W.norm(dim=1) / torch.as_tensor(width, device=W.device).sqrt()
-        return Noise(key, std, options.masks_noise)
-
-
-class FlatLoraModel(SparseTunerModel):
-    """A model with ``FlatLoraLinear`` layers; made by ``peft.get_peft_model`` from a ``FlatLoraConfig``."""
-
-    prefix = "flat_lora_"
-    tuner_layer_cls = FlatLoraLinear
+        return Noise(key, sigma * W.norm(dim=1) / math.sqrt(self.in_features), self.noise_options.keep_zeros)
 
 
 def _noisy_linear(
@@ -212,31 +180,32 @@ class WeightNoise(TrainerCallback):
     uninterrupted one would.
     """
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, model: nn.Module, **_: Any) -> None:
         draw_noise(model, state.global_step, state.max_steps, args.seed, args.process_index)
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
         remove_noise(model)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
         remove_noise(model)
 
 
-@contextmanager
-def fully_noisy(model: nn.Module) -> Iterator[None]:
-    """``Method.costliest`` of Flat-LoRA: every layer has the noise of the last step."""
-    for index, layer in enumerate(_layers(model)):
-        layer.noise = layer.noise_at(layer.noise_options.sigma, (index,))
-    try:
-        yield
-    finally:
-        remove_noise(model)
+class FlatLoraMethod(Method):
+    """Flat-LoRA in the harness."""
+
+    def callbacks(self) -> list[TrainerCallback]:
+        """The noise."""
+        return [WeightNoise()]
+
+    @contextmanager
+    def largest_step(self, model: nn.Module) -> Iterator[None]:
+        """Every layer has the noise of the last step."""
+        for index, layer in enumerate(_layers(model)):
+            layer.noise = layer.noise_at(layer.noise_options.sigma, (index,))
+        try:
+            yield
+        finally:
+            remove_noise(model)
 
 
 def _layers(model: nn.Module) -> Iterator[FlatLoraLinear]:
@@ -246,4 +215,4 @@ def _layers(model: nn.Module) -> Iterator[FlatLoraLinear]:
             yield layer
 
 
-FLAT_LORA = register("FLAT_LORA", FlatLoraConfig, FlatLoraModel, prefix=FlatLoraModel.prefix)
+FlatLoraModel = register("FLAT_LORA", FlatLoraConfig, FlatLoraLinear)

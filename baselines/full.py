@@ -17,31 +17,27 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
+from harness.method import Method
 from lors.blocks import decoder_linears
 
-__all__ = ["mask_gradient", "train_all_weights"]
+__all__ = ["FullMethod", "mask_gradient"]
 
 
-def train_all_weights(model: nn.Module, batches: Iterable[Mapping[str, Tensor]] = (), seed: int = 0) -> nn.Module:
-    """``Method.prepare`` of ``full``: un-freeze every parameter and keep the zeros of the decoder linears.
+class FullMethod(Method):
+    """Full fine-tuning in the harness."""
 
-    Embeddings, norms and the head are trained without a mask, as they are not pruned.
+    def prepare(self, model: nn.Module, batches: Iterable[Mapping[str, Tensor]] | None, seed: int) -> nn.Module:
+        """Un-freeze every parameter and keep the zeros of the decoder linears.
 
-    Args:
-        model: The pruned model; changed in place.
-        batches: Not read; there is nothing to initialise.
-        seed: Not used, likewise.
+        Embeddings, norms and the head are trained without a mask, as they are not pruned.
 
-    Returns:
-        ``model``.
-
-    Raises:
-        ValueError: The decoder has weights that are not ``nn.Linear`` (see ``lors.blocks``).
-    """
-    model.requires_grad_(True)
-    for layer in decoder_linears(model).values():
-        layer.weight.register_post_accumulate_grad_hook(mask_gradient)
-    return model
+        Raises:
+            ValueError: The decoder has weights that are not ``nn.Linear`` (see ``lors.blocks``).
+        """
+        model.requires_grad_(True)
+        for layer in decoder_linears(model).values():
+            layer.weight.register_post_accumulate_grad_hook(mask_gradient)
+        return model
 
 
 def mask_gradient(weight: nn.Parameter) -> None:

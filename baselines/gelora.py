@@ -17,44 +17,44 @@ from __future__ import annotations
 
 import logging
 import math
-import random
 import re
 import statistics
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from harness.method import Method
 from lors.blocks import decoder_blocks
+from lors.checks import one_of, option
 from lors.low_rank import LowRankConfig, LowRankLinear
 from lors.plugin import register
-from lors.sparse_config import check_choice
-from lors.sparse_tuner import SparseTunerModel
+from lors.randomness import modes_kept
 
 __all__ = [
     "GeLoraConfig",
     "GeLoraLinear",
+    "GeLoraMethod",
     "GeLoraModel",
     "block_ranks",
     "block_states",
     "intrinsic_dimension",
-    "match_budget",
-    "set_ranks",
     "two_nn",
 ]
 
 log = logging.getLogger("lors")
 
-SCALINGS = ("constant", "alpha_over_r", "rank_stabilized")
 ESTIMATORS = ("fit", "likelihood")
-POSITIONS = ("prompt_end", "random", "mean")
 KEPT_RATIOS = 0.9  # of the sorted ratios; the largest are a heavy tail
-SUBSAMPLE = 0.8  # of the points
+SUBSAMPLES, SUBSAMPLE = 5, 0.8  # of the points, each of four fifths of them
+SEED = 0  # of the subsamples and of random positions: ranks follow from the data alone
+LARGEST_RANK = 64
 FEW_POINTS, WIDE_SPREAD = 500, 1.0  # below and above these, ranks are noise
 FIRST_POSITION = 17  # a random position has more than 16 before it
 IGNORED = -100  # the label of a position without a loss
@@ -62,24 +62,17 @@ IGNORED = -100  # the label of a position without a loss
 
 @dataclass
 class GeLoraConfig(LowRankConfig):
-    """Configuration of GeLoRA; a bad value raises ``ValueError``. r is the rank until ``set_ranks`` is called."""
+    """Configuration of GeLoRA; a bad value raises ``ValueError``. r is the rank until the dimensions are measured."""
 
-    scaling: str = field(
-        default="constant",
-        metadata={
-            "help": "Scale s of a block of rank r_i. 'constant': lora_alpha / r in every block; 'alpha_over_r': "
-            "lora_alpha / r_i; 'rank_stabilized': lora_alpha / sqrt(r_i)."
-        },
+    scaling: str = option(
+        "constant",
+        "Scale s of a block of rank r_i. 'constant': lora_alpha / r in every block; 'alpha_over_r': lora_alpha / r_i; "
+        "'rank_stabilized': lora_alpha / sqrt(r_i).",
+        one_of("constant", "alpha_over_r", "rank_stabilized"),
     )
-    dimensions: list[float] | None = field(
-        default=None,
-        metadata={"help": "Measured dimensions d_0 .. d_L that rank_pattern was made from; set with it."},
+    dimensions: list[float] | None = option(
+        None, "Measured dimensions d_0 .. d_L that rank_pattern was made from; set with it."
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = GELORA
-        check_choice("scaling", self.scaling, SCALINGS)
 
     def layer_settings(self, name: str) -> tuple[int, float]:
         """Rank r_i of the layer called ``name`` and the scale of its update."""
@@ -99,13 +92,6 @@ class GeLoraLinear(LowRankLinear):
         self.update_layer(name, self.options[name], r, scaling)
         for factors in (self.gelora_A, self.gelora_B):
             factors[name].data = factors[name].data.to(dtype)
-
-
-class GeLoraModel(SparseTunerModel):
-    """A model with ``GeLoraLinear`` layers; made by ``peft.get_peft_model`` from a ``GeLoraConfig``."""
-
-    prefix = "gelora_"
-    tuner_layer_cls = GeLoraLinear
 
 
 def two_nn(distances: Tensor, estimator: str = "fit") -> float:
@@ -134,16 +120,12 @@ def two_nn(distances: Tensor, estimator: str = "fit") -> float:
     return ((x * y).sum() / x.square().sum()).item()
 
 
-def intrinsic_dimension(
-    points: Tensor, *, estimator: str = "fit", subsamples: int = 5, seed: int = 0
-) -> tuple[float, float, int]:
-    """Intrinsic dimension of a cloud: the mean over random subsamples of four fifths of its different points.
+def intrinsic_dimension(points: Tensor, estimator: str = "fit") -> tuple[float, float, int]:
+    """Intrinsic dimension of a cloud: the mean over random subsamples of its different points.
 
     Args:
         points: N x D.
         estimator: As in ``two_nn``.
-        subsamples: Their number.
-        seed: Of the subsamples.
 
     Returns:
         The mean, the standard deviation over the subsamples, and the number of different points.
@@ -151,68 +133,40 @@ def intrinsic_dimension(
     points = points.unique(dim=0).double()  # sorted too, so the order of the examples does not matter
     # Not by a product of matrices, which loses small distances.
     distances = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(SEED)
     size = max(min(3, len(points)), round(SUBSAMPLE * len(points)))
     found = []
-    for _ in range(subsamples):
+    for _ in range(SUBSAMPLES):
         chosen = torch.randperm(len(points), generator=generator)[:size].to(points.device)
         found.append(two_nn(distances[chosen][:, chosen], estimator))
     return statistics.fmean(found), statistics.pstdev(found), len(points)
 
 
-def block_ranks(dimensions: Sequence[float], *, round_dimensions: bool = False, cap: int = 64) -> list[int]:
-    """r_1 .. r_L from d_0 .. d_L, at most ``cap``; ``round_dimensions`` rounds every d first."""
-    d = [round(value) for value in dimensions] if round_dimensions else dimensions
-    return [min(cap, math.floor(max(after - before, 0)) + 1) for before, after in pairwise(d)]
-
-
-def match_budget(ranks: Sequence[int], widths: Sequence[int], rank: int) -> list[int]:
-    """Scaled ranks max(1, round(c r_i)) with the largest c for which they cost no more than one rank everywhere.
-
-    Args:
-        ranks: r_i.
-        widths: Sum of in + out over the adapted matrices of each block.
-        rank: The rank of the LoRA whose number of parameters is the budget.
-    """
-
-    def scaled(c: float) -> list[int]:
-        return [max(1, round(c * r)) for r in ranks]
-
-    low, high = 0.0, 2.0 * rank  # at the upper end every rank is above the budget's
-    for _ in range(60):
-        c = (low + high) / 2
-        cost = sum(r * width for r, width in zip(scaled(c), widths, strict=True))
-        low, high = (c, high) if cost <= rank * sum(widths) else (low, c)
-    return scaled(low)
+def block_ranks(dimensions: Sequence[float]) -> list[int]:
+    """r_1 .. r_L from d_0 .. d_L."""
+    return [min(LARGEST_RANK, math.floor(max(after - before, 0)) + 1) for before, after in pairwise(dimensions)]
 
 
 @torch.no_grad()
-def block_states(
-    model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, position: str = "prompt_end", seed: int = 0
-) -> list[Tensor]:
-    """What enters the first block and what leaves every block, one vector per example.
+def block_states(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> list[Tensor]:
+    """What enters the first block and what leaves every block, at one token of each example, see ``_position``.
 
     The model is read as it is without adapters, in evaluation mode; adapters and modes are afterwards as before.
 
     Args:
         model: A decoder-only model, with adapters or without.
         batches: ``input_ids``, ``attention_mask`` and ``labels``.
-        position: ``prompt_end``: the token before the first one that has a label, or ``random`` in an example without
-            a prompt; ``random``: one token behind the first 16, or the last of a short example; ``mean``: the mean over
-            all tokens but the first, whose state is out of all proportion.
-        seed: Of ``random``, which depends on the example alone and not on the others.
 
     Returns:
         L + 1 tensors, N x D, float32, on the CPU.
     """
-    check_choice("position", position, POSITIONS)
     blocks = decoder_blocks(model)[1]
     found: list[list[Tensor]] = [[] for _ in range(len(blocks) + 1)]
-    weights = torch.empty(0)
+    positions: list[int] = []
 
     def keep(index: int, state: Tensor | tuple) -> None:
         state = state[0] if isinstance(state, tuple) else state
-        found[index].append(torch.einsum("bt,btd->bd", weights, state.float()).cpu())
+        found[index].append(state[range(len(positions)), positions].float().cpu())
 
     with _as_is(model):
         hooks = [blocks[0].register_forward_pre_hook(lambda _, inputs: keep(0, inputs))]
@@ -221,7 +175,8 @@ def block_states(
             device = next(model.parameters()).device
             decoder = (model.get_base_model() if isinstance(model, PeftModel) else model).base_model  # without the head
             for batch in batches:
-                weights = torch.stack([_weights(*row, position, seed) for row in _rows(batch)]).to(device)
+                rows = zip(*(batch[name].cpu() for name in ("input_ids", "attention_mask", "labels")), strict=True)
+                positions = [_position(*row) for row in rows]
                 inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
                 decoder(**inputs, use_cache=False)
         finally:
@@ -230,67 +185,49 @@ def block_states(
     return [torch.cat(states) for states in found]
 
 
-def set_ranks(
-    model: nn.Module,
-    batches: Iterable[Mapping[str, Tensor]],
-    seed: int = 0,
-    *,
-    position: str = "prompt_end",
-    estimator: str = "fit",
-    subsamples: int = 5,
-    round_dimensions: bool = False,
-    cap: int = 64,
-    match_rank: int | None = None,
-    permutation: int | None = None,
-) -> nn.Module:
-    """``Method.prepare`` of GeLoRA: measure the dimensions, give every block its rank and new factors.
-
-    Dimensions, ranks and the pattern of the config follow from the data alone, whatever the seed of the run.
+class GeLoraMethod(Method):
+    """GeLoRA in the harness.
 
     Args:
-        model: A model wrapped by ``GeLoraModel``; changed in place.
-        batches: Training batches, as many examples as points are wanted.
-        seed: Not used; new factors come from the global generator.
-        position, estimator, subsamples: See ``block_states`` and ``intrinsic_dimension``.
-        round_dimensions, cap: See ``block_ranks``. No rank exceeds the narrower side of a matrix of its block.
-        match_rank: Scale the ranks to the number of parameters of a LoRA of this rank; see ``match_budget``.
-        permutation: Give the ranks to the blocks in a random order of this seed: a control.
+        estimator: Of the dimensions. ``fit``: a line through the ratios of distances; ``likelihood``.
 
     Raises:
-        ValueError: An unknown choice, or states without a dimension.
+        ValueError: An unknown estimator.
     """
-    check_choice("estimator", estimator, ESTIMATORS)
-    measured = [
-        intrinsic_dimension(states, estimator=estimator, subsamples=subsamples)
-        for states in block_states(model, batches, position=position)
-    ]
-    dimensions = [mean for mean, _, _ in measured]
-    _report(measured)
-    name, blocks = decoder_blocks(model)
-    layers = [
-        {f"{name}.{i}.{key}": part for key, part in block.named_modules() if isinstance(part, GeLoraLinear)}
-        for i, block in enumerate(blocks)
-    ]
-    ranks = block_ranks(dimensions, round_dimensions=round_dimensions, cap=cap)
-    if match_rank is not None:
-        widths = [sum(sum(layer.weight.shape) for layer in inside.values()) for inside in layers]
-        ranks = match_budget(ranks, widths, match_rank)
-    if permutation is not None:
-        random.Random(permutation).shuffle(ranks)
-    adapter = next(layer.active_adapters[0] for inside in layers for layer in inside.values())
-    config = model.peft_config[adapter]
-    config.dimensions = [round(value, 4) for value in dimensions]
-    for i, (r, inside) in enumerate(zip(ranks, layers, strict=True)):
-        if inside:
-            narrowest = min(min(layer.weight.shape) for layer in inside.values())
-            config.rank_pattern[rf"{re.escape(name)}\.{i}\..*"] = min(r, narrowest)
-        for full_name, layer in inside.items():
-            layer.set_rank(adapter, *config.layer_settings(full_name))
-    log.info("GeLoRA: dimensions %s, ranks %s", config.dimensions, list(config.rank_pattern.values()))
-    return model
 
+    reads_rows = True
 
-set_ranks.reads_values = True
+    def __init__(self, name: str, peft: GeLoraConfig, *, estimator: str = "fit", **common: Any) -> None:
+        super().__init__(name, peft, **common)
+        one_of(*ESTIMATORS)("estimator", estimator)
+        self.estimator = estimator
+
+    def prepare(self, model: nn.Module, batches: Iterable[Mapping[str, Tensor]] | None, seed: int) -> nn.Module:
+        """Measure the dimensions of as many examples as ``batches`` has, give every block its rank and new factors.
+
+        Dimensions, ranks and the pattern of the config follow from the data alone, whatever the seed of the run. No
+        rank exceeds the narrowest side of a matrix of its block.
+
+        Raises:
+            ValueError: States without a dimension.
+        """
+        if batches is None:
+            return model
+        measured = [intrinsic_dimension(states, self.estimator) for states in block_states(model, batches)]
+        _report(measured)
+        adapter = model.active_adapter
+        config = model.peft_config[adapter]
+        config.dimensions = [round(mean, 4) for mean, _, _ in measured]
+        name, blocks = decoder_blocks(model)
+        for i, (r, block) in enumerate(zip(block_ranks([mean for mean, _, _ in measured]), blocks, strict=True)):
+            layers = {key: part for key, part in block.named_modules() if isinstance(part, GeLoraLinear)}
+            if layers:
+                narrowest = min(min(layer.weight.shape) for layer in layers.values())
+                config.rank_pattern[rf"{re.escape(name)}\.{i}\..*"] = min(r, narrowest)
+            for key, layer in layers.items():
+                layer.set_rank(adapter, *config.layer_settings(f"{name}.{i}.{key}"))
+        log.info("GeLoRA: dimensions %s, ranks %s", config.dimensions, list(config.rank_pattern.values()))
+        return model
 
 
 def _report(measured: Sequence[tuple[float, float, int]]) -> None:
@@ -309,39 +246,25 @@ def _report(measured: Sequence[tuple[float, float, int]]) -> None:
 @contextmanager
 def _as_is(model: nn.Module) -> Iterator[None]:
     """The model without its adapters, in evaluation mode."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        if isinstance(model, PeftModel):
-            with model.disable_adapter():
-                yield
-        else:
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
+    with modes_kept(model), model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
+        model.eval()
+        yield
 
 
-def _rows(batch: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    return zip(*(batch[name].cpu() for name in ("input_ids", "attention_mask", "labels")), strict=True)
+def _position(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> int:
+    """The token that stands for an example of the length T: the last one of the prompt, before the first label.
 
-
-def _weights(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, position: str, seed: int) -> Tensor:
-    """Weights of the tokens of one example (all of length T) in its vector."""
+    In an example without a prompt it is a random one behind the first 16, or the last of a short example; the draw
+    depends on the example alone.
+    """
     tokens = attention_mask.nonzero().flatten().tolist()
-    weights = torch.zeros(len(attention_mask))
-    if position == "mean":
-        weights[tokens[1:] or tokens] = 1 / max(1, len(tokens) - 1)
-        return weights
     # The first token has no label that counts: nothing predicts it.
     target = next((k for k, t in enumerate(tokens) if k > 0 and labels[t] != IGNORED), 0)
-    if position == "prompt_end" and target > 1:
-        weights[tokens[target - 1]] = 1
-        return weights
+    if target > 1:
+        return tokens[target - 1]
     first = min(FIRST_POSITION, len(tokens) - 1)
-    text = f"{seed}:{input_ids[tokens].tolist()}"
-    weights[tokens[first + zlib.crc32(text.encode()) % (len(tokens) - first)]] = 1
-    return weights
+    text = f"{SEED}:{input_ids[tokens].tolist()}"
+    return tokens[first + zlib.crc32(text.encode()) % (len(tokens) - first)]
 
 
-GELORA = register("GELORA", GeLoraConfig, GeLoraModel, prefix=GeLoraModel.prefix)
+GeLoraModel = register("GELORA", GeLoraConfig, GeLoraLinear)

@@ -32,33 +32,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
+from harness.method import Method
+from lors.checks import number, one_of, option, whole
 from lors.low_rank import LowRankConfig, LowRankLinear
 from lors.placement import execution_device
 from lors.plugin import register
-from lors.sparse_config import check_choice, check_flag
-from lors.sparse_tuner import SparseTunerModel, active_layers
+from lors.sparse_layer import active_layers
 
 __all__ = [
     "GeoLoraConfig",
     "GeoLoraLinear",
+    "GeoLoraMethod",
     "GeoLoraModel",
     "GeometricIntegrator",
     "augmented",
-    "parameter_counts",
-    "probing",
     "truncated",
 ]
 
-TRUNCATIONS = ("end", "three_quarters")
 LOWEST_RANK = 2
 
 
@@ -66,49 +65,28 @@ LOWEST_RANK = 2
 class GeoLoraConfig(LowRankConfig):
     """Configuration of GeoLoRA; r is the rank at the start. A bad value raises ``ValueError``."""
 
-    largest_rank: int | None = field(
-        default=None, metadata={"help": "r_max, which the rank never exceeds; None: twice r. A layer's sides bound it."}
+    largest_rank: int | None = option(
+        None, "r_max, which the rank never exceeds; None: twice r. A layer's sides bound it.", whole(optional=True)
     )
-    tolerance: float = field(default=0.15, metadata={"help": "tau; the larger, the lower the ranks. 0: none is cut."})
-    coefficient_steps: int = field(default=10, metadata={"help": "c, steps on S between two integrator steps."})
-    truncation: str = field(
-        default="end",
-        metadata={"help": "When a cycle cuts the rank: 'end' (language), or 'three_quarters' through it (vision)."},
+    tolerance: float = option(0.15, "tau; the larger, the lower the ranks. 0: none is cut.", number(">= 0", "< 1"))
+    coefficient_steps: int = option(10, "c, steps on S between two integrator steps.", whole(">= 0"))
+    truncation: str = option(
+        "end",
+        "When a cycle cuts the rank: 'end' (language), or 'three_quarters' through it (vision).",
+        one_of("end", "three_quarters"),
     )
-    skipped_steps: int = field(
-        default=3, metadata={"help": "No integrator step among so many first steps: 3 (language), 0 (vision)."}
-    )
-    settling: float = field(
-        default=0.0, metadata={"help": "Share of the steps, at the end, that only move S; 0.1 settles the bases."}
-    )
-    reset_moments: bool = field(
-        default=True, metadata={"help": "AdamW forgets the moments of S when the bases change, as they belong to them."}
+    skipped_steps: int = option(
+        3, "No integrator step among so many first steps: 3 (language), 0 (vision).", whole(">= 0")
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = GEOLORA
-        check_choice("truncation", self.truncation, TRUNCATIONS)
-        check_flag("reset_moments", self.reset_moments)
-        largest = self.r if self.largest_rank is None else self.largest_rank
-        for name, value, least in (
-            ("largest_rank", largest, self.r),
-            ("coefficient_steps", self.coefficient_steps, 0),
-            ("skipped_steps", self.skipped_steps, 0),
-        ):
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name}={value!r}: must be a whole number >= {least}")
-        for name in ("tolerance", "settling"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)!r}: must be a number with 0 <= {name} < 1")
+        if self.largest_rank is not None and self.largest_rank < self.r:
+            raise ValueError(f"largest_rank={self.largest_rank}: must be a whole number >= {self.r}, which is r")
 
-    def integrates(self, step: int, steps: int) -> bool:
-        """Whether step ``step`` (from 0) of ``steps`` is an integrator step."""
-        return (
-            step % (self.coefficient_steps + 1) == 0
-            and step >= self.skipped_steps
-            and step < (1 - self.settling) * steps
-        )
+    def integrates(self, step: int) -> bool:
+        """Whether step ``step`` (from 0) is an integrator step."""
+        return step % (self.coefficient_steps + 1) == 0 and step >= self.skipped_steps
 
     def truncates(self, step: int) -> bool:
         """Whether the rank is cut at the end of step ``step`` (from 0)."""
@@ -174,21 +152,21 @@ class GeoLoraLinear(LowRankLinear):
 
         That of S is not used: the Trainer may have clipped it, and U^t G V is U^t G_K.
         """
-        U, S, V = self._parts(name)
+        U, S, V = self.parts(name)
         G_K, G_L = (_mean_gradient(probe)[:, : len(S)] for probe in self.probes[name])
         self._store(name, *augmented(U, S, V, G_K, G_L, eta, self._width(name)))
 
     @torch.no_grad()
     def truncate(self, name: str, tolerance: float) -> None:
         """Cut the rank, see ``truncated``."""
-        self._store(name, *truncated(*self._parts(name), tolerance))
+        self._store(name, *truncated(*self.parts(name), tolerance))
 
     def _width(self, name: str) -> int:
         """r_max."""
         largest = self.options[name].largest_rank or 2 * self.r[name]
         return min(self.in_features, self.out_features, largest)
 
-    def _parts(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
+    def parts(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
         """U, S and V without their padding, in the type of the bases."""
         r = self.rank(name)
         U, V = self.geolora_U[name][:, :r], self.geolora_V[name][:, :r]
@@ -200,13 +178,6 @@ class GeoLoraLinear(LowRankLinear):
         self.geolora_V[name].copy_(_padded(V, self.in_features, width))
         self.geolora_S[name].copy_(_padded(S, width, width))
         self.geolora_rank[name].fill_(len(S))
-
-
-class GeoLoraModel(SparseTunerModel):
-    """A model with ``GeoLoraLinear`` layers; made by ``peft.get_peft_model`` from a ``GeoLoraConfig``."""
-
-    prefix = "geolora_"
-    tuner_layer_cls = GeoLoraLinear
 
 
 def augmented(
@@ -262,83 +233,68 @@ def truncated(U: Tensor, S: Tensor, V: Tensor, tolerance: float) -> tuple[Tensor
 class GeometricIntegrator(TrainerCallback):
     """Integrator steps and truncations, by the number of the step; it has no state of its own.
 
-    On an integrator step S has no gradient left for the optimizer, which still updates whatever else is trained.
+    On an integrator step S has no gradient left for the optimizer, which still updates whatever else is trained. When
+    the bases change, the optimizer forgets the moments of S, which belong to the old ones.
     """
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, model: nn.Module, **_: Any) -> None:
         for layer, name in active_layers(model, GeoLoraLinear):
             layer.probes.pop(name, None)
-            if layer.options[name].integrates(state.global_step, state.max_steps):
+            if layer.options[name].integrates(state.global_step):
                 layer.probe(name)
 
     def on_pre_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        **_: Any,
+        self, args: Any, state: Any, control: Any, model: nn.Module, optimizer: torch.optim.Optimizer, **_: Any
     ) -> None:
-        rates = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+        rates = {parameter: group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
         for layer, name in active_layers(model, GeoLoraLinear):
             if name in layer.probes:
                 S = layer.geolora_S[name]
-                layer.integrate(name, rates[id(S)])
+                layer.integrate(name, rates[S])
                 S.grad = None
                 layer.probes.pop(name)
-                _forget(optimizer, layer, name)
+                optimizer.state.pop(S, None)
 
     def on_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        **_: Any,
+        self, args: Any, state: TrainerState, control: Any, model: nn.Module, optimizer: torch.optim.Optimizer, **_: Any
     ) -> None:
         for layer, name in active_layers(model, GeoLoraLinear):
-            options = layer.options[name]
-            if options.truncates(state.global_step):
-                layer.truncate(name, options.tolerance)
-                _forget(optimizer, layer, name)
+            if layer.options[name].truncates(state.global_step):
+                layer.truncate(name, layer.options[name].tolerance)
+                optimizer.state.pop(layer.geolora_S[name], None)
 
 
-@contextmanager
-def probing(model: nn.Module) -> Iterator[None]:
-    """``Method.costliest`` of GeoLoRA: passes as in an integrator step."""
-    for layer, name in active_layers(model, GeoLoraLinear):
-        layer.probe(name)
-    try:
-        yield
-    finally:
+class GeoLoraMethod(Method):
+    """GeoLoRA in the harness."""
+
+    def callbacks(self) -> list[TrainerCallback]:
+        """The integrator."""
+        return [GeometricIntegrator()]
+
+    @contextmanager
+    def largest_step(self, model: nn.Module) -> Iterator[None]:
+        """Passes as in an integrator step."""
         for layer, name in active_layers(model, GeoLoraLinear):
-            layer.probes.pop(name)
+            layer.probe(name)
+        try:
+            yield
+        finally:
+            for layer, name in active_layers(model, GeoLoraLinear):
+                layer.probes.pop(name)
 
+    def counts(self, model: nn.Module) -> dict[str, int]:
+        """In place of S alone.
 
-def parameter_counts(model: nn.Module) -> dict[str, int]:
-    """``Method.counts`` of GeoLoRA, in place of S alone.
-
-    ``trainable`` is the sum of r (in + out + r) with the ranks at the end, ``trainable_peak`` that with r_max, and
-    ``adapter_bytes`` what is stored: U, V and S at their full width.
-    """
-    trainable = peak = stored = 0
-    for layer, name in active_layers(model, GeoLoraLinear):
-        sides = layer.in_features + layer.out_features
-        r, largest = layer.rank(name), layer._width(name)
-        trainable += r * (sides + r)
-        peak += largest * (sides + largest)
-        parts = (layer.geolora_U[name], layer.geolora_V[name], layer.geolora_S[name])
-        stored += sum(part.numel() * part.element_size() for part in parts)
-    return {"trainable": trainable, "trainable_peak": peak, "adapter_bytes": stored}
-
-
-def _forget(optimizer: torch.optim.Optimizer, layer: GeoLoraLinear, name: str) -> None:
-    if layer.options[name].reset_moments:
-        optimizer.state.pop(layer.geolora_S[name], None)
+        ``trainable`` is the sum of r (in + out + r) with the ranks at the end, ``trainable_peak`` that with r_max, and
+        ``adapter_bytes`` what is stored: U, V and S at their full width.
+        """
+        counts = {"trainable": 0, "trainable_peak": 0, "adapter_bytes": 0}
+        for layer, name in active_layers(model, GeoLoraLinear):
+            parts = (layer.geolora_U[name], layer.geolora_V[name], layer.geolora_S[name])
+            counts["trainable"] += sum(part.numel() for part in layer.parts(name))
+            counts["trainable_peak"] += sum(part.numel() for part in parts)
+            counts["adapter_bytes"] += sum(part.nbytes for part in parts)
+        return counts
 
 
 def _mean_gradient(probe: Tensor) -> Tensor:
@@ -358,4 +314,4 @@ def _padded(matrix: Tensor, rows: int, columns: int) -> Tensor:
     return nn.functional.pad(matrix, (0, columns - matrix.shape[1], 0, rows - matrix.shape[0]))
 
 
-GEOLORA = register("GEOLORA", GeoLoraConfig, GeoLoraModel, prefix=GeoLoraModel.prefix)
+GeoLoraModel = register("GEOLORA", GeoLoraConfig, GeoLoraLinear)

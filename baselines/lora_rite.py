@@ -13,9 +13,10 @@ is
     M <- b1 M P^t + (1 - b1) D                            of the shape of u
     A <- A - lr ((M_A R_B^+t)^t + wd A)                   B <- B - lr (M_B R_A^+t + wd B), both from the old A and B
 
-with b = beta (1 - beta^t) / (1 - beta^(t+1)) in place of a bias correction. rho is the mass that V loses when the basis
-turns (off by default, as in the released code). R^+ is the pseudo-inverse: B starts at zero, so A does not move in the
-first step. All of it is float32 at least, whatever the type of the factors.
+with b = beta (1 - beta^t) / (1 - beta^(t+1)) in place of a bias correction. R^+ is the pseudo-inverse: B starts at
+zero, so A does not move in the first step. That empty step of A counts, as in the released code, which makes its
+second one larger by sqrt(2). rho is the mass that V loses when the basis turns (off by default, as in the released
+code). All of it is float32 at least, whatever the type of the factors.
 
 The global clip replaces that of the trainer: use it with ``max_grad_norm=0``. The adapter is an ordinary LoRA, here
 under the mask of W (``baselines.masked_lora``); in either form the loss depends on B A alone, so the invariance holds.
@@ -28,13 +29,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from torch import Tensor, nn
 
-from lors.sparse_config import check_choice
+from harness.method import Method
+from lors.checks import number, one_of
 
-__all__ = ["LoraRite", "lora_pairs", "lora_rite"]
+__all__ = ["LoraRite", "LoraRiteMethod", "lora_pairs"]
 
-ESCAPES = ("none", "decayed", "summed")
 Pair = tuple[nn.Parameter, nn.Parameter]  # A (r x in) and B (out x r)
 
 
@@ -45,48 +47,21 @@ class LoraRite(torch.optim.Optimizer):
         pairs: The factors of every layer.
         lr: Rate of the step of B A.
         betas: Decay of the first and the second moment.
-        eps: Added to the square roots of the eigenvalues.
         weight_decay: Decoupled, after the preconditioning.
-        clip: Largest norm of all u together; None: no clipping.
-        skip: A u with a larger root mean square is replaced by zero for this step; None: never.
-        cap: Largest root mean square of M in a step (the stored M is not changed); None: no cap.
-        escaped_mass: rho. ``none``: zero; ``decayed``: beta2 (rho + d), as in the released code, with d = max(0,
-            min(largest difference of eigenvalues, difference of traces) of V before and after the change of basis);
-            ``summed``: rho + d, as in the paper.
-        balance: After each step scale A and B to equal norms; B A stays.
-        own_steps: Count the steps of a factor from its first gradient on. By default A counts its first, empty one,
-            as in the released code, which makes its second step larger by sqrt(2).
+        **options: Those of `LoraRiteMethod`, all of them.
 
     Raises:
-        ValueError: A value out of range, or factors that are no pair.
+        ValueError: Factors that are no pair.
     """
 
     def __init__(
-        self,
-        pairs: Iterable[Pair],
-        lr: float = 1e-3,
-        betas: Sequence[float] = (0.9, 0.999),
-        eps: float = 1e-6,
-        weight_decay: float = 0.0,
-        *,
-        clip: float | None = 1.0,
-        skip: float | None = 1.0,
-        cap: float | None = None,
-        escaped_mass: str = "none",
-        balance: bool = False,
-        own_steps: bool = False,
+        self, pairs: Iterable[Pair], *, lr: float, betas: Sequence[float], weight_decay: float, **options: Any
     ) -> None:
-        check_choice("escaped_mass", escaped_mass, ESCAPES)
-        for name, value in {"clip": clip, "skip": skip, "cap": cap, "eps": eps}.items():
-            if value is not None and value <= 0:
-                raise ValueError(f"{name}={value!r}: must be a positive number")
         pairs = list(pairs)
         for A, B in pairs:
             if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1] or A.shape[0] > min(A.shape[1], B.shape[0]):
                 raise ValueError(f"A {tuple(A.shape)} and B {tuple(B.shape)}: must be a pair r x in and out x r")
-        own = {"eps": eps, "clip": clip, "skip": skip, "cap": cap, "escaped_mass": escaped_mass}
-        own |= {"balance": balance, "own_steps": own_steps}
-        defaults = {"lr": lr, "betas": tuple(betas), "weight_decay": weight_decay, **own}
+        defaults = dict(lr=lr, betas=tuple(betas), weight_decay=weight_decay, **options)
         super().__init__([{"params": [factor for pair in pairs for factor in pair]}], defaults)
 
     @torch.no_grad()
@@ -149,7 +124,7 @@ class LoraRite(torch.optim.Optimizer):
         M = b1 * (M @ P.mT) + (1 - b1) * D
         for i, state in enumerate(states):
             state.update(V=V[i], M=M[i], rho=rho[i])
-            state["step"] += 1 if not group["own_steps"] or u[i].any() else 0
+            state["step"] += 1
         if group["cap"] is not None:
             M = M * (group["cap"] / _rms(M)).clamp(max=1.0)
         return M
@@ -212,21 +187,47 @@ def lora_pairs(model: nn.Module) -> list[Pair]:
     return [(trainable[name], trainable[partner]) for name, partner in partners.items()]
 
 
-def lora_rite(model: nn.Module, train_cfg: Any, **options: Any) -> LoraRite:
-    """``Method.optimizer`` of LoRA-RITE.
+class LoraRiteMethod(Method):
+    """LoRA-RITE in the harness.
 
     Args:
-        model: A model with LoRA adapters.
-        train_cfg: ``learning_rate``, ``betas``, ``weight_decay``.
-        options: The others of ``LoraRite``.
+        eps: Added to the square roots of the eigenvalues.
+        clip: Largest norm of all u together; None: no clipping.
+        skip: A u with a larger root mean square is replaced by zero for this step; None: never.
+        cap: Largest root mean square of M in a step (the stored M is not changed); None: no cap.
+        escaped_mass: rho, the mass that V loses when its basis turns. ``none``: zero, as the released code runs;
+            ``decayed``: beta2 (rho + d), its option, with d = max(0, min(largest difference of eigenvalues, difference
+            of traces) of V before and after the change of basis); ``summed``: rho + d, as in the paper.
+        balance: After each step scale A and B to equal norms; B A stays.
+
+    Raises:
+        ValueError: A value out of range.
     """
-    return LoraRite(
-        lora_pairs(model),
-        lr=train_cfg.learning_rate,
-        betas=train_cfg.betas,
-        weight_decay=train_cfg.weight_decay,
-        **options,
-    )
+
+    def __init__(
+        self,
+        name: str,
+        peft: PeftConfig,
+        *,
+        eps: float = 1e-6,
+        clip: float | None = 1.0,
+        skip: float | None = 1.0,
+        cap: float | None = None,
+        escaped_mass: str = "none",
+        balance: bool = False,
+        **common: Any,
+    ) -> None:
+        super().__init__(name, peft, **common)
+        number("> 0")("eps", eps)
+        for option, value in (("clip", clip), ("skip", skip), ("cap", cap)):
+            number("> 0", optional=True)(option, value)
+        one_of("none", "decayed", "summed")("escaped_mass", escaped_mass)
+        self.options = dict(eps=eps, clip=clip, skip=skip, cap=cap, escaped_mass=escaped_mass, balance=balance)
+
+    def optimizer(self, model: nn.Module, train_cfg: Any) -> LoraRite:
+        """LoRA-RITE over all pairs of the model."""
+        recipe = {"lr": train_cfg.learning_rate, "betas": train_cfg.betas, "weight_decay": train_cfg.weight_decay}
+        return LoraRite(lora_pairs(model), **recipe, **self.options)
 
 
 def _by_shape(factors: Sequence[nn.Parameter]) -> list[list[Pair]]:
@@ -245,8 +246,7 @@ def _decay(beta: float, states: Sequence[Mapping[str, Tensor]], like: Tensor) ->
 
 def _escaped(V: Tensor, carried: Tensor) -> Tensor:
     """d of ``escaped_mass``, ``[n, 1]``: what the change of basis took from V."""
-    eigenvalues = (torch.linalg.eigvalsh(matrix) for matrix in (V, carried))  # ascending in both
-    before, after = eigenvalues
+    before, after = (torch.linalg.eigvalsh(matrix) for matrix in (V, carried))  # ascending in both
     trace = before.sum(-1) - after.sum(-1)
     return torch.minimum((before - after).amax(-1), trace).clamp(min=0)[:, None]
 

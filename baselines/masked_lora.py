@@ -3,7 +3,6 @@
     Y = X (W + s M (.) (B A))^t + bias,        M = (W != 0), s = alpha / r, A Kaiming uniform, B zero
 
 ``keep_zeros=False`` is LoRA itself. It is no row of a table: LoRA's own row is PEFT's, and under the mask it is SQFT.
-Optimizers (LoRA-RITE), penalties and rank patterns are built on it.
 """
 
 from __future__ import annotations
@@ -12,18 +11,13 @@ from dataclasses import dataclass
 
 from lors.low_rank import LowRankConfig, LowRankLinear
 from lors.plugin import register
-from lors.sparse_tuner import SparseTunerModel
 
 __all__ = ["MaskedLoraConfig", "MaskedLoraLinear", "MaskedLoraModel"]
 
 
 @dataclass
 class MaskedLoraConfig(LowRankConfig):
-    """Configuration of masked LoRA; a bad value raises ``ValueError``."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = MASKED_LORA
+    """Configuration of masked LoRA."""
 
 
 class MaskedLoraLinear(LowRankLinear):
@@ -32,11 +26,4 @@ class MaskedLoraLinear(LowRankLinear):
     adapter_layer_names = ("masked_lora_A", "masked_lora_B")
 
 
-class MaskedLoraModel(SparseTunerModel):
-    """A model with ``MaskedLoraLinear`` layers; made by ``peft.get_peft_model`` from a ``MaskedLoraConfig``."""
-
-    prefix = "masked_lora_"
-    tuner_layer_cls = MaskedLoraLinear
-
-
-MASKED_LORA = register("MASKED_LORA", MaskedLoraConfig, MaskedLoraModel, prefix=MaskedLoraModel.prefix)
+MaskedLoraModel = register("MASKED_LORA", MaskedLoraConfig, MaskedLoraLinear)

@@ -1,90 +1,56 @@
 """MoRA (arXiv 2405.12130): a square matrix between two fixed linear maps, so that a small update can have a high rank.
 
 A pruned weight W (out x in, frozen) gets the update expand(S), of which S (q x q) is the only parameter. With as many
-numbers as a LoRA of rank r has, q is sqrt(r (in + out)), rounded. There is no scale. Two of the paper's types, with
+parameters as a LoRA of rank r has, q is sqrt(r (in + out)), rounded. There is no scale. Two of the paper's types, with
 indices from 0:
 
     1, sharing     expand(S)[i, j] = S[i mod q, j mod q]                        rank q, for a large r
     6, rotation    the diagonal block t, q x q, is S R_t, all else is zero      rank min(in, out), for a small r
 
 R_t rotates the pairs (j, j + q/2) by the angles t 10000^(-2j/q). Read as a map, y = expand(S) x compresses x to one or
-several vectors of q numbers, multiplies each with S and spreads them over y. Where q does not divide in, x is padded
+several vectors of q entries, multiplies each with S and spreads them over y. Where q does not divide in, x is padded
 with its own beginning, so the surplus columns of the last block wrap around and add to the first ones; where q does not
-divide out, the last rows are cut off. With more block rows than blocks they start again from the first block. With more
-blocks than block rows (type 6, in > out) the further blocks are cut off with their inputs, as published
-(``truncate``); ``fold`` adds block t to block row t modulo their number instead.
+divide out, the last rows are cut off. With more block rows than blocks they start again from the first block; with more
+blocks than block rows (type 6, in > out) the further blocks are cut off with their inputs, as published.
 
     keep_zeros=True     Y = X (W + M (.) expand(S))^t + bias, M = (W != 0), computed again in the backward pass
     keep_zeros=False    Y = X W^t + bias + spread(S compress(drop(X)))
 
 S starts at zero: the maps around it are not zero, so it has a gradient. Under M an entry of S sees the surviving
-positions only, and one that has none is dead (``dead_entries``).
+positions only.
 """
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, linear
 from torch.utils.checkpoint import checkpoint
 
+from lors.checks import one_of, option
 from lors.plugin import register
-from lors.sparse_config import UnscaledTunerConfig, check_choice, check_dropout
-from lors.sparse_tuner import SparseLinear, SparseTunerModel
+from lors.sparse_config import MaskedConfig
+from lors.sparse_layer import MaskedLinear
 
-__all__ = ["Maps", "MoraConfig", "MoraLinear", "MoraModel", "dead_entries", "log_dead_entries"]
-
-log = logging.getLogger("lors")
+__all__ = ["Maps", "MoraConfig", "MoraLinear", "MoraModel"]
 
 SHARING, ROTATION = 1, 6
-WIDE_MODES = ("truncate", "fold")
-PADDINGS = ("circular", "zero")
 BASE = 10000.0  # of the angles, as in rotary position embeddings
 
 
 @dataclass
-class MoraConfig(UnscaledTunerConfig):
+class MoraConfig(MaskedConfig):
     """Configuration of MoRA; r is the rank of the LoRA of the same size. A bad value raises ``ValueError``."""
 
-    mora_type: int = field(default=6, metadata={"help": "1: sharing, for a large r; 6: rotation, for a small r."})
-    wide_mode: str = field(
-        default="truncate",
-        metadata={
-            "help": "Type 6 in layers with in > out. 'truncate': most inputs are never read, as published; 'fold': "
-            "what is beyond the last output is added to the outputs again."
-        },
+    mora_type: int = option(
+        ROTATION,
+        "6: rotation, the paper's choice for r = 8; 1: sharing, its choice for r = 256.",
+        one_of(SHARING, ROTATION),
     )
-    padding: str = field(
-        default="circular",
-        metadata={"help": "What fills the last block of the input. 'circular': its beginning; 'zero': zeros."},
-    )
-    keep_zeros: bool = field(
-        default=True,
-        metadata={"help": "Put the mask of W on the update; False is the method as published, which fills the zeros."},
-    )
-    dropout: float = field(
-        default=0.0,
-        metadata={"help": "Dropout of the input of the update, not of the base path; 0 with keep_zeros."},
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = MORA
-        if self.mora_type not in (SHARING, ROTATION):
-            raise ValueError(f"mora_type={self.mora_type!r}: must be {SHARING} (sharing) or {ROTATION} (rotation)")
-        check_choice("wide_mode", self.wide_mode, WIDE_MODES)
-        check_choice("padding", self.padding, PADDINGS)
-        check_dropout(self.dropout)
-        if self.keep_zeros and self.dropout > 0:
-            raise ValueError(
-                f"dropout={self.dropout}: must be 0 with keep_zeros=true, whose one product has one input; "
-                "use keep_zeros=false"
-            )
 
 
 @dataclass(frozen=True)
@@ -94,15 +60,13 @@ class Maps:
     Attributes:
         inputs, outputs: Widths of the layer.
         r: Rank of the LoRA of the same size.
-        mora_type, wide_mode, padding: As in ``MoraConfig``.
+        mora_type: 1, sharing, or 6, rotation.
     """
 
     inputs: int
     outputs: int
     r: int
     mora_type: int = ROTATION
-    wide_mode: str = "truncate"
-    padding: str = "circular"
 
     @property
     def q(self) -> int:
@@ -122,7 +86,9 @@ class Maps:
 
     def update(self, x: Tensor, S: Tensor) -> Tensor:
         """x expand(S)^t without expand(S): ``[..., in]`` to ``[..., out]``."""
-        return self._spread(linear(self._compress(x), S))
+        products = linear(self._compress(x), S).flatten(-2)  # one after the other, and again from the first
+        times = math.ceil(self.outputs / products.shape[-1])
+        return torch.cat([products] * times, dim=-1)[..., : self.outputs]
 
     def expand(self, S: Tensor) -> Tensor:
         """expand(S), out x in."""
@@ -133,41 +99,20 @@ class Maps:
             turned = _rotate(S[:, None, :].expand(-1, self.blocks, -1), sign=-1)  # q x blocks x q
             grid = turned.new_zeros(self.rows, self.q, self.blocks, self.q)
             for row in range(self.rows):
-                for block in self._blocks_of(row):
-                    grid[row, :, block] = turned[:, block]
+                block = row % self.blocks
+                grid[row, :, block] = turned[:, block]
             padded = grid.view(self.rows * self.q, self.blocks * self.q)
-        padded = padded[: self.outputs]
-        delta, surplus = padded.split([self.inputs, self.blocks * self.q - self.inputs], dim=1)
-        if self.padding == "zero" or surplus.shape[1] == 0:
-            return delta
-        first, rest = delta.split([surplus.shape[1], self.inputs - surplus.shape[1]], dim=1)
-        return torch.cat([first + surplus, rest], dim=1)
-
-    def _blocks_of(self, row: int) -> range:
-        """The input blocks that a block row of type 6 reads."""
-        first = row % self.blocks
-        return range(first, self.blocks if self.wide_mode == "fold" else first + 1, self.rows)
+        delta, surplus = padded[: self.outputs, : self.inputs], padded[: self.outputs, self.inputs :]
+        wrapped = surplus.shape[1]
+        return torch.cat([delta[:, :wrapped] + surplus, delta[:, wrapped:]], dim=1) if wrapped else delta
 
     def _compress(self, x: Tensor) -> Tensor:
         """What S is multiplied with: ``[..., in]`` to ``[..., m, q]``, m = 1 for sharing."""
         surplus = self.blocks * self.q - self.inputs
-        filling = x[..., :surplus] if self.padding == "circular" else x.new_zeros(*x.shape[:-1], surplus)
-        blocks = torch.cat([x, filling], dim=-1).unflatten(-1, (self.blocks, self.q))
+        blocks = torch.cat([x, x[..., :surplus]], dim=-1).unflatten(-1, (self.blocks, self.q))
         if self.mora_type == SHARING:
             return blocks.sum(-2, keepdim=True)
-        if self.wide_mode == "truncate":
-            return _rotate(blocks[..., : self.rows, :])  # what would be cut off is not computed
-        turned = _rotate(blocks)
-        # S is linear, so the blocks of one row can be added before it.
-        return torch.stack(
-            [turned[..., list(self._blocks_of(row)), :].sum(-2) for row in range(min(self.rows, self.blocks))], dim=-2
-        )
-
-    def _spread(self, products: Tensor) -> Tensor:
-        """``[..., m, q]`` one after the other, and again from the first: ``[..., out]``."""
-        flat = products.flatten(-2)
-        times = math.ceil(self.outputs / flat.shape[-1])
-        return torch.cat([flat] * times, dim=-1)[..., : self.outputs]
+        return _rotate(blocks[..., : self.rows, :])  # what would be cut off is not computed
 
 
 def _rotate(u: Tensor, sign: int = 1) -> Tensor:
@@ -187,83 +132,49 @@ def masked_linear(x: Tensor, weight: Tensor, bias: Tensor | None, updates: Seque
     return linear(x, (weight + delta * (weight != 0)).to(weight.dtype), bias)
 
 
-def dead_entries(weight: Tensor, maps: Maps) -> int:
-    """Number of entries of S that no surviving position of W (out x in) depends on."""
-    # The gradient of S for a random gradient of the update: exactly zero for those, and for no other.
-    generator = torch.Generator(weight.device).manual_seed(0)
-    upstream = torch.randn(weight.shape, generator=generator, device=weight.device) * (weight != 0)
-    with torch.enable_grad():
-        S = torch.zeros(maps.q, maps.q, device=weight.device, requires_grad=True)
-        (gradient,) = torch.autograd.grad(maps.expand(S), S, upstream)
-    return int((gradient == 0).sum())
-
-
-class MoraLinear(SparseLinear):
+class MoraLinear(MaskedLinear):
     """A linear layer with MoRA adapters: ``mora_S[name]`` is q x q."""
 
     adapter_layer_names = ("mora_S",)
 
+    @classmethod
+    def check_fit(cls, name: str, layer: nn.Linear, config: MoraConfig) -> None:
+        """Raise ``ValueError`` for a layer that is not larger than its S."""
+        super().check_fit(name, layer, config)
+        r, _ = config.layer_settings(name)
+        q = Maps(layer.in_features, layer.out_features, r, config.mora_type).q
+        if not 0 < q < layer.in_features:
+            raise ValueError(
+                f"r={r}: the square matrix of MoRA would be {q} x {q} and {name!r} has {layer.in_features} inputs; "
+                "choose another r, or one for it in rank_pattern"
+            )
+
     def maps(self, name: str) -> Maps:
         """The maps around S of an adapter."""
-        config = self.options[name]
-        widths = self.in_features, self.out_features
-        return Maps(*widths, self.r[name], config.mora_type, config.wide_mode, config.padding)
+        return Maps(self.in_features, self.out_features, self.r[name], self.options[name].mora_type)
 
     def initial_factors(self, name: str) -> tuple[Tensor]:
         """S zero."""
         q = self.maps(name).q
         return (torch.zeros(q, q),)
 
-    def adapted(self, x: Tensor, names: Sequence[str]) -> Tensor:
-        """One product for all adapters that keep the zeros, a branch beside it for each other."""
+    def masked_output(self, x: Tensor, names: Sequence[str]) -> Tensor:
+        """X (W + M (.) sum of expand(S))^t + bias."""
         base = self.get_base_layer()
-        masked = [(self.maps(name), self.mora_S[name]) for name in names if self.options[name].keep_zeros]
-        if masked:
-            # Without the checkpoint the update and the mask, out x in, would be kept for the backward pass.
-            inputs = x, base.weight, base.bias, masked
-            y = checkpoint(masked_linear, *inputs, use_reentrant=False, preserve_rng_state=False)
-        else:
-            y = self.base_output(x)
-        for name in names:
-            if not self.options[name].keep_zeros:
-                S, p = self.mora_S[name], self.options[name].dropout if self.training else 0.0
-                y = y + self.maps(name).update(dropout(x.to(S.dtype), p), S).to(y.dtype)
-        return y
+        updates = [(self.maps(name), self.mora_S[name]) for name in names]
+        # Without the checkpoint the update and the mask, out x in, would be kept for the backward pass.
+        return checkpoint(
+            masked_linear, x, base.weight, base.bias, updates, use_reentrant=False, preserve_rng_state=False
+        )
 
-    def delta_weight(self, weight: Tensor, name: str) -> Tensor:
-        """M (.) expand(S), or expand(S) for an adapter that does not keep the zeros."""
-        delta = self.maps(name).expand(self.mora_S[name].to(weight.dtype))
-        return delta * (weight != 0) if self.options[name].keep_zeros else delta
+    def branch(self, x: Tensor, name: str) -> Tensor:
+        """spread(S compress(drop(X))), in the type of S."""
+        S, p = self.mora_S[name], self.options[name].dropout if self.training else 0.0
+        return self.maps(name).update(dropout(x.to(S.dtype), p), S)
+
+    def update(self, name: str, dtype: torch.dtype) -> Tensor:
+        """expand(S)."""
+        return self.maps(name).expand(self.mora_S[name].to(dtype))
 
 
-class MoraModel(SparseTunerModel):
-    """A model with ``MoraLinear`` layers; made by ``peft.get_peft_model`` from a ``MoraConfig``."""
-
-    prefix = "mora_"
-    tuner_layer_cls = MoraLinear
-
-    def _check_target(self, config: MoraConfig, name: str, module: nn.Module) -> None:
-        """Refuse a layer that is not larger than its S, besides what no method can adapt."""
-        super()._check_target(config, name, module)
-        r, _ = config.layer_settings(name)
-        q = Maps(module.in_features, module.out_features, r, config.mora_type).q
-        if not 0 < q < module.in_features:
-            raise ValueError(
-                f"r={r}: the square matrix of MoRA would be {q} x {q} and {name!r} has {module.in_features} inputs; "
-                "choose another r, or one for it in rank_pattern"
-            )
-
-
-def log_dead_entries(model: nn.Module, batches: Iterable[Mapping[str, Tensor]] = (), seed: int = 0) -> nn.Module:
-    """``Method.prepare`` of MoRA: write to the log how many entries of S no surviving weight depends on."""
-    layers = [part for part in model.modules() if isinstance(part, MoraLinear)]
-    dead = sum(dead_entries(layer.weight, layer.maps(layer.active_adapters[0])) for layer in layers)
-    total = sum(layer.maps(layer.active_adapters[0]).q ** 2 for layer in layers)
-    log.info("MoRA: %d of %d entries of its matrices touch no surviving weight", dead, total)
-    return model
-
-
-log_dead_entries.reads_values = True
-
-
-MORA = register("MORA", MoraConfig, MoraModel, prefix=MoraModel.prefix)
+MoraModel = register("MORA", MoraConfig, MoraLinear)

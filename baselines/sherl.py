@@ -15,8 +15,7 @@ every forward pass costs K (d h + 2 h^2) + h d multiply-adds per token more. Und
 fill theirs from ``out``, as in training.
 
 At the start theta = 0 takes x away, weights are N(0, 0.01^2), biases 0, and the side norm is 1: as published, another
-function than the pruned model, which training has to find again. ``start='identity'`` is the pruned model exactly:
-gate 1 + tanh(theta / 0.1), W_o = b_o = 0, side norm copied.
+function than the pruned model, which training has to find again.
 
 The authors have no decoder-only model; which blocks are features here is our mapping.
 """
@@ -26,23 +25,22 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.functional import dropout, linear
-from torch.utils.hooks import RemovableHandle
 
 from lors.blocks import decoder_blocks
+from lors.checks import number, option, whole
 from lors.plugin import register
-from lors.sparse_config import check_choice, check_dropout
+from lors.sparse_config import MethodConfig
 
 __all__ = ["SherlBlock", "SherlConfig", "SherlModel", "SherlNorm", "aggregated"]
 
-STARTS = ("faithful", "identity")
+INIT_STD = 0.01
 SHARPNESS = 0.1  # of the gate
 EPSILON = 1e-6
 # Up to so many blocks, every early one is a feature by default; above, every second.
@@ -50,43 +48,21 @@ DENSE_UP_TO = 16
 
 
 @dataclass
-class SherlConfig(PeftConfig):
+class SherlConfig(MethodConfig):
     """Configuration of SHERL; a bad value raises ``ValueError``."""
 
-    reduction: int = field(default=4, metadata={"help": "d / h, how many times narrower the side network is."})
-    side_layers: list[int] | None = field(
-        default=None,
-        metadata={
-            "help": "Indices of the early blocks whose outputs are features, beside the embeddings. None: every one "
-            "in a model of up to 16 blocks, else every second, the last early one always."
-        },
+    reduction: int = option(4, "d / h, how many times narrower the side network is.", whole(">= 1"))
+    side_layers: list[int] | None = option(
+        None,
+        "Indices of the early blocks whose outputs are features, beside the embeddings. None: every one in a model of "
+        "up to 16 blocks, else every second, the last early one always.",
     )
-    late_layers: int = field(default=1, metadata={"help": "L, frozen blocks at the end that gradients pass through."})
-    start: str = field(
-        default="faithful", metadata={"help": "'faithful': as published; 'identity': the function of the base model."}
+    late_layers: int = option(1, "L, frozen blocks at the end that gradients pass through.", whole(">= 1"))
+    dropout: float = option(0.0, "Dropout after the side norm.", number(">= 0", "< 1"))
+    target_modules: list[str] | None = option(
+        None, "The block and the norm that are wrapped; found in the model, not to be set."
     )
-    init_std: float = field(default=0.01, metadata={"help": "Standard deviation of the weights at the start."})
-    dropout: float = field(default=0.0, metadata={"help": "Dropout after the side norm."})
-    target_modules: list[str] | None = field(
-        default=None, metadata={"help": "The block and the norm that are wrapped; found in the model, not to be set."}
-    )
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Further modules to train in full and to save with the adapter."}
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = SHERL
-        check_choice("start", self.start, STARTS)
-        check_dropout(self.dropout)
-        for name in ("reduction", "late_layers"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}={value!r}: must be a positive whole number")
-        if not self.init_std >= 0:
-            raise ValueError(f"init_std={self.init_std!r}: must be a number >= 0")
-        if self.side_layers is not None and not self.side_layers:
-            raise ValueError(f"side_layers={self.side_layers!r}: must name at least one block, or be null")
+    modules_to_save: list[str] | None = option(None, "Further modules to train in full and to save with the adapter.")
 
     def features(self, depth: int) -> list[int]:
         """Sorted indices of the early blocks whose outputs are features, in a model of ``depth`` blocks.
@@ -100,7 +76,7 @@ class SherlConfig(PeftConfig):
         if self.side_layers is None:
             return list(range(early - 1, -1, -1 if depth <= DENSE_UP_TO else -2))[::-1]
         chosen = sorted(set(self.side_layers))
-        if chosen[0] < 0 or chosen[-1] >= early:
+        if not chosen or chosen[0] < 0 or chosen[-1] >= early:
             raise ValueError(f"side_layers={self.side_layers}: must be indices from 0 to {early - 1}, the early blocks")
         return chosen
 
@@ -146,18 +122,6 @@ class SherlPart(nn.Module, BaseTunerLayer):
                 raise
             return getattr(self.base_layer, name)
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Always a ``ValueError``: SHERL changes no weight."""
-        raise ValueError("SHERL has no merge: its side network stays beside the model; use the adapted model")
-
-    def unload_and_optionally_merge_module(
-        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
-    ) -> nn.Module:
-        """What is wrapped, as it was; called by PEFT."""
-        if merge:
-            self.merge(safe_merge, adapter_names)
-        return self.base_layer
-
     def adapter(self) -> str | None:
         """The adapter that is in force here; ``ValueError`` if there is more than one."""
         names = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.options]
@@ -202,40 +166,32 @@ class SherlBlock(SherlPart):
         # Blocks whose inputs are the features, by adapter; and those inputs, while a forward pass is under way.
         self.inputs_of: dict[str, list[int]] = {}
         self.seen: dict[int, Tensor] = {}
-        self.taps: dict[int, RemovableHandle] = {}  # the hooks on those blocks
+        self.place = len(blocks) - config.late_layers
+        self.hooks = [
+            blocks[index].register_forward_pre_hook(_Tap(self.seen, self.inputs_of, index), with_kwargs=True)
+            for index in range(self.place)
+        ]
         self.width = width
         self.update_layer(adapter_name, config, blocks)
 
     def update_layer(self, adapter_name: str, config: SherlConfig, blocks: nn.ModuleList) -> None:
-        """Add an adapter and tap the blocks that it needs."""
+        """Add an adapter."""
         inputs = [0, *(index + 1 for index in config.features(len(blocks)))]  # what leaves a block enters the next
-        self.place = len(blocks) - config.late_layers
-        for index in {*inputs} - {self.place, *self.taps}:
-            tap = _Tap(self.seen, index)
-            self.taps[index] = blocks[index].register_forward_pre_hook(tap, with_kwargs=True)
         self.options[adapter_name] = config
         self.inputs_of[adapter_name] = inputs
         example = next(self.base_layer.parameters())
         for name, shape in _shapes(len(inputs), self.width, self.width // config.reduction).items():
             start = torch.zeros(shape)
-            if name.endswith("weight") and not (config.start == "identity" and name == "sherl_out_weight"):
-                start.normal_(std=config.init_std)
+            if name.endswith("weight"):
+                start.normal_(std=INIT_STD)
             getattr(self, name)[adapter_name] = nn.Parameter(start.to(example.device, example.dtype))
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        """As in PEFT; blocks that no other adapter needs are tapped no longer."""
-        super().delete_adapter(adapter_name)
-        self._untap({index for inputs in self.inputs_of.values() for index in inputs})
-
-    def unload_and_optionally_merge_module(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """The block as it was, none of the others tapped; called by PEFT."""
-        self._untap(set())
-        return super().unload_and_optionally_merge_module(*args, **kwargs)
-
-    def _untap(self, needed: set[int]) -> None:
-        for index in self.taps.keys() - needed:
-            self.taps.pop(index).remove()
+    def unload_and_optionally_merge_module(self, **_: Any) -> nn.Module:
+        """The block as it was, without hooks on the others; called by PEFT."""
+        for hook in self.hooks:
+            hook.remove()
+        return self.base_layer
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The base block, on the fused features in place of ``hidden_states``."""
@@ -265,8 +221,6 @@ class SherlBlock(SherlPart):
             shallow = torch.stack(z[:-1], dim=-2).to(exact)  # [..., K - 1, h]
             g = aggregated(shallow, z[-1].to(exact), v.to(exact), c.to(exact))
             gate = torch.tanh(self.sherl_theta[name].to(exact) / SHARPNESS)
-            if self.options[name].start == "identity":
-                gate = 1 + gate
         out = linear(g.relu().to(v.dtype), self.sherl_out_weight[name], self.sherl_out_bias[name])
         return out.to(x.dtype) + gate.to(x.dtype) * x
 
@@ -289,11 +243,10 @@ class SherlNorm(SherlPart):
         self.update_layer(adapter_name, config)
 
     def update_layer(self, adapter_name: str, config: SherlConfig) -> None:
-        """Add an adapter: weight 1 and bias 0, or a copy of the base's."""
+        """Add an adapter: weight 1 and bias 0."""
         norm = copy.deepcopy(self.base_layer)
-        if config.start == "faithful":
-            for name, parameter in norm.named_parameters():
-                nn.init.constant_(parameter, 1.0 if name == "weight" else 0.0)
+        for name, parameter in norm.named_parameters():
+            nn.init.constant_(parameter, 1.0 if name == "weight" else 0.0)
         self.options[adapter_name] = config
         self.sherl_norm[adapter_name] = norm
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -315,12 +268,7 @@ class SherlModel(BaseTuner):
         ValueError: Layers or reduction do not fit the model, or its final norm is not to be told.
     """
 
-    prefix = "sherl_"
     tuner_layer_cls = SherlPart
-
-    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Always a ``ValueError``: side networks cannot be summed."""
-        raise ValueError("add_weighted_adapter: SHERL has no update of a weight, so its adapters have no sum")
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)  # PEFT looks for the weight of a block
@@ -378,14 +326,17 @@ class SherlModel(BaseTuner):
 
 
 class _Tap:
-    """A forward pre-hook that hands on what enters a block; an object, so that a copied model has its own."""
+    """A forward pre-hook that keeps what enters a block, if that is a feature of an adapter.
 
-    def __init__(self, seen: dict[int, Tensor], index: int) -> None:
-        self.seen = seen
-        self.index = index
+    An object, so that a copied model has its own.
+    """
+
+    def __init__(self, seen: dict[int, Tensor], inputs_of: dict[str, list[int]], index: int) -> None:
+        self.seen, self.inputs_of, self.index = seen, inputs_of, index
 
     def __call__(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.seen[self.index] = args[0] if args else kwargs["hidden_states"]
+        if any(self.index in inputs for inputs in self.inputs_of.values()):
+            self.seen[self.index] = args[0] if args else kwargs["hidden_states"]
 
 
-SHERL = register("SHERL", SherlConfig, SherlModel, prefix=SherlModel.prefix)
+register("SHERL", SherlConfig, SherlModel)

@@ -1,6 +1,6 @@
 """SHiRA (arXiv 2406.13175) on a pruned model: train a few of the surviving weights and nothing else.
 
-PEFT's SHiRA trains r (in + out) single entries of W (out x in), as many numbers as a LoRA of rank r has. It
+PEFT's SHiRA trains r (in + out) single entries of W (out x in), as many parameters as a LoRA of rank r has. It
 draws them anywhere, hence also where W is 0, and a merge would fill those zeros. Here they are drawn from the
 support M = (W != 0), so W' = W + delta W keeps every zero.
 
@@ -28,8 +28,7 @@ class SupportShiraConfig(ShiraConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # Not a field, so it is not saved. PEFT draws anew on loading and then puts the saved entries in
-        # place.
+        # Not a field, so it is not saved. PEFT draws anew on loading and then puts the saved entries in place.
         self.mask_fn = support_mask
 
 
@@ -52,8 +51,7 @@ def support_mask(layer: nn.Linear, r: int, random_seed: int | None = None, **_: 
     W = layer.weight.detach()
     if W.is_meta:
         return None
-    # An explicit choice silences PyTorch's warning about its default; these indices are valid by
-    # construction.
+    # An explicit choice silences PyTorch's warning about its default; these indices are valid by construction.
     torch.sparse.check_sparse_tensor_invariants.disable()
     widths = sum(W.shape)
     wanted = r * widths

@@ -15,53 +15,42 @@ component with gate 0 gives A and B no gradient, but its gate has one and can re
 can be cut out (``exported``); rank pruning and the mask commute.
 
 Options that are not the paper's formula but the published code's: ``per_step`` (xi = lambda, whatever the rate),
-``repo`` thresholding, a rate for the gates of their own, and ``gate_penalty``, the same l1 norm as a term of the loss.
+``repo`` thresholding, a rate for the gates of their own, and the l1 norm as a term of the loss (``penalty_weight``).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 
+from harness.method import Method
+from lors.checks import number, one_of
 from lors.low_rank import LowRankConfig, LowRankLinear
 from lors.plugin import register
-from lors.sparse_config import check_choice
-from lors.sparse_tuner import SparseTunerModel
+from lors.sparse_layer import active_layers, adapted_layers
 
 __all__ = [
     "ProximalAdamW",
     "RankLog",
     "SoraConfig",
     "SoraLinear",
+    "SoraMethod",
     "SoraModel",
     "active_ranks",
-    "gate_penalty",
-    "gates_in_float32",
-    "parameter_counts",
-    "proximal_adamw",
     "soft_threshold",
 ]
 
 log = logging.getLogger("lors")
 
-THRESHOLDS = ("exact", "repo")
-SCALES = ("rate", "per_step")
 
-
-@dataclass
 class SoraConfig(LowRankConfig):
     """Configuration of SoRA; r is the rank at the start. A bad value raises ``ValueError``."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = SORA
 
 
 class SoraLinear(LowRankLinear):
@@ -85,6 +74,10 @@ class SoraLinear(LowRankLinear):
         for part, value in zip((self.sora_A, self.sora_B, self.sora_gate), (A, B, torch.ones_like(gate)), strict=True):
             part[name].data = value.to(gate.device, value.dtype, copy=True)
 
+    def rank(self, name: str) -> int:
+        """Number of gates that are not zero; waits for the device."""
+        return int(self.sora_gate[name].count_nonzero())
+
     @torch.no_grad()
     def exported(self, name: str) -> tuple[Tensor, Tensor]:
         """The adapter without the components of gate 0, as an ordinary LoRA of the scale 1.
@@ -96,13 +89,6 @@ class SoraLinear(LowRankLinear):
         kept = self.sora_gate[name] != 0
         A, B = self.factors(name)
         return A[kept], B[:, kept] * self.scaling[name]
-
-
-class SoraModel(SparseTunerModel):
-    """A model with ``SoraLinear`` layers; made by ``peft.get_peft_model`` from a ``SoraConfig``."""
-
-    prefix = "sora_"
-    tuner_layer_cls = SoraLinear
 
 
 def soft_threshold(v: Tensor, xi: float, form: str = "exact") -> Tensor:
@@ -139,100 +125,101 @@ class ProximalAdamW(torch.optim.AdamW):
         return loss
 
 
-def proximal_adamw(
-    model: nn.Module,
-    train_cfg: Any,
-    *,
-    shrinkage: float | Sequence[float],
-    scale: str = "rate",
-    threshold: str = "exact",
-    gate_rate: float | None = None,
-    stage_steps: int | None = None,
-) -> ProximalAdamW:
-    """``Method.optimizer`` of SoRA.
+class SoraMethod(Method):
+    """SoRA in the harness.
 
     Args:
-        model: A model wrapped by ``SoraModel``.
-        train_cfg: ``learning_rate``, ``betas``, ``weight_decay`` (not for gates).
         shrinkage: lambda; or an increasing list of them, one for each stage of ``stage_steps`` steps, of which the
             last goes on to the end (the paper's sparsifying schedule).
-        scale: ``rate``: xi = eta_t lambda with the rate eta_t of the gates; ``per_step``: xi = lambda.
-        threshold: ``exact`` or ``repo``, see ``soft_threshold``.
-        gate_rate: Peak rate of the gates; None: ``learning_rate``. It follows the same schedule.
         stage_steps: Steps of a stage; needed for a list.
+        scale: ``rate``: xi = eta_t lambda with the rate eta_t of the gates, as in the paper; ``per_step``: xi = lambda,
+            as in the published code.
+        threshold: ``exact``: soft thresholding; ``repo``: that of the published code, see ``soft_threshold``.
+        gate_rate: Peak rate of the gates; None: ``learning_rate``. It follows the same schedule.
+        penalty_weight: Weight of the mean of |g| over all gates in the loss; the published code has 10 or 1e-3.
 
     Raises:
-        ValueError: A value that is not allowed, or a model without gates.
+        ValueError: A value that is not allowed.
     """
-    check_choice("scale", scale, SCALES)
-    check_choice("threshold", threshold, THRESHOLDS)
-    stages = [shrinkage] if isinstance(shrinkage, int | float) else list(shrinkage)
-    if not stages or min(stages) < 0:
-        raise ValueError(f"shrinkage={shrinkage!r}: must be one number >= 0 or a list of them")
-    if (len(stages) > 1) != (stage_steps is not None) or (stage_steps is not None and stage_steps < 1):
-        raise ValueError(f"stage_steps={stage_steps!r}: must be a positive number of steps for a list, else null")
-    gates = dict(_gates(model))
-    if not gates:
-        raise ValueError("the model has no trainable SoRA gate")
-    others = [p for name, p in model.named_parameters() if p.requires_grad and name not in gates]
-    gate_group = {
-        "params": list(gates.values()),
-        "lr": train_cfg.learning_rate if gate_rate is None else gate_rate,
-        "weight_decay": 0.0,
-        "shrinkage": stages,
-        "stage_steps": stage_steps,
-        "scale": scale,
-        "threshold": threshold,
-    }
-    return ProximalAdamW(
-        [{"params": others, "weight_decay": train_cfg.weight_decay}, gate_group],
-        lr=train_cfg.learning_rate,
-        betas=tuple(train_cfg.betas),
-    )
 
+    def __init__(
+        self,
+        name: str,
+        peft: SoraConfig,
+        *,
+        shrinkage: float | list[float] = 0.375,
+        stage_steps: int | None = None,
+        scale: str = "rate",
+        threshold: str = "exact",
+        gate_rate: float | None = None,
+        penalty_weight: float = 0.0,
+        **common: Any,
+    ) -> None:
+        super().__init__(name, peft, **common)
+        one_of("rate", "per_step")("scale", scale)
+        one_of("exact", "repo")("threshold", threshold)
+        number("> 0", optional=True)("gate_rate", gate_rate)
+        number(">= 0")("penalty_weight", penalty_weight)
+        stages = shrinkage if isinstance(shrinkage, list) else [shrinkage]
+        if not stages or min(stages) < 0:
+            raise ValueError(f"shrinkage={shrinkage!r}: must be one number >= 0 or a list of them")
+        if (len(stages) > 1) != (stage_steps is not None) or (stage_steps is not None and stage_steps < 1):
+            raise ValueError(f"stage_steps={stage_steps!r}: must be a positive number of steps for a list, else null")
+        self.shrinking = {"shrinkage": stages, "stage_steps": stage_steps, "scale": scale, "threshold": threshold}
+        self.gate_rate, self.penalty_weight = gate_rate, penalty_weight
 
-def gates_in_float32(model: nn.Module, batches: Iterable[Mapping[str, Tensor]] = (), seed: int = 0) -> nn.Module:
-    """``Method.prepare`` of SoRA: near |g| = 1 a bfloat16 cannot be moved by a threshold below 0.004."""
-    for _, gate in _gates(model):
-        gate.data = gate.data.float()
-    return model
+    def prepare(self, model: nn.Module, batches: Any, seed: int) -> nn.Module:
+        """Gates in float32: near |g| = 1 a bfloat16 cannot be moved by a threshold below 0.004."""
+        for gate in _gates(model).values():
+            gate.data = gate.data.float()
+        return model
 
+    def optimizer(self, model: nn.Module, train_cfg: Any) -> ProximalAdamW:
+        """Two groups; the weight decay is not for gates."""
+        gates = _gates(model)
+        others = [p for name, p in model.named_parameters() if p.requires_grad and name not in gates]
+        rate = train_cfg.learning_rate if self.gate_rate is None else self.gate_rate
+        gate_group = {"params": list(gates.values()), "lr": rate, "weight_decay": 0.0, **self.shrinking}
+        return ProximalAdamW(
+            [{"params": others, "weight_decay": train_cfg.weight_decay}, gate_group],
+            lr=train_cfg.learning_rate,
+            betas=tuple(train_cfg.betas),
+        )
 
-def gate_penalty(model: nn.Module, *, weight: float) -> Tensor:
-    """``Method.penalty`` of the published code: ``weight`` times the mean of |g| over all gates, a scalar."""
-    gates = [gate for _, gate in _gates(model)]
-    if not weight:
-        return torch.zeros((), device=gates[0].device)
-    return weight * sum(gate.float().abs().sum() for gate in gates) / sum(gate.numel() for gate in gates)
+    def callbacks(self) -> list[TrainerCallback]:
+        """The log of the ranks."""
+        return [RankLog()]
 
+    def penalty(self, model: nn.Module) -> Tensor | None:
+        """``penalty_weight`` times the mean of |g| over all gates, a scalar."""
+        if not self.penalty_weight:
+            return None
+        gates = _gates(model).values()
+        return self.penalty_weight * sum(gate.float().abs().sum() for gate in gates) / sum(g.numel() for g in gates)
 
-def active_ranks(model: nn.Module) -> dict[str, int]:
-    """Number of non-zero gates of the active adapter in every adapted layer, by the layer's name in the model."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    layers = {name: part for name, part in base.named_modules() if isinstance(part, SoraLinear)}
-    return {name: int(layer.sora_gate[layer.active_adapters[0]].count_nonzero()) for name, layer in layers.items()}
-
-
-def parameter_counts(model: nn.Module) -> dict[str, int]:
-    """``Method.counts`` of SoRA: ``after_pruning``, r' (in + out) over all layers with the rank r' that is left."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    widths = {name: sum(part.weight.shape) for name, part in base.named_modules() if isinstance(part, SoraLinear)}
-    return {"after_pruning": sum(rank * widths[name] for name, rank in active_ranks(model).items())}
+    def counts(self, model: nn.Module) -> dict[str, int]:
+        """``after_pruning``, r' (in + out) over all layers with the rank r' that is left."""
+        layers = active_layers(model, SoraLinear)
+        return {"after_pruning": sum(layer.rank(name) * sum(layer.weight.shape) for layer, name in layers)}
 
 
 class RankLog(TrainerCallback):
     """Writes the ranks that are left to the log, at the end of the training."""
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
         ranks = active_ranks(model)
-        total = sum(gate.numel() for _, gate in _gates(model))
+        total = sum(gate.numel() for gate in _gates(model).values())
         log.info("SoRA: %d of %d gates are not zero; %s", sum(ranks.values()), total, ranks)
 
 
-def _gates(model: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
-    return ((name, p) for name, p in model.named_parameters() if p.requires_grad and ".sora_gate." in name)
+def active_ranks(model: PeftModel) -> dict[str, int]:
+    """Number of non-zero gates of the active adapter in every adapted layer, by the layer's name in the model."""
+    adapter = model.active_adapter
+    return {name: layer.rank(adapter) for name, layer in adapted_layers(model.get_base_model(), adapter).items()}
+
+
+def _gates(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad and ".sora_gate." in name}
 
 
 def _shrinkage(group: Mapping[str, Any], step: int) -> float:
@@ -242,4 +229,4 @@ def _shrinkage(group: Mapping[str, Any], step: int) -> float:
     return stages[stage] * (group["lr"] if group["scale"] == "rate" else 1.0)
 
 
-SORA = register("SORA", SoraConfig, SoraModel, prefix=SoraModel.prefix)
+SoraModel = register("SORA", SoraConfig, SoraLinear)

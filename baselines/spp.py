@@ -12,14 +12,13 @@ uniform, c at zero. The dropout acts on the input of the update alone.
 Three organisations compute the same function. With U = 2 n in out FLOPs, n tokens and b bytes per element, a
 layer costs
 
-============  =======  ========  ======================  ====================================================
-organisation  forward  backward  saved between them      how
-============  =======  ========  ======================  ====================================================
-plain         2U       3U        b (n in + 2 out in)     autograd, E(w) and the scaled weight kept, as
-published checkpoint    2U       3U        b n in                  the scaled weight is computed again in the
-backward pass blockwise     2U       2U        b (n in + n out)        r products (X (.) w_g) W_g^t, no out x
-in temporary
-============  =======  ========  ======================  ====================================================
+============  =======  ========  ===================  ========================================================
+organisation  forward  backward  saved between them   how
+============  =======  ========  ===================  ========================================================
+plain         2U       3U        b (n in + 2 out in)  autograd, as published; E(w) and the scaled weight kept
+checkpoint    2U       3U        b n in               the scaled weight is computed again in the backward pass
+blockwise     2U       2U        b (n in + n out)     r products (X (.) w_g) W_g^t, no out x in temporary
+============  =======  ========  ===================  ========================================================
 
 ``checkpoint`` is PyTorch's non re-entrant one, which stops the recomputation as soon as the last saved tensor
 is there, hence before the product. The authors' re-entrant checkpoint runs that product again: 4U in the
@@ -31,20 +30,22 @@ the merge includes s and is done in float32.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, linear
 from torch.utils.checkpoint import checkpoint
 
+from lors.checks import number, one_of, option
+from lors.low_rank import kaiming_uniform
 from lors.plugin import register
-from lors.sparse_config import SparseTunerConfig, check_choice, check_dropout
-from lors.sparse_tuner import SparseLinear, SparseTunerModel
+from lors.sparse_config import SparseTunerConfig
+from lors.sparse_layer import SparseLinear
 
 __all__ = ["SppConfig", "SppLinear", "SppModel", "blockwise_update", "plain_update", "scaled_weight"]
+
 
 ORGANISATIONS = ("plain", "checkpoint", "blockwise")
 
@@ -77,20 +78,13 @@ def blockwise_update(x: Tensor, weight: Tensor, w: Tensor, c: Tensor, scaling: f
 class SppConfig(SparseTunerConfig):
     """Configuration of SPP; a bad value raises ``ValueError``."""
 
-    dropout: float = field(default=0.0, metadata={"help": "Dropout of the input of the update, not of the base path."})
-    organisation: str = field(
-        default="plain",
-        metadata={
-            "help": "'plain': autograd of the formula; 'checkpoint': compute the update again in the "
-            "backward pass; 'blockwise': one product per row of w, no temporary of the weight's size."
-        },
+    dropout: float = option(0.0, "Dropout of the input of the update, not of the base path.", number(">= 0", "< 1"))
+    organisation: str = option(
+        "plain",
+        "'plain': autograd of the formula; 'checkpoint': compute the update again in the backward pass; 'blockwise': "
+        "one product per row of w, no temporary of the weight's size.",
+        one_of(*ORGANISATIONS),
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = SPP
-        check_dropout(self.dropout)
-        check_choice("organisation", self.organisation, ORGANISATIONS)
 
 
 class SppLinear(SparseLinear):
@@ -98,11 +92,19 @@ class SppLinear(SparseLinear):
 
     adapter_layer_names = ("spp_w", "spp_c")
 
+    @classmethod
+    def check_fit(cls, name: str, layer: nn.Linear, config: SppConfig) -> None:
+        """Raise ``ValueError`` unless r divides the output width."""
+        r, _ = config.layer_settings(name)
+        if layer.out_features % r:
+            raise ValueError(
+                f"r={r}: SPP repeats r rows over equal blocks of output rows, so r must divide the output "
+                f"width of {name!r}, {layer.out_features}; choose another r, or one for it in rank_pattern"
+            )
+
     def initial_factors(self, name: str) -> tuple[Tensor, Tensor]:
         """w Kaiming uniform, in +- 1 / sqrt(in); c zero."""
-        w = torch.empty(self.r[name], self.in_features)
-        nn.init.kaiming_uniform_(w, a=math.sqrt(5))
-        return w, torch.zeros(self.out_features, 1)
+        return kaiming_uniform(self.r[name], self.in_features), torch.zeros(self.out_features, 1)
 
     def adapted(self, x: Tensor, names: Sequence[str]) -> Tensor:
         """X W^t + bias + s * update, the updates of all ``names`` added."""
@@ -129,20 +131,4 @@ class SppLinear(SparseLinear):
         return checkpoint(plain_update, x, weight, *factors, p, use_reentrant=False, preserve_rng_state=p > 0)
 
 
-class SppModel(SparseTunerModel):
-    """A model with ``SppLinear`` layers; made by ``peft.get_peft_model`` from an ``SppConfig``."""
-
-    prefix = "spp_"
-    tuner_layer_cls = SppLinear
-
-    @staticmethod
-    def check_rank(name: str, layer: nn.Linear, r: int) -> None:
-        """Raise ``ValueError`` unless r divides the output width."""
-        if layer.out_features % r:
-            raise ValueError(
-                f"r={r}: SPP repeats r rows over equal blocks of output rows, so r must divide the output "
-                f"width of {name!r}, {layer.out_features}; choose another r, or one for it in rank_pattern"
-            )
-
-
-SPP = register("SPP", SppConfig, SppModel, prefix=SppModel.prefix)
+SppModel = register("SPP", SppConfig, SppLinear)

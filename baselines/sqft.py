@@ -29,22 +29,20 @@ Not here: the search over ranks (NLS) and the quantised variants of SQFT.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn.functional import dropout, linear
 from torch.utils.checkpoint import checkpoint
 
+from lors.checks import flag, number, one_of, option
 from lors.low_rank import LowRankLinear
 from lors.plugin import register
-from lors.sparse_config import SparseTunerConfig, check_choice, check_dropout
-from lors.sparse_tuner import SparseTunerModel
+from lors.sparse_config import SparseTunerConfig
 
 __all__ = ["SqftConfig", "SqftLinear", "SqftModel", "fused_linear", "masked_product", "update"]
-
-FORMS = ("two_products", "fused")
 
 
 def masked_product(weight: Tensor, A: Tensor, B: Tensor, scaling: float = 1.0) -> Tensor:
@@ -67,26 +65,22 @@ def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: T
 class SqftConfig(SparseTunerConfig):
     """Configuration of SparsePEFT; a bad value raises ``ValueError``."""
 
-    dropout: float = field(
-        default=0.0,
-        metadata={"help": "Dropout of the input of the update, not of the base path; 0 for form='fused'."},
+    dropout: float = option(
+        0.0,
+        "Dropout of the input of the update, not of the base path; 0 for form='fused'.",
+        number(">= 0", "< 1"),
     )
-    form: str = field(
-        default="two_products",
-        metadata={"help": "'two_products': base and update apart, as published; 'fused': one product of their sum."},
+    form: str = option(
+        "two_products",
+        "'two_products': base and update apart, as published; 'fused': one product of their sum.",
+        one_of("two_products", "fused"),
     )
-    checkpoint: bool = field(
-        default=False,
-        metadata={"help": "Compute the masked weight again in the backward pass instead of keeping it."},
+    checkpoint: bool = option(
+        False, "Compute the masked weight again in the backward pass instead of keeping it.", flag
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = SQFT
-        check_dropout(self.dropout)
-        check_choice("form", self.form, FORMS)
-        if not isinstance(self.checkpoint, bool):
-            raise ValueError(f"checkpoint={self.checkpoint!r}: must be True or False")
         if self.form == "fused" and self.dropout > 0:
             raise ValueError(
                 f"dropout={self.dropout}: must be 0 with form='fused', whose one product has one input; "
@@ -101,43 +95,29 @@ class SqftLinear(LowRankLinear):
 
     def adapted(self, x: Tensor, names: Sequence[str]) -> Tensor:
         """X W^t + bias, the first adapter fused with it if of that form; one more product for each other."""
-        apart = list(names)
-        fused = self.options[names[0]].form == "fused"
-        y = self._fused(x, apart.pop(0)) if fused else self.base_output(x)
-        for name in apart:
-            y = y + self._update(x, name)
+        base = self.get_base_layer()
+        others = list(names)
+        if self.options[names[0]].form == "fused":
+            first = others.pop(0)
+            y = self._computed(first, fused_linear, x, base.weight, base.bias, *self._in_type_of(base.weight, first))
+        else:
+            y = self.base_output(x)
+        for name in others:
+            p = self.options[name].dropout if self.training else 0.0
+            y = y + self._computed(name, update, x, base.weight, *self._in_type_of(base.weight, name), p)
         return y
 
-    def delta_weight(self, weight: Tensor, name: str) -> Tensor:
-        """s M (.) (B A)."""
-        return masked_product(weight, *self._factors(name, weight.dtype), self.scaling[name])
-
-    def _factors(self, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _in_type_of(self, weight: Tensor, name: str) -> tuple[Tensor, Tensor, float]:
         A, B = self.factors(name)
-        return A.to(dtype), B.to(dtype)
+        return A.to(weight.dtype), B.to(weight.dtype), self.scaling[name]
 
-    def _fused(self, x: Tensor, name: str) -> Tensor:
-        base = self.get_base_layer()
-        inputs = x, base.weight, base.bias, *self._factors(name, base.weight.dtype), self.scaling[name]
-        if self.options[name].checkpoint:
-            return checkpoint(fused_linear, *inputs, use_reentrant=False, preserve_rng_state=False)
-        return fused_linear(*inputs)
-
-    def _update(self, x: Tensor, name: str) -> Tensor:
-        weight = self.get_base_layer().weight
-        p = self.options[name].dropout if self.training else 0.0
-        inputs = x, weight, *self._factors(name, weight.dtype), self.scaling[name], p
-        if self.options[name].checkpoint:
-            # The dropout is drawn again too, from the saved state of the generator: not even drop(X) is kept.
-            return checkpoint(update, *inputs, use_reentrant=False, preserve_rng_state=p > 0)
-        return update(*inputs)
+    def _computed(self, name: str, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        """``function(*inputs)``, computed again in the backward pass if the adapter asks for it."""
+        if not self.options[name].checkpoint:
+            return function(*inputs)
+        # The dropout is drawn again too, from the saved state of the generator: not even drop(X) is kept.
+        drawn = self.training and self.options[name].dropout > 0
+        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=drawn)
 
 
-class SqftModel(SparseTunerModel):
-    """A model with ``SqftLinear`` layers; made by ``peft.get_peft_model`` from an ``SqftConfig``."""
-
-    prefix = "sqft_"
-    tuner_layer_cls = SqftLinear
-
-
-SQFT = register("SQFT", SqftConfig, SqftModel, prefix=SqftModel.prefix)
+SqftModel = register("SQFT", SqftConfig, SqftLinear)

@@ -26,38 +26,37 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
+from harness.method import Method
+from lors.checks import number, option, whole
 from lors.functional import masked_linear
 from lors.low_rank import LowRankConfig, LowRankLinear
 from lors.placement import execution_device
 from lors.plugin import register
 from lors.randomness import generator_of
-from lors.sparse_config import check_choice
-from lors.sparse_tuner import SparseTunerModel, active_layers
+from lors.sparse_layer import active_layers, adapted_layers
+from lors.sparse_tuner import SparseTunerModel
 from lors.sparsity import masked_merge
 
 __all__ = [
     "Boosting",
     "XgbLoraConfig",
     "XgbLoraLinear",
+    "XgbLoraMethod",
     "XgbLoraModel",
-    "factor_penalty",
-    "first_booster",
-    "parameter_counts",
     "select",
     "steps_per_booster",
 ]
 
-UNITS = ("block", "matrix")
 # With B = 0 at its start, a booster of one step could not move its A.
 FEWEST_STEPS = 2
 
@@ -66,35 +65,23 @@ FEWEST_STEPS = 2
 class XgbLoraConfig(LowRankConfig):
     """Configuration of XGBLoRA; a bad value raises ``ValueError``."""
 
-    r: int = field(default=1, metadata={"help": "Rank of a booster; 1 is the method."})
-    boosters: int = field(
-        default=10, metadata={"help": "T: the training is cut into at most so many boosters of equal length."}
+    r: int = option(1, "Rank of a booster; 1 is the method.", whole(">= 1"))
+    lora_alpha: float = option(2, "Numerator of the scale of a booster, s = lora_alpha / r.", number("> 0"))
+    boosters: int = option(
+        10,
+        "T: the training is cut into at most so many boosters of equal length, at least 2 steps each.",
+        whole(">= 1"),
     )
-    unit: str = field(
-        default="block", metadata={"help": "What is drawn for a booster: 'block' (all its linears) or 'matrix'."}
+    drawn: int | None = option(
+        None,
+        "L_s, how many blocks a booster trains; None: a third of them, rounded up.",
+        whole(">= 1", optional=True),
     )
-    drawn: int | None = field(
-        default=None, metadata={"help": "L_s, how many units a booster trains; None: a third of them, rounded up."}
+    boosting_rate: float = option(
+        1.0, "alpha_t, the share of a booster that is merged, of the last one too.", number("> 0")
     )
-    boosting_rate: float = field(default=1.0, metadata={"help": "alpha_t, the share of a booster that is merged."})
-    penalty_weight: float = field(default=0.0, metadata={"help": "lambda of the penalty lambda (|A|^2 + |B|^2)."})
-    seed: int = field(default=0, metadata={"help": "Seed of the draws of units and of the starts of the boosters."})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = XGBLORA
-        check_choice("unit", self.unit, UNITS)
-        for name, value, least in (
-            ("boosters", self.boosters, 1),
-            ("drawn", 1 if self.drawn is None else self.drawn, 1),
-            ("seed", self.seed, 0),
-        ):
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name}={value!r}: must be a whole number >= {least}")
-        if not self.boosting_rate > 0:
-            raise ValueError(f"boosting_rate={self.boosting_rate!r}: must be a number > 0")
-        if not self.penalty_weight >= 0:
-            raise ValueError(f"penalty_weight={self.penalty_weight!r}: must be a number >= 0")
+    penalty_weight: float = option(0.0, "lambda of the penalty lambda (|A|^2 + |B|^2).", number(">= 0"))
+    seed: int = option(0, "Seed of the draws of blocks and of the starts of the boosters.", whole(">= 0"))
 
 
 class XgbLoraLinear(LowRankLinear):
@@ -109,7 +96,7 @@ class XgbLoraLinear(LowRankLinear):
     other_param_names = (*LowRankLinear.other_param_names, "xgblora_merged_A", "xgblora_merged_B", "at_work")
 
     sums_by_concatenation = False  # of the finished boosters there is a fixed number of slots
-    _boosted: tuple[tuple, Tensor] | None = None  # W_t, and what it was made from
+    _boosted: tuple[tuple, list[Tensor], Tensor] | None = None  # what W_t was made from, and W_t
 
     def update_layer(self, adapter_name: str, config: XgbLoraConfig, r: int, scaling: float) -> None:
         """Add an adapter without boosters, all of whose layers are at work."""
@@ -132,18 +119,16 @@ class XgbLoraLinear(LowRankLinear):
         """
         masked = [name for name in names if self.options[name].keep_zeros]
         weight, bias = self.boosted_weight(masked or names), self.get_base_layer().bias
-        working = [name for name in names if self.at_work[name]]
-        under_mask = [name for name in working if name in masked]
+        under_mask = [name for name in masked if self.at_work[name]]
         if under_mask:
             exact = any(self.options[name].exact_gradient for name in under_mask)
             y = masked_linear(x, weight, *self._stacked(under_mask), bias, exact_gradient=exact)
         else:
             y = linear(x, weight, bias)
-        for name in working:
-            if name not in masked:
+        for name in names:
+            if name not in masked and self.at_work[name]:
                 y = y + self.branch(x, name).to(y.dtype)
-        for name in names if masked else ():
-            if name not in masked:
+            if name not in masked and masked:
                 y = y + self._finished_branch(x, name).to(y.dtype)
         return y
 
@@ -151,11 +136,9 @@ class XgbLoraLinear(LowRankLinear):
         """Whether the present booster trains this layer."""
         return self.at_work[name]
 
-    def delta_weight(self, weight: Tensor, name: str) -> Tensor:
-        """s M (.) (B A) summed over all boosters, the present one included."""
-        A, B = self.factors(name)
-        delta = self._merged_delta(weight, name) + self.scaling[name] * (B.to(weight.dtype) @ A.to(weight.dtype))
-        return delta.mul_(weight != 0) if self.options[name].keep_zeros else delta
+    def update(self, name: str, dtype: torch.dtype) -> Tensor:
+        """s B A summed over all boosters, the present one included."""
+        return super().update(name, dtype).add_(self._finished_update(name, dtype))
 
     @torch.no_grad()
     def boosted_weight(self, names: Sequence[str]) -> Tensor:
@@ -166,19 +149,20 @@ class XgbLoraLinear(LowRankLinear):
         W = self.get_base_layer().weight
         slots = [part[name] for name in names for part in (self.xgblora_merged_A, self.xgblora_merged_B)]
         # Writes raise the version of a tensor, moves and copies of the model make another one.
-        state = (*names, W.device, W.dtype, W._version, *((slot, slot._version) for slot in slots))
-        if self._boosted is None or not _same(self._boosted[0], state):
+        state = (*names, W.device, W.dtype, *(tensor._version for tensor in (W, *slots)))
+        before, of, boosted = self._boosted or (None, [], None)
+        if before != state or any(slot is not old for slot, old in zip(slots, of, strict=True)):
             with torch.autocast(W.device.type, enabled=False):
                 precise = W.to(torch.promote_types(W.dtype, torch.float32))
-                delta = sum(self._merged_delta(precise, name) for name in names)
+                delta = sum(self._finished_update(name, precise.dtype) for name in names)
                 if self.options[names[0]].keep_zeros:
                     # A weight that boosters bring to zero stays in the support, which is read off W_t in training.
                     merged, least = masked_merge(W, delta), torch.finfo(W.dtype).tiny
                     boosted = merged.masked_fill_((merged == 0) & (W != 0), least)
                 else:
                     boosted = (precise + delta).to(W.dtype)
-            self._boosted = state, boosted
-        return self._boosted[1]
+            self._boosted = state, slots, boosted
+        return boosted
 
     @torch.no_grad()
     def merge_booster(self, name: str, number: int) -> None:
@@ -207,22 +191,15 @@ class XgbLoraLinear(LowRankLinear):
         A.copy_((2 * torch.rand(A.shape, generator=generator) - 1) * bound)
         B.zero_()
 
-    def _merged_delta(self, weight: Tensor, name: str) -> Tensor:
-        """s B A summed over the finished boosters, without the mask, out x in in the type of ``weight``."""
-        A, B = self.xgblora_merged_A[name].to(weight.dtype), self.xgblora_merged_B[name].to(weight.dtype)
+    def _finished_update(self, name: str, dtype: torch.dtype) -> Tensor:
+        """s B A summed over the finished boosters, without the mask, out x in."""
+        A, B = self.xgblora_merged_A[name].to(dtype), self.xgblora_merged_B[name].to(dtype)
         return (B @ A).mul_(self.scaling[name])
 
     def _finished_branch(self, x: Tensor, name: str) -> Tensor:
         """s (X A^t) B^t of the finished boosters, in the type of the slots."""
         A, B = self.xgblora_merged_A[name], self.xgblora_merged_B[name]
         return linear(linear(x.to(A.dtype), A) * self.scaling[name], B)
-
-
-class XgbLoraModel(SparseTunerModel):
-    """A model with ``XgbLoraLinear`` layers; made by ``peft.get_peft_model`` from an ``XgbLoraConfig``."""
-
-    prefix = "xgblora_"
-    tuner_layer_cls = XgbLoraLinear
 
 
 def steps_per_booster(steps: int, boosters: int) -> int:
@@ -235,30 +212,12 @@ def select(model: nn.Module, number: int) -> list[XgbLoraLinear]:
 
     Returns:
         Its layers, in the order of the model.
-
-    Raises:
-        ValueError: More units are to be drawn than there are.
     """
-    name, _ = _adapter(model)
-    chosen = _drawn(model, number)
-    for layer in _layers(model).values():
+    name, options, layers = _boosted_adapter(model)
+    chosen = _drawn(options, layers, number)
+    for layer in layers.values():
         layer.at_work[name] = layer in chosen
     return chosen
-
-
-def first_booster(model: nn.Module, batches: Iterable[Mapping[str, Tensor]] = (), seed: int = 0) -> nn.Module:
-    """``Method.prepare`` of XGBLoRA: booster 0 and every W_t, so that what is measured is any step, not the first one.
-
-    Args:
-        model: A model wrapped by ``XgbLoraModel``.
-        batches: Not read.
-        seed: Not used: the draw has the seed of the config.
-    """
-    name, _ = _adapter(model)
-    select(model, 0)
-    for layer in _layers(model).values():
-        layer.boosted_weight([name])
-    return model
 
 
 class Boosting(TrainerCallback):
@@ -269,17 +228,15 @@ class Boosting(TrainerCallback):
     Trainer may make a step too many; that one is dropped.
     """
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, model: nn.Module, **_: Any) -> None:
         """Refuse to lose the boosters of another training.
 
         Raises:
             ValueError: A slot that this training will need is taken.
         """
-        name, options = _adapter(model)
+        name, options, layers = _boosted_adapter(model)
         number = _booster(state.global_step, state.max_steps, options)
-        taken = any(layer.taken_slots(name)[number:].any() for layer in _layers(model).values())
+        taken = any(layer.taken_slots(name)[number:].any() for layer in layers.values())
         if taken and state.global_step < state.max_steps:
             raise ValueError(
                 f"adapter {name!r}: boosters of another training fill the slots from {number} on; this one needs them: "
@@ -288,70 +245,87 @@ class Boosting(TrainerCallback):
 
     def on_step_begin(
         self,
-        args: TrainingArguments,
+        args: Any,
         state: TrainerState,
-        control: TrainerControl,
+        control: Any,
         model: nn.Module,
         optimizer: torch.optim.Optimizer | None = None,
         **_: Any,
     ) -> None:
-        name, options = _adapter(model)
+        name, options, layers = _boosted_adapter(model)
         before, number = (_booster(state.global_step - k, state.max_steps, options) for k in (1, 0))
         working = select(model, number)
         if number == before:
             return
         for index, layer in enumerate(working):
             layer.restart(name, generator_of(options.seed, number, index))
-        for layer in _layers(model).values():
+        for layer in layers.values():
             for factor in layer.factors(name):
                 factor.grad = None  # zeros, which zero_grad may leave, would be enough for AdamW's weight decay
                 if optimizer is not None:
                     optimizer.state.pop(factor, None)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, model: nn.Module, **_: Any) -> None:
         # The step has been counted. The Trainer evaluates and saves after this, and finds W_t.
-        _, options = _adapter(model)
+        _name, options, _layers = _boosted_adapter(model)
         number, following = (_booster(state.global_step - k, state.max_steps, options) for k in (1, 0))
         if number != following or state.global_step >= state.max_steps:
-            _merge(model, number)
+            self._merge(model, number)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
-    ) -> None:
-        _, options = _adapter(model)
-        _merge(model, _booster(state.global_step - 1, state.max_steps, options))
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, model: nn.Module, **_: Any) -> None:
+        _name, options, _layers = _boosted_adapter(model)
+        self._merge(model, _booster(state.global_step - 1, state.max_steps, options))
 
+    def _merge(self, model: nn.Module, number: int) -> None:
+        """Merge the present booster in all layers, and let none of them be at work.
 
-def factor_penalty(model: nn.Module) -> Tensor:
-    """``Method.penalty`` of XGBLoRA: lambda (|A|^2 + |B|^2) summed over the layers at work, a scalar."""
-    name, options = _adapter(model)
-    layers = list(_layers(model).values())
-    total = torch.zeros((), device=layers[0].weight.device)
-    if not options.penalty_weight:
-        return total
-    for layer in layers:
-        if layer.at_work[name]:
-            total = total + sum(factor.float().square().sum() for factor in layer.factors(name))
-    return options.penalty_weight * total
+        Where it was not B is zero, unless the factors have come from another step, as those of the best model do.
+        """
+        name, _, layers = _boosted_adapter(model)
+        for layer in layers.values():
+            layer.merge_booster(name, number)
+            layer.at_work[name] = False
 
 
-def parameter_counts(model: nn.Module) -> dict[str, int]:
-    """``Method.counts`` of XGBLoRA, in place of the factors of all layers.
+class XgbLoraMethod(Method):
+    """XGBLoRA in the harness."""
 
-    ``trainable`` is what one booster trains (the first one), ``trained_over_run`` the numbers in all boosters, merged
-    or under way, and ``adapter_bytes`` what is stored: factors and slots.
-    """
-    name, _ = _adapter(model)
-    sizes, over_run, stored = {}, 0, 0
-    for layer in _layers(model).values():
-        A, B = layer.factors(name)
-        sizes[layer] = A.numel() + B.numel()
-        over_run += sizes[layer] * int(layer.taken_slots(name).sum() + B.any())
-        stored += sum(part.nbytes for part in (A, B, layer.xgblora_merged_A[name], layer.xgblora_merged_B[name]))
-    trainable = sum(sizes[layer] for layer in _drawn(model, 0))
-    return {"trainable": trainable, "trained_over_run": over_run, "adapter_bytes": stored}
+    def prepare(self, model: nn.Module, batches: Any, seed: int) -> nn.Module:
+        """Booster 0 and every W_t, so that what is measured is any step, not the first one."""
+        select(model, 0)
+        name, _, layers = _boosted_adapter(model)
+        for layer in layers.values():
+            layer.boosted_weight([name])
+        return model
+
+    def callbacks(self) -> list[TrainerCallback]:
+        """The boosting."""
+        return [Boosting()]
+
+    def penalty(self, model: nn.Module) -> Tensor | None:
+        """lambda (|A|^2 + |B|^2) summed over the layers at work, a scalar."""
+        name, options, layers = _boosted_adapter(model)
+        if not options.penalty_weight:
+            return None
+        working = [layer for layer in layers.values() if layer.at_work[name]]
+        norms = [factor.float().square().sum() for layer in working for factor in layer.factors(name)]
+        return options.penalty_weight * torch.stack(norms).sum()
+
+    def counts(self, model: nn.Module) -> dict[str, int]:
+        """In place of the factors of all layers.
+
+        ``trainable`` is what one booster trains (the first one), ``trained_over_run`` the parameters of all boosters,
+        merged or under way, and ``adapter_bytes`` what is stored: factors and slots.
+        """
+        name, options, layers = _boosted_adapter(model)
+        sizes, over_run, stored = {}, 0, 0
+        for layer in layers.values():
+            A, B = layer.factors(name)
+            sizes[layer] = A.numel() + B.numel()
+            over_run += sizes[layer] * int(layer.taken_slots(name).sum() + B.any())
+            stored += sum(part.nbytes for part in (A, B, layer.xgblora_merged_A[name], layer.xgblora_merged_B[name]))
+        trainable = sum(sizes[layer] for layer in _drawn(options, layers, 0))
+        return {"trainable": trainable, "trained_over_run": over_run, "adapter_bytes": stored}
 
 
 def _booster(step: int, steps: int, options: XgbLoraConfig) -> int:
@@ -359,59 +333,43 @@ def _booster(step: int, steps: int, options: XgbLoraConfig) -> int:
     return max(0, min(step, steps - 1)) // steps_per_booster(steps, options.boosters)
 
 
-def _merge(model: nn.Module, number: int) -> None:
-    """Merge the present booster in all layers, and let none of them be at work.
-
-    Where it was not B is zero, unless the factors have come from another step, as those of the best model do.
-    """
-    name, _ = _adapter(model)
-    for layer in _layers(model).values():
-        layer.merge_booster(name, number)
-        layer.at_work[name] = False
+def _boosted_adapter(model: nn.Module) -> tuple[str, XgbLoraConfig, dict[str, XgbLoraLinear]]:
+    """The adapter that is boosted, the first active one: its name, its config, and its layers by name, in order."""
+    first, name = next(active_layers(model, XgbLoraLinear), (None, None))
+    if first is None:
+        raise ValueError("the model has no active XGBLoRA adapter")
+    return name, first.options[name], adapted_layers(model, name)
 
 
-def _drawn(model: nn.Module, number: int) -> list[XgbLoraLinear]:
+def _drawn(options: XgbLoraConfig, layers: dict[str, XgbLoraLinear], number: int) -> list[XgbLoraLinear]:
     """The layers that booster ``number`` trains: they follow from the seed of the config and the number alone."""
-    layers = _layers(model)
-    _, options = _adapter(model)
-    units: dict[str, list[XgbLoraLinear]] = {}
-    for key, layer in layers.items():
-        units.setdefault(_unit(key, options.unit), []).append(layer)
-    wanted = math.ceil(len(units) / 3) if options.drawn is None else options.drawn
-    if wanted > len(units):
-        raise ValueError(f"drawn={wanted}: the model has {len(units)} units of the kind unit={options.unit!r}")
-    order = torch.randperm(len(units), generator=generator_of(options.seed, number)).tolist()
-    groups = list(units.values())
-    chosen = {layer for index in order[:wanted] for layer in groups[index]}
+    blocks = _blocks(layers)
+    wanted = math.ceil(len(blocks) / 3) if options.drawn is None else options.drawn
+    order = torch.randperm(len(blocks), generator=generator_of(options.seed, number)).tolist()
+    chosen = {layer for index in order[:wanted] for layer in blocks[index]}
     return [layer for layer in layers.values() if layer in chosen]
 
 
-def _adapter(model: nn.Module) -> tuple[str, XgbLoraConfig]:
-    """Name and config of the adapter that is boosted, the first active one."""
-    for layer, name in active_layers(model, XgbLoraLinear):
-        return name, layer.options[name]
-    raise ValueError("the model has no active XGBLoRA adapter")
+def _blocks(layers: dict[str, XgbLoraLinear]) -> list[list[XgbLoraLinear]]:
+    """The layers of each block, which is what their names have up to the first number; others stand alone."""
+    blocks: dict[str, list[XgbLoraLinear]] = {}
+    for key, layer in layers.items():
+        in_block = re.match(r".*?\.\d+(?=\.)", key)
+        blocks.setdefault(in_block[0] if in_block else key, []).append(layer)
+    return list(blocks.values())
 
 
-def _layers(model: nn.Module) -> dict[str, XgbLoraLinear]:
-    """The layers with the adapter that is boosted, by name in the order of the model."""
-    name, _ = _adapter(model)
-    layers = {key: part for key, part in model.named_modules() if isinstance(part, XgbLoraLinear)}
-    return {key: layer for key, layer in layers.items() if name in layer.r}
+class XgbLoraModel(SparseTunerModel):
+    """A model with ``XgbLoraLinear`` layers; made by ``peft.get_peft_model`` from an ``XgbLoraConfig``."""
+
+    tuner_layer_cls = XgbLoraLinear
+
+    def _injected(self, adapter_name: str) -> None:
+        """Refuse to draw more blocks than there are, besides what every tuner does."""
+        super()._injected(adapter_name)
+        drawn, blocks = self.peft_config[adapter_name].drawn, len(_blocks(self.adapted_layers(adapter_name)))
+        if drawn is not None and drawn > blocks:
+            raise ValueError(f"drawn={drawn}: must be at most {blocks}, the blocks with adapted layers")
 
 
-def _unit(key: str, unit: str) -> str:
-    """The unit that a layer belongs to: the name of its block, up to the first number in it, or its own."""
-    block = re.match(r".*?\.\d+(?=\.)", key)
-    return key if unit == "matrix" or block is None else block[0]
-
-
-def _same(left: tuple, right: tuple) -> bool:
-    """Whether two states are equal, tensors in them by identity."""
-    if len(left) != len(right):
-        return False
-    pairs = zip(left, right, strict=True)
-    return all(a[0] is b[0] and a[1] == b[1] if isinstance(a, tuple) else a == b for a, b in pairs)
-
-
-XGBLORA = register("XGBLORA", XgbLoraConfig, XgbLoraModel, prefix=XgbLoraModel.prefix)
+register("XGBLORA", XgbLoraConfig, XgbLoraModel)

@@ -162,7 +162,7 @@ def options(page: Path) -> str:
         for key, default, comment in comments_of(file):
             if key.rpartition(".")[2] not in SHARED and key != "method.keep_zeros":
                 defaults.setdefault(key, {})[method] = f"`{escaped(default)}`"
-                meanings.setdefault(key, escaped(comment or helps.get(key, "")))
+                meanings.setdefault(key, escaped(f"{helps.get(key, '')} {comment}".strip()))
     rows = [[f"`{key}`", *(defaults[key].get(method, "") for method in methods), meanings[key]] for key in defaults]
     names = [f"`method={method}`" for method in methods]
     return str(table(["option", *names, "meaning"], rows)) if rows else f"{', '.join(names)}: none.\n"

@@ -86,7 +86,7 @@ def _newest_first(directory: Path) -> list[Path]:
 
 def _is_intact(checkpoint: Path) -> bool:
     seal = checkpoint / SEAL
-    if checkpoint.is_symlink() or seal.is_symlink():
+    if checkpoint.is_symlink() or seal.is_symlink() or not seal.is_file():
         return False
     try:
         sealed = json.loads(seal.read_text(encoding="utf-8"))

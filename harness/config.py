@@ -1,9 +1,7 @@
-"""What may be asked of a run: every key of ``conf`` with its type, checked before any work.
+"""A composed config, checked before any work and made final.
 
-`resolve` holds a composed config against `Config` and returns the config that the run uses. Whatever is not a field
-below is refused, also behind Hydra's ``+``; so is a value of another type, for nothing is converted. The config of a
-method is the business of its own class, see `construct`. Two values that leave one of them without effect are refused
-too, unless a sweep over methods or pruners needs them beside each other.
+`resolve` holds it against `config_schema.Config` and returns the config that the run uses. Two values that leave one of
+them without effect are refused too, unless a sweep over methods or pruners needs them beside each other.
 """
 
 from __future__ import annotations
@@ -13,236 +11,28 @@ import math
 import os
 import re
 import types
-from collections.abc import Iterable, Iterator
-from pathlib import PurePosixPath
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
+from harness.config_schema import MOST, PRUNERS, UNWRITABLE, Config, Section, needs_calibration
 from harness.errors import BadInput, one_line
 from lors.sparsity import parse_pattern, resolve_sparsity
 
-__all__ = ["MOST", "Config", "allowed", "as_written", "needs_calibration", "refusal", "resolve", "unknown"]
+__all__ = ["as_written", "check_options", "method_refusal", "refusal", "resolve"]
 
-MOST = 10**9  # of anything that is counted; what counts with 64 bits has room for products of two
-PART_LENGTH, PATH_LENGTH = 200, 2000  # bytes; a file system takes 255 and 4096, and names are added to these
 SHOWN = 200  # characters of a value in a message
-# Line breaks and the like, and bytes that are no UTF-8, which Python reads as halves of surrogate pairs.
-UNWRITABLE = re.compile("[\0-\x1f\x7f\ud800-\udfff]")
-
-
-def _writable(text: str) -> str:
-    if UNWRITABLE.search(text) or not text.strip():
-        raise ValueError("a text that is not blank, without line breaks and other control characters")
-    return text
-
-
-def _place(path: str) -> str:
-    parts = path.encode().split(b"/")
-    if len(path.encode()) > PATH_LENGTH or max(map(len, parts)) > PART_LENGTH:
-        raise ValueError(f"a folder whose names have at most {PART_LENGTH} bytes each, {PATH_LENGTH} together")
-    if os.path.expanduser(path).startswith("~"):
-        raise ValueError("a folder of a user that exists, where it begins with ~")
-    return path
-
-
-def _buildable(part: dict[str, Any]) -> dict[str, Any]:
-    if "_target_" not in part:
-        raise ValueError("a mapping with a _target_, which names what it builds")
-    return part
-
-
-Text = Annotated[str, AfterValidator(_writable)]
-Place = Annotated[Text, AfterValidator(_place)]
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
-Whole = Annotated[int, Field(ge=0, le=MOST)]
-Count = Annotated[int, Field(ge=1, le=MOST)]
-Length = Annotated[int, Field(ge=2, le=MOST)]  # in tokens: one to read and one to predict
-Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # NumPy takes no larger ones
-Part = Annotated[dict[str, Any], AfterValidator(_buildable)]
-
-
-class Section(BaseModel):
-    """Some keys; no others, nothing converted, no infinity."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, arbitrary_types_allowed=False)
-
-
-class Simulate(Section):
-    """``simulate``."""
-
-    device: Literal["cuda", "cpu"]
-    shards: Count
-
-
-class Adapter(Section):
-    """``adapter``."""
-
-    r: Count
-    alpha: Positive
-    targets: Literal["all-linear"] | Annotated[list[Text], Field(min_length=1)]
-
-
-class Model(Section):
-    """``model``."""
-
-    name: Text | None
-    path: Text
-    revision: Text | None
-    layers: Count | None
-    shape: dict[str, Any] | None
-
-
-class Unpruned(Section):
-    """``prune=none``."""
-
-    name: Literal["none"]
-    samples: Whole
-    sequence_length: Whole
-    seed: Seed
-    text: Text | None
-
-
-class Magnitude(Unpruned):
-    """``prune=magnitude``."""
-
-    name: Literal["magnitude"]
-    group: Literal["layer", "row"]
-
-
-class Wanda(Unpruned):
-    """``prune=wanda``."""
-
-    name: Literal["wanda"]
-    samples: Count
-    sequence_length: Length
-
-
-class SparseGpt(Wanda):
-    """``prune=sparsegpt``."""
-
-    name: Literal["sparsegpt"]
-    block_size: Count
-    damping: NotNegative
-
-
-class MethodKeys(Section):
-    """``method``; what is in the mappings is checked against what they build."""
-
-    target: str = Field(alias="_target_")
-    name: Text
-    version: Count = 1
-    peft: Part | None = None
-    keeps_zeros: bool | None = None
-    trains: bool = True
-    prepare: Part | None = None
-    optimizer: Part | None = None
-    callbacks: list[Part] = []
-    penalty: Part | None = None
-    merges: list[Text] | None = None
-    init_rows: Count | None = None
-    max_grad_norm: NotNegative | None = None
-    counts: Part | None = None
-    costliest: Part | None = None
-
-
-class Data(Section):
-    """``data``."""
-
-    name: Text
-    kind: Literal["microworld", "instruction", "text"]
-    path: Text | None
-    split: Text
-    loss_on: Literal["all", "answer"]
-    template: Literal["alpaca"] | None
-    limit: Count | None
-
-
-class StepsByMode(Section):
-    """``train.steps_by_mode``; a simulation has one step."""
-
-    run: Count
-    profile: Count
-
-
-class Train(Section):
-    """``train``."""
-
-    steps: Count | None
-    steps_by_mode: StepsByMode
-    epochs: Annotated[float, Field(gt=0, le=MOST)] | None
-    batch_size: Count
-    gradient_accumulation: Count
-    sequence_length: Length
-    pad: Literal["longest", "fixed"]
-    learning_rate: Positive
-    minimum_learning_rate: NotNegative
-    warmup_steps: Whole
-    weight_decay: NotNegative
-    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)]
-    max_grad_norm: Positive | None
-    precision: Literal["float32", "bf16_mixed", "bf16"]
-    activation_checkpointing: bool
-    init_rows: Count
-    timing_warmup: Whole
-    checkpoint_every: Count | None
-    tuned: dict[str, Positive] | None = None
-
-
-class Perplexity(Section):
-    """``eval.perplexity``."""
-
-    text: Text
-    window: Length
-
-
-class Eval(Section):
-    """``eval``."""
-
-    name: Text
-    tasks: list[Text]
-    data_root: Text | None
-    limit: Count | None
-    batch_size: Count
-    add_bos_token: bool
-    perplexity: Perplexity | None
-    baselines: bool
-    split: Literal["test", "validation"] = "test"
-
-
-class Launch(Section):
-    """``launch``."""
-
-    name: Text
-    arguments: list[Text]
-
-
-class Config(Section):
-    """The whole config. ``sparsity`` and ``pattern`` are checked by `lors.sparsity`."""
-
-    sparsity: Any
-    pattern: Any
-    seed: Seed
-    mode: Literal["run", "profile", "simulate"]
-    force: bool
-    only: Literal["failed", "missing"] | None
-    name: Place
-    runs_root: Place
-    cache_root: Place | None
-    save_merged: bool
-    simulate: Simulate
-    adapter: Adapter
-    model: Model
-    prune: Annotated[Unpruned | Magnitude | Wanda | SparseGpt, Field(discriminator="name")]
-    method: MethodKeys
-    data: Data
-    train: Train
-    eval: Eval
-    launch: Launch
+TYPES = ConfigDict(strict=True, allow_inf_nan=False)
+# What a config can hold.
+PLAIN = (int, float, bool, str, list, dict, type(None), Any)
+# Arguments that every method takes from ``adapter``, and their keys there.
+SHARED = {"r": "r", "lora_alpha": "alpha", "target_modules": "targets"}
+LARGEST = 2**32 - 1  # of whole numbers: a seed
 
 
 def resolve(cfg: DictConfig) -> DictConfig:
@@ -250,7 +40,8 @@ def resolve(cfg: DictConfig) -> DictConfig:
 
     What is decided here: the sparsity that the pattern implies, where something is pruned; ``train.epochs`` replaces
     ``train.steps``; nothing is pruned at sparsity 0, and at random outside of mode=run; calibration text is that of the
-    microworld for its own model and C4 for any other; a model without a name is called after its path.
+    microworld for its own model and C4 for any other; a model without a name is called after its path; the cache is the
+    user's own, ``lors`` below ``XDG_CACHE_HOME``.
 
     Raises:
         BadInput: The first value that is not allowed.
@@ -280,15 +71,8 @@ def resolve(cfg: DictConfig) -> DictConfig:
         config["train"]["steps"] = None
     if config["model"]["name"] is None:
         config["model"]["name"] = config["model"]["path"].rstrip("/").rpartition("/")[2]
+    config["cache_root"] = str(Path(config["cache_root"] or _user_cache()).expanduser().absolute())
     return OmegaConf.create(config)
-
-
-def needs_calibration(pruner: str) -> bool:
-    """Whether a pruner looks at activations, hence at calibration tokens."""
-    return any(issubclass(kind, Wanda) and pruner in get_args(kind.model_fields["name"].annotation) for kind in PRUNERS)
-
-
-PRUNERS = (Unpruned, Magnitude, Wanda, SparseGpt)
 
 
 def allowed(annotation: Any, bounds: tuple = ()) -> str:
@@ -325,6 +109,70 @@ BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 LENGTHS = ("min_length", "max_length")
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text",
          dict: "a mapping"}  # fmt: skip
+
+
+def check_options(key: str, options: dict[str, Any], known: dict[str, Any]) -> None:
+    """Hold the options of a class against the types of its arguments.
+
+    Args:
+        key: Where the options are in the config.
+        options: Names and values.
+        known: Names and types.
+
+    Raises:
+        BadInput: The first that is unknown or of another type.
+    """
+    for name, value in options.items():
+        if name not in known:
+            raise unknown(
+                f"{key}.{name}", known, shown=[other for other in known if other in options] or ["no options"]
+            )
+        if not _fits(value, known[name]):
+            raise refusal(f"{key}.{name}", value, allowed(known[name]))
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a type; where a type has objects that no config can hold, only its class can judge."""
+    if isinstance(value, int) and abs(value) > LARGEST and float not in _parts(hint):
+        return False
+    if not all(kind in PLAIN or get_origin(kind) is Literal for kind in _parts(hint)):
+        return True
+    try:
+        TypeAdapter(hint, config=TYPES).validate_python(value)
+    except ValidationError:
+        return False
+    return True
+
+
+def _parts(hint: Any) -> Iterator[Any]:
+    """The types that a hint is made of."""
+    if get_origin(hint) in (Union, types.UnionType, list, dict, Sequence):
+        for part in get_args(hint):
+            yield from _parts(part)
+    else:
+        yield hint
+
+
+def method_refusal(cfg: DictConfig, error: BaseException) -> BadInput:
+    """The error for what a class of a method has raised; ``argument=value: ...`` gets its full key."""
+    reason = one_line(error)
+    if reason.startswith("method."):
+        return BadInput(reason)
+    named = re.match(r"(\w+)=", reason)
+    for key, node in _method_parts(cfg).items() if named else ():
+        if named[1] in node:
+            shared = SHARED.get(named[1])
+            of_all = shared is not None and node[named[1]] == cfg.adapter[shared]
+            where = f"adapter.{shared}" if of_all else f"{key}.{named[1]}"
+            return BadInput(f"{where}{reason[len(named[1]) :]} (method={cfg.method.name})")
+    return BadInput(f"method={cfg.method.name}: {reason}")
+
+
+def _method_parts(cfg: DictConfig) -> dict[str, dict[str, Any]]:
+    """The mappings that something is built from, with their keys: the method, and its PEFT config if it has one."""
+    method = OmegaConf.to_container(cfg.method)
+    peft = method.get("peft")
+    return {"method": method} if peft is None else {"method": method, "method.peft": peft}
 
 
 def as_written(value: Any) -> str:
@@ -487,6 +335,10 @@ def _check_storage(config: dict[str, Any]) -> None:
         raise BadInput(f"method.peft.storage=n:m: must be dense, bitmap or auto with pattern={pattern}")
     if peft.get("forward_product") == "2:4" and pattern != "2:4":
         raise BadInput(f"method.peft.forward_product=2:4: must be dense or auto with pattern={pattern}")
+
+
+def _user_cache() -> str:
+    return os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "lors")
 
 
 def _requested_sparsity(config: dict[str, Any]) -> float | None:

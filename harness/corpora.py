@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 from harness.errors import BadInput, one_line
 
-__all__ = ["has_splits", "read_rows", "texts", "wikitext_rows"]
+__all__ = ["has_splits", "instructions", "read_rows", "texts", "wikitext_rows"]
 
 JSON_SUFFIXES = (".json", ".jsonl")
 FILE_SUFFIXES = (*JSON_SUFFIXES, ".txt", ".raw", ".md")
@@ -72,17 +72,41 @@ def texts(source: str, *, split: str = "train", limit: int | None = None, key: s
     Raises:
         BadInput: No such source, a malformed line, or no column that holds text.
     """
-    if source == MICROWORLD:
-        from harness import microworld
-
-        return islice(microworld.texts(split), limit)
     if source in WELL_KNOWN and not os.path.exists(source):
         documents = _documents(_hub_rows(*WELL_KNOWN[source], source, key), source, key)
-    elif _is_local(source) and Path(source).suffix not in JSON_SUFFIXES:
+    elif source != MICROWORLD and not (_is_local(source) and Path(source).suffix not in JSON_SUFFIXES):
+        documents = _documents(read_rows(source, split=split, key=key), source, key)
+    elif source != MICROWORLD:
         documents = iter([_read(_existing_file(source, key), key)])
     else:
-        documents = _documents(read_rows(source, split=split, key=key), source, key)
+        from harness import microworld
+
+        documents = microworld.texts(split)
     return islice(documents, limit)
+
+
+def instructions(data_cfg: Any) -> Iterator[tuple[str, str, str]]:
+    """Instruction, context (may be empty) and answer of every row of a data set of instructions.
+
+    Args:
+        data_cfg: ``kind`` (instruction, microworld), ``path``, ``split``, ``limit`` (first rows; None for all).
+
+    Raises:
+        BadInput: No such source, a malformed line, or a column that is missing or holds no text.
+    """
+    if data_cfg.kind == MICROWORLD:
+        from harness import microworld
+
+        if data_cfg.split != "train":
+            raise BadInput(f"data.split={data_cfg.split}: must be train for data.kind={MICROWORLD}")
+        source, rows = MICROWORLD, islice(microworld.instruction_rows(), data_cfg.limit)
+    else:
+        source, rows = data_cfg.path, read_rows(data_cfg.path, split=data_cfg.split, limit=data_cfg.limit)
+    for number, row in enumerate(rows, start=1):
+        instruction = require_text(row, "instruction", number, source, "data.path")
+        answer = require_text(row, "output", number, source, "data.path")
+        context = require_text(row, "input", number, source, "data.path") if row.get("input") else ""
+        yield instruction, context, answer
 
 
 def wikitext_rows(pages: Iterable[str]) -> list[str]:

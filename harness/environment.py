@@ -13,7 +13,12 @@ from typing import Any
 import torch
 from hydra.core.hydra_config import HydraConfig
 
-__all__ = ["environment", "now"]
+__all__ = ["default_device", "environment", "now"]
+
+
+def default_device() -> torch.device:
+    """The GPU if there is one, else the CPU; CUDA_VISIBLE_DEVICES="" hides a GPU."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def environment(device: torch.device) -> dict[str, Any]:

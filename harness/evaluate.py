@@ -3,7 +3,7 @@
 Three sources of tasks, all by their lm-eval names in ``eval.tasks``:
 
 - ``microworld_boolq`` ... : seven tasks about the embedded world, spelled out in ``harness/microworld/tasks``;
-- the seven of the papers (``ZERO_SHOT``): lm-eval's own, from the Hub, or from a file
+- the seven of the papers (`stock_tasks`): lm-eval's own, from the Hub, or from a file
   ``<eval.data_root>/<task>/<split>.jsonl``;
 - any other task of lm-eval, from the Hub.
 
@@ -23,11 +23,9 @@ import json
 import logging
 import math
 import os
-import reprlib
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
@@ -39,90 +37,14 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from harness import microworld
-from harness.corpora import read_rows
 from harness.data import check_token_ids
 from harness.errors import BadInput, one_line
-from harness.perplexity import perplexity, perplexity_text, text_windows
-from lors.randomness import random_state_kept
+from harness.perplexity import perplexity, perplexity_windows
+from harness.stock_tasks import ZERO_SHOT, local_items
+from lors.randomness import modes_kept, random_state_kept
 
 __all__ = ["ZERO_SHOT", "check_scoring", "check_tasks", "evaluate"]
 
-Item = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Column:
-    """What a column of an item may hold: in words, and as a test of its value and of the item."""
-
-    allowed: str
-    holds: Callable[[Any, Item], bool]
-
-
-@dataclass(frozen=True)
-class StockTask:
-    """What has to be known of one of lm-eval's own tasks.
-
-    Attributes:
-        split: The split that lm-eval scores.
-        folder: Where lm-eval keeps the task; naming it spares an index of its ten thousand task files.
-        columns: Columns that its prompt and its answer read; each test relies on those before it.
-    """
-
-    split: str
-    folder: str
-    columns: dict[str, Column]
-
-
-def _are_answers(value: Any) -> bool:
-    """Two or more texts that are not blank."""
-    return isinstance(value, list) and len(value) > 1 and all(isinstance(text, str) and text.strip() for text in value)
-
-
-def _are_choices(value: Any) -> bool:
-    if not isinstance(value, dict) or value.keys() != {"text", "label"}:
-        return False
-    label = value["label"]
-    return _are_answers(value["text"]) and _are_answers(label) and len(value["text"]) == len(label) == len(set(label))
-
-
-TEXT = Column("text", lambda value, item: isinstance(value, str))
-ANSWER = Column("text that is not blank", lambda value, item: isinstance(value, str) and value.strip() != "")
-GAPPED = Column("text with a _ for the answer", lambda value, item: isinstance(value, str) and "_" in value)
-YES_OR_NO = Column("0 or 1", lambda value, item: type(value) is int and value in (0, 1))
-ONE_OR_TWO = Column('"1" or "2"', lambda value, item: value in ("1", "2"))
-ENDINGS = Column("two or more texts that are not blank", lambda value, item: _are_answers(value))
-ENDING = Column(
-    "the number of an ending, from 0",
-    lambda value, item: type(value) in (int, str) and str(value) in map(str, range(len(item["endings"]))),
-)
-CHOICES = Column(
-    "a mapping of text and label, each two or more texts that are not blank, all labels different",
-    lambda value, item: _are_choices(value),
-)
-CHOICE = Column("one of choices.label", lambda value, item: value in item["choices"]["label"])
-PADDED_CHOICE = Column(  # the real test set of OpenBookQA has such keys
-    "one of choices.label, behind blanks at most",
-    lambda value, item: isinstance(value, str) and value.lstrip() in item["choices"]["label"],
-)
-ARC_COLUMNS = {"question": TEXT, "choices": CHOICES, "answerKey": CHOICE}
-# The seven tasks of the papers.
-ZERO_SHOT = {
-    "boolq": StockTask("validation", "super_glue/boolq", {"question": TEXT, "passage": TEXT, "label": YES_OR_NO}),
-    "rte": StockTask("validation", "glue/rte", {"sentence1": TEXT, "sentence2": TEXT, "label": YES_OR_NO}),
-    "hellaswag": StockTask(
-        "validation",
-        "hellaswag",
-        {"activity_label": TEXT, "ctx_a": TEXT, "ctx_b": TEXT, "endings": ENDINGS, "label": ENDING},
-    ),
-    "winogrande": StockTask(
-        "validation", "winogrande", {"sentence": GAPPED, "option1": ANSWER, "option2": ANSWER, "answer": ONE_OR_TWO}
-    ),
-    "arc_easy": StockTask("test", "arc", ARC_COLUMNS),
-    "arc_challenge": StockTask("test", "arc", ARC_COLUMNS),
-    "openbookqa": StockTask(
-        "test", "openbookqa", {"question_stem": TEXT, "choices": CHOICES, "answerKey": PADDED_CHOICE}
-    ),
-}
 MICROWORLD_TASKS = {f"microworld_{task}": task for task in microworld.TASKS}
 MICROWORLD_FOLDER = Path(microworld.__file__).parent / "tasks"
 BOOTSTRAP = 1000  # draws for the standard error of a metric that is no mean; that of a mean is exact
@@ -130,7 +52,7 @@ NEVER = "which is never run here"
 FEWSHOT_SEED = 1234  # lm-eval's default; for tasks that bring examples, which none of the seven does
 
 
-def check_tasks(eval_cfg: Any, tokenizer: Tokenizer, vocabulary: int) -> None:
+def check_tasks(eval_cfg: Any, tokenizer: Tokenizer, vocabulary: int) -> LongTensor | None:
     """Find what is wrong with the tasks and the text of a config before a model is loaded.
 
     Data sets from the Hub are really loaded, for nothing else shows that they can be; they are in the cache of
@@ -140,6 +62,9 @@ def check_tasks(eval_cfg: Any, tokenizer: Tokenizer, vocabulary: int) -> None:
         eval_cfg: ``tasks``, ``data_root``, ``limit``, ``add_bos_token``, ``perplexity``.
         tokenizer: The model's.
         vocabulary: Tokens that the model knows.
+
+    Returns:
+        The text of ``eval.perplexity`` in windows, see `perplexity_windows`; None without one.
 
     Raises:
         BadInput: An unknown task or text; one that cannot be reached or that runs code; in ``data_root`` a missing
@@ -156,16 +81,16 @@ def check_tasks(eval_cfg: Any, tokenizer: Tokenizer, vocabulary: int) -> None:
             if task not in known:
                 near = ", ".join([*MICROWORLD_TASKS, *ZERO_SHOT])
                 raise BadInput(f"eval.tasks: unknown task {task!r}; must be a task of lm-eval, or one of {near}")
-    for task in eval_cfg.tasks:
-        if task in ZERO_SHOT and root is not None:
-            _local_items(root, task)
-    if _from_hub(eval_cfg):
+    if not set(eval_cfg.tasks) <= MICROWORLD_TASKS.keys():
         with _loaded_tasks(eval_cfg):
             pass
-    if eval_cfg.perplexity is not None:
-        windows = _perplexity_windows(tokenizer, eval_cfg)
-        check_token_ids((int(row.max()) for row in windows), tokenizer, vocabulary, "eval.perplexity.text")
-    check_token_ids(_task_tokens(eval_cfg, tokenizer), tokenizer, vocabulary, "eval.tasks")
+    windows = None if eval_cfg.perplexity is None else perplexity_windows(tokenizer, eval_cfg)
+    tokens = _task_tokens(eval_cfg, tokenizer)
+    check_token_ids(tokens, tokenizer, vocabulary, "eval.tasks")
+    check_token_ids(
+        (int(row.max()) for row in (() if windows is None else windows)), tokenizer, vocabulary, "eval.perplexity.text"
+    )
+    return windows
 
 
 def check_scoring(model: PreTrainedModel, tokenizer: Tokenizer, eval_cfg: Any) -> None:
@@ -179,7 +104,8 @@ def check_scoring(model: PreTrainedModel, tokenizer: Tokenizer, eval_cfg: Any) -
     Raises:
         Exception: What the model raises where it cannot be scored at all.
     """
-    with _evaluation_mode(model):
+    with modes_kept(model):
+        model.eval()
         if eval_cfg.tasks:
             with _lean_lm_eval():
                 _language_model(model, tokenizer, eval_cfg, progress=False)
@@ -187,15 +113,18 @@ def check_scoring(model: PreTrainedModel, tokenizer: Tokenizer, eval_cfg: Any) -
             perplexity(model, torch.tensor([[0, 1]]), progress=False)
 
 
-def evaluate(model: PreTrainedModel, tokenizer: Tokenizer, eval_cfg: Any, progress: bool = True) -> dict[str, Any]:
+def evaluate(
+    model: PreTrainedModel, tokenizer: Tokenizer, eval_cfg: Any, windows: LongTensor | None, progress: bool = True
+) -> dict[str, Any]:
     """Score a model on the tasks and the text of ``conf/eval``.
 
     Args:
         model: The model, on its device; in its former mode afterwards.
         tokenizer: The model's; not changed.
         eval_cfg: ``tasks``, ``data_root``, ``limit`` (first items of each task), ``batch_size`` (fixed: rows
-            per forward pass), ``add_bos_token``, ``perplexity`` (``text``, ``window``; None for none),
+            per forward pass), ``add_bos_token``, ``perplexity.text`` (a name),
             ``split`` (of the microworld's items: test or validation; test where nothing is said).
+        windows: The text whose perplexity is measured, see `check_tasks`; None: no perplexity.
         progress: Show progress bars.
 
     Returns:
@@ -208,31 +137,24 @@ def evaluate(model: PreTrainedModel, tokenizer: Tokenizer, eval_cfg: Any, progre
     Raises:
         BadInput: See `check_tasks`.
     """
-    with _evaluation_mode(model):
+    with modes_kept(model):
+        model.eval()
         tasks = _zero_shot(model, tokenizer, eval_cfg, progress) if eval_cfg.tasks else {}
         text = None
-        if eval_cfg.perplexity is not None:
-            windows = _perplexity_windows(tokenizer, eval_cfg)
+        if windows is not None:
             text = {"text": eval_cfg.perplexity.text, **perplexity(model, windows, progress=progress)}
-    return {"tasks": tasks, "average": _average(tasks), "perplexity": text}
-
-
-@contextmanager
-def _evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def _perplexity_windows(tokenizer: Tokenizer, eval_cfg: Any) -> LongTensor:
-    """The text of ``eval.perplexity`` in windows, N x L token ids."""
-    boundary = f"{tokenizer.eos_token or ''}{tokenizer.bos_token or ''}" or "\n\n"
-    text = perplexity_text(eval_cfg.perplexity.text, eval_cfg.data_root, boundary)
-    return text_windows(tokenizer, text, eval_cfg.perplexity.window, eval_cfg.add_bos_token)
+    averaged = {name: score for name, score in tasks.items() if score["metric"] == "acc"}
+    if not averaged:
+        return {"tasks": tasks, "average": None, "perplexity": text}
+    errors = [score["stderr"] for score in averaged.values()]
+    known = all(error is not None for error in errors)
+    average = {
+        "metric": "acc",
+        "value": math.fsum(score["value"] for score in averaged.values()) / len(averaged),
+        "stderr": math.sqrt(math.fsum(error**2 for error in errors)) / len(averaged) if known else None,
+        "tasks": list(averaged),
+    }
+    return {"tasks": tasks, "average": average, "perplexity": text}
 
 
 def _zero_shot(
@@ -247,7 +169,7 @@ def _zero_shot(
 
 
 def _language_model(model: PreTrainedModel, tokenizer: Tokenizer, eval_cfg: Any, progress: bool) -> Any:
-    from harness.scoring import PromptSharingLM
+    from harness.log_likelihood import PromptSharingLM
 
     return PromptSharingLM(
         model,
@@ -256,11 +178,6 @@ def _language_model(model: PreTrainedModel, tokenizer: Tokenizer, eval_cfg: Any,
         add_bos_token=eval_cfg.add_bos_token,
         progress=progress,
     )
-
-
-def _from_hub(eval_cfg: Any) -> list[str]:
-    local = [*MICROWORLD_TASKS, *(ZERO_SHOT if eval_cfg.data_root is not None else ())]
-    return [task for task in eval_cfg.tasks if task not in local]
 
 
 @contextmanager
@@ -272,14 +189,15 @@ def _loaded_tasks(eval_cfg: Any) -> Iterator[dict[str, Any]]:
     """
     folder = tempfile.TemporaryDirectory(prefix="lors-eval-")
     with folder, _lean_lm_eval(), random_state_kept(), _no_metric_code(eval_cfg.tasks) as refused:
+        manager = _task_manager(tuple(eval_cfg.tasks))
         specifications = _specifications(eval_cfg, Path(folder.name))
         shown = f"eval.tasks={','.join(eval_cfg.tasks)}"
         try:
-            loaded = _task_manager(tuple(eval_cfg.tasks)).load(specifications)
+            loaded = manager.load(specifications)
         except Exception as error:  # of any of five libraries
             if not refused:
                 works = "a copy of the data set in the cache of datasets works without a network"
-                if set(_from_hub(eval_cfg)) <= ZERO_SHOT.keys():
+                if eval_cfg.data_root is None and set(eval_cfg.tasks) <= {*MICROWORLD_TASKS, *ZERO_SHOT}:
                     works = f"eval.data_root=FOLDER, or {works}"
                 raise BadInput(f"{shown}: cannot be loaded ({one_line(error)}); {works}") from error
         if refused:  # some tasks fail without their metric, some would only later
@@ -316,53 +234,23 @@ def _specifications(eval_cfg: Any, folder: Path) -> list[Any]:
     plain: list[str] = []
     for name in eval_cfg.tasks:
         if name in MICROWORLD_TASKS:
+            split, keys = "test", {}
             items = microworld.task_rows(MICROWORLD_TASKS[name], getattr(eval_cfg, "split", "test"))
-            local.append({"task": name, "dataset_kwargs": _json_files("test", name, items, folder)})
         elif name in ZERO_SHOT and eval_cfg.data_root is not None:
             # Every split that the task would look for has to be named, or be null.
             split = ZERO_SHOT[name].split
             splits = {"training_split": None, "validation_split": None, "test_split": None, f"{split}_split": split}
-            files = _json_files(split, name, _local_items(eval_cfg.data_root, name), folder)
-            local.append(
-                {"task": name, "dataset_path": "json", "dataset_name": None, **splits, "dataset_kwargs": files}
-            )
+            keys = {"dataset_path": "json", "dataset_name": None, **splits}
+            items = local_items(eval_cfg.data_root, name)
         else:
             plain.append(name)
+            continue
+        file = folder / f"{name}.jsonl"
+        file.write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
+        # Its cache is of our own too.
+        files = {"data_files": {split: str(file.resolve())}, "cache_dir": str(folder / "cache")}
+        local.append({"task": name, **keys, "dataset_kwargs": files})
     return [*plain, {"group": "lors_local", "task": local}] if local else plain
-
-
-def _json_files(split: str, name: str, items: list[Item], folder: Path) -> dict[str, Any]:
-    """Arguments of `datasets.load_dataset` for items, which it finds in a file; its cache is of our own too."""
-    file = folder / f"{name}.jsonl"
-    file.write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
-    return {"data_files": {split: str(file.resolve())}, "cache_dir": str(folder / "cache")}
-
-
-def _local_items(root: str, task: str) -> list[Item]:
-    """The items of a stock task in a folder, with the columns that it reads.
-
-    Raises:
-        BadInput: No such file, a malformed line, a missing column, or one that holds something else.
-    """
-    columns = ZERO_SHOT[task].columns
-    file = os.path.join(root, task, f"{ZERO_SHOT[task].split}.jsonl")
-    items: list[Item] = []
-    for number, row in enumerate(read_rows(file, key="eval.data_root"), start=1):
-        for name, column in columns.items():
-            if name not in row:
-                raise BadInput(f"eval.data_root: row {number} of {file} has no column {name!r}")
-            allowed = None if column.holds(row[name], row) else column.allowed
-            if items and type(row[name]) is not type(items[0][name]):
-                allowed = allowed or "of the same type in all rows"
-            if allowed:
-                shown = reprlib.repr(row[name])
-                raise BadInput(
-                    f"eval.data_root: column {name!r} of row {number} of {file} must be {allowed}, not {shown}"
-                )
-        items.append({name: row[name] for name in columns})
-    if not items:
-        raise BadInput(f"eval.data_root: {file} is empty")
-    return items
 
 
 def _task_manager(tasks: tuple[str, ...]) -> Any:
@@ -434,20 +322,6 @@ def _correct(samples: list[dict[str, Any]]) -> dict[str, str]:
 def _number(value: Any) -> float | None:
     """A standard error; None where lm-eval has none ("N/A", as for a single item)."""
     return float(value) if isinstance(value, int | float) and not math.isnan(value) else None
-
-
-def _average(tasks: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
-    names = [name for name, score in tasks.items() if score["metric"] == "acc"]
-    if not names:
-        return None
-    errors = [tasks[name]["stderr"] for name in names]
-    known = all(error is not None for error in errors)
-    return {
-        "metric": "acc",
-        "value": math.fsum(tasks[name]["value"] for name in names) / len(names),
-        "stderr": math.sqrt(math.fsum(error**2 for error in errors)) / len(names) if known else None,
-        "tasks": names,
-    }
 
 
 @contextmanager

@@ -74,8 +74,7 @@ NOT_IN_KEY += ("train.tuned", "train.steps_by_mode")
 NOT_IN_PROFILE_KEY = ("data", "eval", "model.path", "model.revision")
 # Without a pruner these say what is expected of the model, which is measured.
 NOT_IN_UNPRUNED_KEY = ("sparsity", "pattern")
-# How Hydra builds an object: from which class, and whether with the arguments that are still missing.
-CONSTRUCTION = ("_target_", "_partial_")
+CLASS = "_target_"  # which class Hydra builds
 # The keys that may name a local file or folder.
 SOURCES = ("model.path", "data.path", "prune.text", "eval.data_root", "eval.perplexity.text")
 # A file that was written longer ago than this (in nanoseconds; clocks of file systems tick in milliseconds) and has
@@ -168,7 +167,7 @@ def _choices(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     """Every dotted key with its value, without what only says how an object is built; 16.0 is 16."""
     if isinstance(value, dict):
         for name, item in value.items():
-            if name not in CONSTRUCTION:
+            if name != CLASS:
                 yield from _choices(item, f"{key}.{name}" if key else name)
     elif isinstance(value, list) and any(isinstance(item, dict) for item in value):  # callbacks, in order
         for number, item in enumerate(value):

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
@@ -17,24 +17,37 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
-from harness.config import needs_calibration
-from harness.construct import build_method
-from harness.data import check_token_ids, random_data
+from harness.config_schema import needs_calibration
+from harness.data import Batch, Collator, Row, batches_of, calibration_samples, random_data, training_rows
 from harness.errors import BadInput, one_line
 from harness.evaluate import check_tasks
-from harness.fit import check_fit, check_memory, reason
-from harness.identity import digest, local_path
+from harness.feasible import check_fit, check_memory, reason
+from harness.identity import digest, local_path, with_fingerprints
 from harness.method import Method
-from harness.shared import shared_calibration, shared_rows
-from harness.simulate import check_simulated
-from harness.store import cache_directory
+from harness.method_from_config import build_method
 from harness.weights import check_files, load_weights
 
-__all__ = ["Inputs", "check_inputs", "model_source", "read_inputs"]
+__all__ = ["Inputs", "Source", "check_inputs", "read_inputs"]
 
 WEIGHTS = ("*.safetensors", "*.bin")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 CACHES = ("devices", "pruned", "scores", "tokens")
+
+
+class Source(NamedTuple):
+    """Where the model is.
+
+    Attributes:
+        path: A folder, or a name on the Hub.
+        revision: On the Hub.
+        shown: What a message says of it.
+        folder: The folder; None on the Hub.
+    """
+
+    path: str
+    revision: str | None
+    shown: str
+    folder: Path | None
 
 
 @dataclass(frozen=True)
@@ -43,15 +56,25 @@ class Inputs:
 
     Attributes:
         shape: The config of the model.
+        sources: The config with fingerprints, see `identity.with_fingerprints`.
+        source: Where the model is.
         tokenizer: None outside of mode=run, without text.
         rows: Training rows: ``input_ids`` and ``labels``.
+        pad: Makes batches of rows, as the training has them.
+        longest: The first batch, padded to ``train.sequence_length``.
         calibration: Token ids ``[samples, length]`` for the pruner; None if it looks at no data.
+        windows: Token ids ``[windows, length]`` of the text whose perplexity is measured; None without one.
     """
 
     shape: PretrainedConfig
-    tokenizer: Tokenizer | None
-    rows: Sequence[dict[str, list[int]]]
-    calibration: Tensor | None
+    sources: dict[str, Any]
+    source: Source
+    tokenizer: Tokenizer | None = None
+    rows: Sequence[Row] = ()
+    pad: Collator | None = None
+    longest: Batch | None = None
+    calibration: Tensor | None = None
+    windows: Tensor | None = None
 
 
 def read_inputs(cfg: DictConfig, method: Method) -> Inputs:
@@ -60,32 +83,31 @@ def read_inputs(cfg: DictConfig, method: Method) -> Inputs:
     Raises:
         BadInput: Anything that is missing, empty, malformed, or does not fit the shape of the model or the memory.
     """
-    shape = _read_shape(cfg)
+    sources, folder = with_fingerprints(cfg), local_path(cfg.model.path)
+    source = _source(cfg, folder)
+    shape = _read_shape(cfg, source)
     check_fit(cfg, method, shape)
     train = cfg.train
     if cfg.mode == "simulate":
-        check_simulated(method)
-        return Inputs(shape, None, [], None)
+        return Inputs(shape, sources, source)
     if cfg.mode == "profile":
         check_memory(cfg, method, shape, train.steps * train.batch_size * train.gradient_accumulation)
         rows = random_data(shape.get_text_config().vocab_size, train, cfg.seed)
-        return Inputs(shape, None, rows, None)
+        return Inputs(shape, sources, source, None, rows, *batches_of(rows, train, None))
     _check_caches(cfg)
-    tokenizer = _read_tokenizer(cfg, shape)
-    _check_weights(cfg)
+    tokenizer = _read_tokenizer(source, shape)
+    _check_weights(source)
     vocabulary = shape.get_text_config().vocab_size
     try:
-        check_tasks(cfg.eval, tokenizer, vocabulary)
-        rows = shared_rows(cfg, tokenizer)
-        check_token_ids((max(row["input_ids"]) for row in rows), tokenizer, vocabulary, "the training rows")
+        windows = check_tasks(cfg.eval, tokenizer, vocabulary)
+        rows = training_rows(cfg, sources, tokenizer, vocabulary)
+        calibrated = needs_calibration(cfg.prune.name)
+        calibration = calibration_samples(cfg, sources, tokenizer, vocabulary) if calibrated else None
+        batches = batches_of(rows, train, tokenizer)
         check_memory(cfg, method, shape, len(rows))
-        calibration = None
-        if needs_calibration(cfg.prune.name):
-            calibration = shared_calibration(cfg, tokenizer)
-            check_token_ids((int(sample.max()) for sample in calibration), tokenizer, vocabulary, "prune.text")
     except (ValueError, OSError) as error:
         raise BadInput(one_line(error)) from error
-    return Inputs(shape, tokenizer, rows, calibration)
+    return Inputs(shape, sources, source, tokenizer, rows, *batches, calibration, windows)
 
 
 def check_inputs(jobs: Iterable[tuple[Sequence[str], DictConfig]]) -> None:
@@ -112,7 +134,7 @@ def check_inputs(jobs: Iterable[tuple[Sequence[str], DictConfig]]) -> None:
         try:
             method = build_method(cfg)
             if read in rows:
-                shape = _read_shape(cfg)
+                shape = _read_shape(cfg, _source(cfg, local_path(cfg.model.path)))
                 check_fit(cfg, method, shape)
                 check_memory(cfg, method, shape, rows[read])
             else:
@@ -122,76 +144,82 @@ def check_inputs(jobs: Iterable[tuple[Sequence[str], DictConfig]]) -> None:
         fitting.add(fit)
 
 
-def model_source(cfg: DictConfig) -> tuple[str, str | None]:
-    """Folder or Hub name of the model, and its revision on the Hub.
+def _source(cfg: DictConfig, folder: Path | None) -> Source:
+    """Where ``model.path`` is: in a folder, or on the Hub.
 
     Raises:
-        BadInput: ``model.path`` can only be a folder, and there is none; or a revision of one.
+        BadInput: It can only be a folder, and there is none; or a revision of one.
     """
     path, revision = cfg.model.path, cfg.model.revision
-    folder = local_path(path)
+    shown = f"model.path={path}"
     if folder is not None:
         if not folder.is_dir():
-            raise BadInput(f"model.path={path}: is a file; must be a model folder or a name on the Hub")
+            raise BadInput(f"{shown}: is a file; must be a model folder or a name on the Hub")
         if revision is not None:
             raise BadInput(f"model.revision={revision}: must be null for a folder; only the Hub has revisions")
-        return str(folder), None
-    if path == "microworld" or path.startswith(("/", "./", "../", "~")):
-        raise BadInput(f"model.path={path}: no such folder; must be a model folder or a name on the Hub")
-    return path, revision
+        return Source(str(folder), None, shown, folder)
+    return Source(path, revision, shown, None)
 
 
 def _check_caches(cfg: DictConfig) -> None:
-    for folder in (cache_directory(cfg) / name for name in CACHES):
+    for folder in (Path(cfg.cache_root, name) for name in CACHES):
         if folder.exists() and not folder.is_dir():
             raise BadInput(f"cache_root: {folder} must be a folder; it is a file")
 
 
-def _read_shape(cfg: DictConfig) -> PretrainedConfig:
+def _read_shape(cfg: DictConfig, source: Source) -> PretrainedConfig:
     """``model.shape`` outside of mode=run if the model has one, else ``config.json`` of ``model.path``."""
+    layers = cfg.model.layers
     if cfg.mode != "run" and cfg.model.shape is not None:
         try:
             shape = AutoConfig.for_model(**OmegaConf.to_container(cfg.model.shape))
         except Exception as error:  # what a config class raises at such a value is up to it
             raise BadInput(f"model.shape: describes no model ({reason(error)})") from error
     else:
-        shape = _from_pretrained(AutoConfig, cfg, "config.json")
+        shape = _from_pretrained(AutoConfig, source, "config.json")
     if getattr(shape, "quantization_config", None) is not None:
-        raise BadInput(f"model.path={cfg.model.path}: must not be quantized; its config.json has a quantization_config")
-    if cfg.model.layers is not None:
-        _cut(shape, cfg.model.layers)
+        raise BadInput(f"{source.shown}: must not be quantized; its config.json has a quantization_config")
+    if layers is None:
+        return shape
+    text = shape.get_text_config()
+    full = text.num_hidden_layers
+    if layers > full:
+        raise BadInput(f"model.layers={layers}: must be at most {full}, the layers of the model")
+    text.num_hidden_layers = layers
+    for name, value in list(vars(text).items()):  # some configs have lists with an entry per layer
+        if isinstance(value, list) and len(value) == full:
+            setattr(text, name, value[:layers])
     return shape
 
 
-def _read_tokenizer(cfg: DictConfig, shape: PretrainedConfig) -> Tokenizer:
-    """The tokenizer; without a padding token that the model knows end-of-text pads (the loss ignores it there)."""
-    folder = local_path(cfg.model.path)
+def _read_tokenizer(source: Source, shape: PretrainedConfig) -> Tokenizer:
+    """The tokenizer; without a padding token that the model knows end-of-text pads, else token 0 (no loss is on it)."""
+    folder = source.folder
     if folder is not None:
         # By name, because transformers makes up an empty tokenizer for some architectures.
         if not any((folder / name).exists() for name in TOKENIZERS):
-            raise BadInput(f"model.path={cfg.model.path}: the folder has no tokenizer ({', '.join(TOKENIZERS)})")
+            raise BadInput(f"{source.shown}: the folder has no tokenizer ({', '.join(TOKENIZERS)})")
         if not any(any(folder.glob(pattern)) for pattern in WEIGHTS):
-            raise BadInput(f"model.path={cfg.model.path}: the folder has no weights ({', '.join(WEIGHTS)})")
-    tokenizer = _from_pretrained(AutoTokenizer, cfg, "tokenizer")
+            raise BadInput(f"{source.shown}: the folder has no weights ({', '.join(WEIGHTS)})")
+    tokenizer = _from_pretrained(AutoTokenizer, source, "tokenizer")
     try:
         tokenizer("a text", add_special_tokens=False)
     except Exception as error:  # of any of three libraries
-        raise BadInput(f"model.path={cfg.model.path}: its tokenizer cannot encode a text ({reason(error)})") from error
+        raise BadInput(f"{source.shown}: its tokenizer cannot encode a text ({reason(error)})") from error
     padding = tokenizer.pad_token_id
     if padding is None or padding >= shape.get_text_config().vocab_size:
-        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
 
 
-def _check_weights(cfg: DictConfig) -> None:
+def _check_weights(source: Source) -> None:
     """Names and shapes of the weights, against config.json; nothing is loaded."""
-    path, revision = model_source(cfg)
+    path, shown = source.path, source.shown
     if os.path.exists(os.path.join(path, "adapter_config.json")):  # transformers would load what it points to
-        raise BadInput(f"model.path={cfg.model.path}: must be a whole model; adapter_config.json says it is an adapter")
-    shown = f"model.path={cfg.model.path}"
+        raise BadInput(f"{shown}: must be a whole model; adapter_config.json says it is an adapter")
     disable_progress_bar()
     try:
-        model = load_weights(path, revision, shown=shown, device_map="meta")
+        model = load_weights(path, source.revision, shown=shown, device_map="meta")
         check_files(Path(path), model, shown)
     except BadInput:
         raise
@@ -201,22 +229,12 @@ def _check_weights(cfg: DictConfig) -> None:
         enable_progress_bar()
 
 
-def _from_pretrained(kind: type, cfg: DictConfig, wanted: str) -> Any:
-    path, revision = model_source(cfg)
+def _from_pretrained(kind: type, source: Source, wanted: str) -> Any:
+    path = source.path
+    if path == "microworld" or (source.folder is None and path.startswith(("/", "./", "../", "~"))):
+        raise BadInput(f"{source.shown}: no such folder; must be a model folder or a name on the Hub")
     try:
-        return kind.from_pretrained(path, revision=revision, trust_remote_code=False)
+        return kind.from_pretrained(path, revision=source.revision, trust_remote_code=False)
     except Exception as error:  # what a damaged file raises is up to its format
-        place = "the folder has" if os.path.isdir(path) else "no such folder, and the Hub gave"
-        raise BadInput(f"model.path={cfg.model.path}: {place} no usable {wanted} ({reason(error)})") from error
-
-
-def _cut(shape: PretrainedConfig, layers: int) -> None:
-    """Keep the first decoder layers, also in the lists with an entry per layer that some configs have."""
-    text = shape.get_text_config()
-    full = text.num_hidden_layers
-    if layers > full:
-        raise BadInput(f"model.layers={layers}: must be at most {full}, the layers of the model")
-    text.num_hidden_layers = layers
-    for name, value in list(vars(text).items()):
-        if isinstance(value, list) and len(value) == full:
-            setattr(text, name, value[:layers])
+        place = "the folder has" if source.folder else "no such folder, and the Hub gave"
+        raise BadInput(f"{source.shown}: {place} no usable {wanted} ({reason(error)})") from error

@@ -15,14 +15,16 @@ On a CPU the marks are clock readings; on a GPU they are events in its own queue
 telling the spans apart makes no step slower.
 
 Memory. On a GPU the allocator's peak, reset per phase (`cuda_peak`); on a CPU exact live bytes
-(`live_tensors`) of one separate step (`training_memory`). FLOPs are counted, not estimated (`count_flops`).
+(`live_memory`) of one separate step. FLOPs are counted, not estimated (`flops`).
 """
 
 from __future__ import annotations
 
+import copy
+import logging
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,26 +33,26 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from harness.live_step import live_tensor_step, state_kept
-from harness.loss import batch_loss
-from harness.method import PRECISIONS, Method
-from harness.recipe import enable_activation_checkpointing, gradient_clipping, make_optimizer
+from harness.flops import count_flops
+from harness.live_memory import LiveTensors, step_memory
+from harness.method import PRECISIONS, Method, adapt
+from harness.recipe import enable_activation_checkpointing, gradient_clipping
 
 __all__ = [
     "CudaPeak",
     "Meter",
+    "Phases",
     "StepTime",
-    "count_flops",
-    "count_inference_flops",
     "cuda_peak",
-    "flop_formulas",
+    "initialization_memory",
+    "parts_of_peak",
     "process_rss_peak",
-    "training_memory",
-    "with_the_rest",
+    "training_cost",
 ]
+
+log = logging.getLogger("lors")
 
 
 @dataclass(frozen=True)
@@ -208,79 +210,85 @@ def cuda_peak(device: torch.device) -> Iterator[CudaPeak]:
         peak.reserved = torch.cuda.max_memory_reserved(device)
 
 
-def training_memory(model: nn.Module, batch: Mapping[str, Tensor], train_cfg: Any, method: Method) -> dict[str, Any]:
-    """Exact memory of one training step of `method`, by category; see `live_step.live_tensor_step`.
+class Phases:
+    """Time of the phases of a run.
+
+    Attributes:
+        seconds: By name of the phase.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds: dict[str, float] = {}
+        self._device = device
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[CudaPeak]:
+        """Time a phase, which may come in several parts, and measure its peak on a GPU."""
+        log.info("%s ...", name)
+        start = time.perf_counter()
+        with cuda_peak(self._device) as peak:
+            yield peak
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def initialization_memory(
+    method: Method, model: nn.Module, batches: Sequence[Mapping[str, Tensor]], seed: int, precision: str
+) -> int:
+    """Peak of live bytes while the method sets itself up, on a copy of the pruned model.
+
+    Args:
+        batches: Training batches; two are read, a third one would not raise the peak.
+    """
+    trial = copy.deepcopy(model)
+    live = LiveTensors()
+    live.count([*trial.parameters(), *trial.buffers()], "weights")
+    with live:
+        adapt(method, trial, batches[:2], seed, precision=precision)
+    return live.peak
+
+
+def training_cost(
+    model: nn.Module, batch: Mapping[str, Tensor], train_cfg: Any, method: Method
+) -> dict[str, dict[str, Any]]:
+    """Exact memory and FLOPs of one training step of `method`.
 
     Args:
         model: The adapted model; as it was afterwards, except that activation checkpointing is on if the
             recipe asks.
-        batch: One batch of the training, see `data.Collator`.
+        batch: One batch of the training, see `data.collator`.
         train_cfg: The recipe: precision, accumulation, clipping, activation checkpointing, optimizer.
         method: The method.
+
+    Returns:
+        ``memory``: see `live_memory.step_memory`; ``flops``: ``per_step``.
     """
     if train_cfg.activation_checkpointing:
         enable_activation_checkpointing(model)
-    with nullcontext() if method.costliest is None else method.costliest(model):
-        return live_tensor_step(
+    autocast, accumulation = PRECISIONS[train_cfg.precision].autocast, train_cfg.gradient_accumulation
+    with method.largest_step(model) or nullcontext():
+        memory = step_memory(
             model,
             batch,
-            lambda model: make_optimizer(model, train_cfg, method),
+            lambda model: method.optimizer(model, train_cfg),
             penalty=method.penalty,
-            accumulation=train_cfg.gradient_accumulation,
+            accumulation=accumulation,
             max_grad_norm=gradient_clipping(train_cfg, method),
-            autocast=PRECISIONS[train_cfg.precision].autocast,
+            autocast=autocast,
         )
+    flops = count_flops(model, batch, penalty=method.penalty, autocast=autocast)
+    return {"memory": memory, "flops": {"per_step": accumulation * flops}}
 
 
-def with_the_rest(breakdown: Mapping[str, int] | None, peak: int) -> dict[str, int] | None:
+def parts_of_peak(breakdown: Mapping[str, int] | None, peak: int) -> dict[str, int] | None:
     """The parts of a peak that an allocator reports: those of the counted step, and what they do not account for.
 
     Args:
-        breakdown: Bytes by category of one step of full rows, see `training_memory`.
+        breakdown: Bytes by category of one step of full rows, see `training_cost`.
         peak: Bytes of the allocator. Below the sum of the parts, as where no batch had full rows, nothing is known of
             them: None.
     """
     rest = peak - sum((breakdown or {}).values())
     return {**breakdown, "allocator": rest} if breakdown and rest >= 0 else None
-
-
-def count_flops(
-    model: nn.Module,
-    batch: Mapping[str, Tensor],
-    *,
-    penalty: Callable[[nn.Module], Tensor] | None = None,
-    autocast: bool = False,
-) -> int:
-    """FLOPs of the forward and backward pass of one micro-batch; a multiply-add is two.
-
-    Counted: matrix products and attention, wherever they run (custom autograd functions and recomputation
-        included);
-    attention counts in full although half of it is masked. Not counted: elementwise work, clipping and the
-    optimizer. The model is afterwards what it was.
-    """
-    device = next(model.parameters()).device
-    batch = {name: tensor.to(device) for name, tensor in batch.items()}
-    with state_kept(model):
-        model.train()
-        with _flop_counter() as counter:
-            batch_loss(model, batch, penalty=penalty, autocast=autocast).backward()
-    return counter.get_total_flops()
-
-
-def flop_formulas() -> Mapping[Any, Callable[..., int]]:
-    """FLOPs of an operation from its arguments and its result ``out_val``; operations not listed count nothing."""
-    return _flop_counter().flop_registry
-
-
-def count_inference_flops(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
-    """FLOPs of one forward pass without gradients, counted as in ``count_flops``."""
-    device = next(model.parameters()).device
-    inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask") if name in batch}
-    with state_kept(model), torch.no_grad():
-        model.eval()
-        with _flop_counter() as counter:
-            model(**inputs, use_cache=False)
-    return counter.get_total_flops()
 
 
 def process_rss_peak() -> int:
@@ -295,34 +303,3 @@ def process_rss_peak() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _flop_counter() -> FlopCounterMode:
-    return FlopCounterMode(display=False, custom_mapping=_ATTENTION)
-
-
-def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    """Scores and their product with the values: query B x H x n x d, key and value with H or fewer heads."""
-    return _scores_flops(query, key, query[-1]) + _scores_flops(query, key, value[-1])
-
-
-def _attention_backward_flops(grad_out: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    """The scores again, then the gradients of queries and keys, of scores and values."""
-    return 3 * _scores_flops(query, key, query[-1]) + 2 * _scores_flops(query, key, value[-1])
-
-
-def _scores_flops(query: Any, key: Any, width: int) -> int:
-    """One product between every query and every key, of inner size `width`, in each of the query's heads."""
-    batch, heads, queries, _ = query
-    return 2 * batch * heads * queries * key[-2] * width
-
-
-# torch has no formula for the attention kernel of CPUs, and 2.11 fails where keys have fewer heads than queries.
-_KERNELS = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
-_ATTENTION = {
-    **{getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}"): _attention_flops for kernel in _KERNELS},
-    **{
-        getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}_backward"): _attention_backward_flops
-        for kernel in _KERNELS
-    },
-}

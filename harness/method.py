@@ -1,8 +1,8 @@
 """What every fine-tuning method is to the harness: a PEFT config and the few things that a tuner cannot
 carry.
 
-A method of ``conf/method`` is a frozen ``Method`` built by Hydra. ``adapt`` turns the pruned model into one
-that trains, ``finish`` turns the trained one into the model that is scored. Both are the same for all
+Hydra builds a ``Method``, or a subclass of it, from a file of ``conf/method``. ``adapt`` turns the pruned model into
+one that trains, ``finish`` turns the trained one into the model that is scored. Both are the same for all
 methods, so that precision, freezing and the arithmetic of the merge cannot differ between the rows of a
 table.
 
@@ -10,7 +10,7 @@ W (out x in) is the pruned weight, M = (W != 0) its support, delta W the change 
 End states:
 
 ==========  =================================================================================================
-merged      the method's own merge; W' keeps the zeros of W if ``keeps_zeros``
+merged      the method's own merge; W' keeps the zeros of W if ``keep_zeros``
 dense       W' = W + delta W, the zeros are lost (LoRA, any method with ``method.peft.keep_zeros=false``)
 remasked    W' = M * (W + delta W), the zeros are kept but the function changes (likewise)
 adapter     delta W stays beside W (the same as it was trained: no zero is lost, nothing is merged)
@@ -22,9 +22,9 @@ Every merge runs in float32, one layer at a time, and is rounded once to the dty
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,21 +32,23 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND, AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, TrainerCallback
 
+from lors import initialize
 from lors.blocks import decoder_linears
 from lors.shared_weights import note_untied_head, untie_adapted
 
 __all__ = [
     "PRECISIONS",
     "VARIANTS",
+    "GradientInitialized",
     "Method",
     "Precision",
     "adapt",
     "finish",
-    "gradient_initialization",
     "tuner_config",
-    "without_values",
+    "wrap",
 ]
 
 VARIANTS = ("merged", "adapter", "remasked", "dense")
@@ -76,76 +78,124 @@ PRECISIONS: Mapping[str, Precision] = {
 }
 
 
-@dataclass(frozen=True)
 class Method:
-    """One fine-tuning method.
+    """One fine-tuning method. A subclass overrides what it does otherwise than a plain PEFT tuner with AdamW.
 
     Attributes:
         name: The name in tables; equal to that of its file in ``conf/method``.
-        peft: Config of the PEFT tuner that wraps the model; None for a method without adapter (``full``,
-            ``none``).
-        keeps_zeros: Whether the zeros of the pruned weight survive the method's merge. None: what
-            ``method.peft.keep_zeros`` says; a config without that field keeps them.
+        peft: Config of the PEFT tuner that wraps the model; None for a method without adapter.
+        keep_zeros: Whether the zeros of the pruned weight survive the method's merge.
         trains: False for the pruned model as it is.
-        prepare: ``prepare(model, batches, seed) -> model``, called once after the wrapping (LoRS reads a
-            gradient, SHiRA needs the support); without ``peft`` it replaces the wrapping (``full`` un-freezes
-            the weights). ``batches`` may be iterated more than once. Attribute ``reads_values`` of the function: it
-            only chooses initial values or ranks by the weights and the data, see ``without_values``.
-        optimizer: ``optimizer(model, train_cfg) -> torch.optim.Optimizer``; None for AdamW over all trainable
-            parameters.
-        callbacks: Further ``TrainerCallback`` objects; one that holds something from step to step has ``state_dict``
-            and ``load_state_dict``.
+        merges: End states to score, see the module's text; the first is the row itself, the others are its variants.
+        init_rows: Training rows that ``prepare`` gets; None: ``train.init_rows``.
+        max_grad_norm: In place of ``train.max_grad_norm``, for a method that prescribes its own clipping; 0: the
+            optimizer clips, the Trainer does not. None: as the recipe says.
         version: Raised by a fix that changes the numbers of the method; part of the keys of its runs.
-        penalty: ``penalty(model) -> scalar tensor`` added to the loss of every micro-batch.
-        merges: End states to score, see the module's text; the first is the row itself, the others are its
-            variants. None: ``merged`` if the zeros are kept, else those of LoRA (adapter, remasked, dense).
-        init_rows: Training rows that ``prepare`` reads; None: ``train.init_rows``.
-        max_grad_norm: In place of ``train.max_grad_norm``, for a method that prescribes its own clipping; 0:
-            the optimizer clips, the Trainer does not. None: as the recipe says.
-        counts: ``counts(model) -> dict``, called after the training: numbers of parameters that ``requires_grad``
-            does not tell (final ranks, everything that was trained over the run), for ``parameters`` of the result.
-        costliest: ``costliest(model) -> context`` in which a training step needs as much memory as any step of the
-            method does, for methods whose callbacks change what a step does.
     """
 
-    name: str
-    peft: PeftConfig | None = None
-    keeps_zeros: bool | None = None
-    trains: bool = True
-    prepare: Callable[..., nn.Module] | None = None
-    optimizer: Callable[..., torch.optim.Optimizer] | None = None
-    callbacks: tuple = ()
-    penalty: Callable[[nn.Module], Tensor] | None = None
-    merges: tuple[str, ...] | None = None
-    init_rows: int | None = None
-    max_grad_norm: float | None = None
-    counts: Callable[[nn.Module], dict[str, int]] | None = None
-    costliest: Callable[[nn.Module], AbstractContextManager] | None = None
-    version: int = 1
+    reads_rows = False
+    """Whether ``prepare`` looks at training rows."""
 
-    def __post_init__(self) -> None:
-        # Hydra hands over lists.
-        keeps = getattr(self.peft, "keep_zeros", None)
-        if self.keeps_zeros is None:
-            object.__setattr__(self, "keeps_zeros", keeps is not False)
-        elif keeps is not None and keeps != self.keeps_zeros:
-            raise ValueError(f"method.keeps_zeros={self.keeps_zeros}: contradicts method.peft.keep_zeros={keeps}")
-        if self.merges is None:
-            object.__setattr__(self, "merges", KEPT if self.keeps_zeros else LOST)
-        object.__setattr__(self, "merges", tuple(self.merges))
-        object.__setattr__(self, "callbacks", tuple(self.callbacks))
-        unknown = [variant for variant in self.merges if variant not in VARIANTS]
-        if unknown or not self.merges:
+    def __init__(
+        self,
+        name: str,
+        peft: PeftConfig | None = None,
+        *,
+        keep_zeros: bool | None = None,
+        trains: bool = True,
+        merges: Sequence[str] | None = None,
+        init_rows: int | None = None,
+        max_grad_norm: float | None = None,
+        version: int = 1,
+    ) -> None:
+        """A method from its file in ``conf/method``.
+
+        Args:
+            keep_zeros: None: what ``peft.keep_zeros`` says; a config without that field keeps them.
+            merges: None: ``merged`` if the zeros are kept, else those of LoRA (adapter, remasked, dense).
+
+        Raises:
+            ValueError: Arguments that contradict each other, or an unknown end state.
+        """
+        of_config = getattr(peft, "keep_zeros", None)
+        if None not in (keep_zeros, of_config) and keep_zeros != of_config:
+            raise ValueError(f"method.keep_zeros={keep_zeros}: contradicts method.peft.keep_zeros={of_config}")
+        if trains and peft is None and type(self).prepare is Method.prepare:
+            raise ValueError("trains=True: must be false for a method with neither peft nor a prepare of its own")
+        kept = keep_zeros if keep_zeros is not None else of_config is not False
+        merges = (KEPT if kept else LOST) if merges is None else tuple(merges)
+        unknown = [variant for variant in merges if variant not in VARIANTS]
+        if unknown or not merges:
             wrong = unknown[0] if unknown else "[]"
             raise ValueError(f"method.merges={wrong}: must be one or more of {', '.join(VARIANTS)}")
-        if self.trains and self.peft is None and self.prepare is None:
-            raise ValueError(f"method {self.name}: needs method.peft, method.prepare, or trains: false")
+        self.name, self.peft, self.keep_zeros, self.trains, self.merges = name, peft, kept, trains, merges
+        self.init_rows, self.max_grad_norm, self.version = init_rows, max_grad_norm, version
+
+    def prepare(self, model: nn.Module, batches: Iterable[Mapping[str, Tensor]] | None, seed: int) -> nn.Module:
+        """Set up the wrapped model (or, without ``peft``, the model itself), once, before the training.
+
+        Args:
+            model: Changed in place or replaced.
+            batches: Training batches, of which the first ``init_rows`` rows are made; they may be iterated more than
+                once. None where weights have no meaning or no values (simulation, benchmark): initial values and ranks
+                then stay those of the config.
+            seed: Seed of whatever is drawn.
+
+        Returns:
+            The model to train.
+        """
+        return model
+
+    def optimizer(self, model: nn.Module, train_cfg: Any) -> torch.optim.Optimizer:
+        """AdamW with one rate and one weight decay for all that is trainable.
+
+        Args:
+            model: The adapted model.
+            train_cfg: ``learning_rate``, ``betas``, ``weight_decay``.
+        """
+        return torch.optim.AdamW(
+            [parameter for parameter in model.parameters() if parameter.requires_grad],
+            lr=train_cfg.learning_rate,
+            betas=tuple(train_cfg.betas),
+            weight_decay=train_cfg.weight_decay,
+        )
+
+    def callbacks(self) -> list[TrainerCallback]:
+        """New callbacks of one training; one that holds something from step to step has ``state_dict`` and
+        ``load_state_dict``."""
+        return []
+
+    def penalty(self, model: nn.Module) -> Tensor | None:
+        """A scalar that is added to the loss of every step; None: nothing is."""
+        return None
+
+    def counts(self, model: nn.Module) -> dict[str, int]:
+        """Numbers of parameters after the training that ``requires_grad`` does not tell, for ``parameters`` of the
+        result: final ranks, everything that was trained over the run."""
+        return {}
+
+    def largest_step(self, model: nn.Module) -> AbstractContextManager | None:
+        """Context in which a step needs as much memory as any step of the method does, for methods whose callbacks
+        change what a step does; None: every step needs the same."""
+        return None
+
+
+class GradientInitialized(Method):
+    """LoRS: A is taken from the gradient of the full weights, unless its config asks for another start."""
+
+    reads_rows = True
+
+    def prepare(self, model: nn.Module, batches: Iterable[Mapping[str, Tensor]] | None, seed: int) -> nn.Module:
+        """See `lors.initialize`."""
+        if batches is None or self.peft.init != "gradient":
+            return model
+        return initialize(model, tqdm(batches, desc="init", unit="batch"), seed=seed)
 
 
 def adapt(
     method: Method,
     model: PreTrainedModel,
-    batches: Iterable[Mapping[str, Tensor]] = (),
+    batches: Iterable[Mapping[str, Tensor]] | None = None,
     seed: int = 0,
     *,
     precision: str = "float32",
@@ -155,8 +205,7 @@ def adapt(
     Args:
         method: The method.
         model: The pruned model, in the ``base`` format of the precision.
-        batches: Training batches (input_ids, attention_mask, labels) that ``method.prepare`` may read, more
-            than once.
+        batches: Training batches (input_ids, attention_mask, labels) for ``method.prepare``.
         seed: Seed of the initial values.
         precision: A key of ``PRECISIONS``.
 
@@ -168,23 +217,28 @@ def adapt(
         ValueError: The config does not fit the model (raised by PEFT or by the tuner).
         RuntimeError: Nothing is trainable, or an adapter method trains a weight of the base model.
     """
-    formats = PRECISIONS[precision]
+    adapted = wrap(method, model, seed, precision=precision)
+    if not method.trains:
+        return adapted
+    device = next(model.parameters()).device.type
+    with torch.autocast(device, torch.bfloat16, enabled=PRECISIONS[precision].autocast):
+        adapted = method.prepare(adapted, batches, seed)
+    _check_freezing(method, adapted)
+    return adapted
+
+
+def wrap(method: Method, model: PreTrainedModel, seed: int = 0, *, precision: str = "float32") -> nn.Module:
+    """The first half of `adapt`: the frozen model with the PEFT tuner of the method, before ``method.prepare``."""
     model.requires_grad_(False)
     if not method.trains:
         return model
+    trainable = PRECISIONS[precision].trainable
     torch.manual_seed(seed)
-    adapted = model
-    if method.peft is not None:
-        # PEFT's default would make some adapters float32 and leave others in the format of the base weight.
-        adapted = get_peft_model(model, tuner_config(method, model), autocast_adapter_dtype=False)
-        _cast_trainable(adapted, formats.trainable)
-    else:
-        model.to(formats.trainable)
-    if method.prepare is not None:
-        device = next(model.parameters()).device.type
-        with torch.autocast(device, torch.bfloat16, enabled=formats.autocast):
-            adapted = method.prepare(adapted, batches, seed)
-    _check_freezing(method, adapted)
+    if method.peft is None:
+        return model.to(trainable)
+    # PEFT's default would make some adapters float32 and leave others in the format of the base weight.
+    adapted = get_peft_model(model, tuner_config(method, model), autocast_adapter_dtype=False)
+    _cast_trainable(adapted, trainable)
     return adapted
 
 
@@ -240,34 +294,6 @@ def finish(
     if variant == "remasked":
         _apply_supports(result, supports)
     return result.requires_grad_(False).eval()
-
-
-def gradient_initialization(
-    model: nn.Module, batches: Iterable[Mapping[str, Tensor]], seed: int, **options: Any
-) -> nn.Module:
-    """``Method.prepare`` of LoRS: take A from the gradient of the full weights, unless the config asks for
-    another start.
-
-    Args:
-        model: A model wrapped by ``LorsModel``.
-        batches: The batches whose gradient is taken.
-        seed: Seed of the randomised singular value decomposition.
-        options: Passed on to ``lors.initialize``.
-    """
-    from lors import initialize
-
-    if model.peft_config["default"].init != "gradient":
-        return model
-    return initialize(model, batches, seed=seed, **options)
-
-
-gradient_initialization.reads_values = True
-
-
-def without_values(method: Method) -> Method:
-    """The method for weights that mean nothing: initial values and ranks are those of its config."""
-    prepare = getattr(method.prepare, "func", method.prepare)
-    return replace(method, prepare=None) if getattr(prepare, "reads_values", False) else method
 
 
 def _cast_trainable(model: nn.Module, dtype: torch.dtype) -> None:

@@ -10,38 +10,29 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from functools import cached_property
+from collections.abc import Callable
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
+from harness.environment import default_device
 from harness.evaluate import evaluate
-from harness.identity import digest, version_of, with_fingerprints
-from harness.inputs import Inputs, model_source
+from harness.identity import digest, version_of
+from harness.inputs import Inputs, Source
 from harness.method import PRECISIONS
 from harness.pruned_cache import pruned_checkpoint
-from harness.shared import made_once
-from harness.store import cache_directory
+from harness.store import computed_once
 from harness.weights import load_weights
-from lors.blocks import decoder_linears
 from lors.pruning import prune_model
-from lors.sparsity import random_support
 
-__all__ = ["Models", "default_device", "random_model"]
-
-NO_ZERO = 1e-3
+__all__ = ["Models"]
 
 log = logging.getLogger("lors")
-
-
-def default_device() -> torch.device:
-    """The GPU if there is one, else the CPU; CUDA_VISIBLE_DEVICES="" hides a GPU."""
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
 class Models:
@@ -56,32 +47,40 @@ class Models:
         self.cfg = cfg
         self.inputs = inputs
         self.dtype = PRECISIONS[cfg.train.precision].base
-        self.cache = cache_directory(cfg)
-        self.pruned_folder: Path | None = None  # None as long as nothing is pruned
+        self.cache = Path(cfg.cache_root)
 
-    def dense(self, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+    def pruned(self) -> Source:
+        """Where the model to fine-tune is; the model is pruned first unless it is in the cache."""
+        if self.cfg.prune.name == "none":
+            return self.inputs.source
+        folder = pruned_checkpoint(self.cache / "pruned", self.pruned_key, self._prune)
+        return Source(str(folder), None, str(folder), folder)
+
+    def _dense(self, dtype: torch.dtype | str) -> PreTrainedModel:
         """The model as it comes, on the device of the run; ``"auto"`` keeps the format of the file."""
-        path, revision = model_source(self.cfg)
-        return _load(path, dtype or self.dtype, revision)
+        source = self.inputs.source
+        return load_weights(source.path, source.revision, shown=source.shown, dtype=dtype)
 
-    def prune(self) -> None:
-        """Make sure that the pruned model is in the cache."""
-        if self.cfg.prune.name != "none":
-            self.pruned_folder = pruned_checkpoint(self.cache / "pruned", self.pruned_key, self._prune)
-
-    def pruned(self) -> PreTrainedModel:
-        """The model to fine-tune, in the ``base`` format of the precision; call ``prune`` first."""
-        return self.dense() if self.pruned_folder is None else _load(str(self.pruned_folder), self.dtype)
-
-    def scores(self, which: str, model: PreTrainedModel | None = None) -> dict[str, Any]:
-        """Scores of the ``dense`` or the ``pruned`` model, from the cache if they were ever computed with
-        this config.
+    def baselines(self, model: PreTrainedModel, sparsity: float) -> dict[str, Any]:
+        """Scores of the pruned model and of what it was made from, which of one that comes sparse nobody knows.
 
         Args:
-            which: dense or pruned.
-            model: That model, if it is loaded already.
+            model: The pruned model.
+            sparsity: Its share of zeros.
+
+        Returns:
+            ``pruned`` and ``dense``: see `evaluate.evaluate`; ``dense`` may be None.
         """
-        settings = {key: value for key, value in self.sources["eval"].items() if key not in ("name", "baselines")}
+        unpruned = self.cfg.prune.name == "none"
+        loaders = {"dense": (lambda: model) if unpruned else partial(self._dense, self.dtype), "pruned": lambda: model}
+        scored = ["dense", "pruned"] if not unpruned or sparsity == 0 else ["pruned"]
+        return {"dense": None} | {which: self._scores(which, loaders[which]) for which in scored}
+
+    def _scores(self, which: str, load: Callable[[], PreTrainedModel]) -> dict[str, Any]:
+        """Scores of the ``dense`` or the ``pruned`` model, from the cache if they were ever computed with this
+        config."""
+        sources = self.inputs.sources["eval"]
+        settings = {key: value for key, value in sources.items() if key not in ("name", "baselines")}
         key = digest(
             {
                 "stages": {stage: version_of(stage) for stage in ("evaluate", "microworld")},
@@ -95,19 +94,13 @@ class Models:
 
         def compute() -> dict[str, Any]:
             log.info("scores of the %s model: not in the cache, computed now", which)
-            loaded = model if model is not None else self.dense() if which == "dense" else self.pruned()
-            return evaluate(loaded, self.inputs.tokenizer, self.cfg.eval)
+            return evaluate(load(), self.inputs.tokenizer, self.cfg.eval, self.inputs.windows)
 
-        return made_once(self.cache / "scores" / f"{key}.sealed", compute)
-
-    @cached_property
-    def sources(self) -> dict[str, Any]:
-        """The config with fingerprints in place of paths; once, because it reads every byte of a local model."""
-        return with_fingerprints(self.cfg)
+        return computed_once(self.cache / "scores" / f"{key}.sealed", compute)
 
     @cached_property
     def dense_key(self) -> str:
-        return digest([self.sources["model"]["path"], self.sources["model"]["revision"]])
+        return digest([self.inputs.sources["model"]["path"], self.inputs.sources["model"]["revision"]])
 
     @cached_property
     def pruned_key(self) -> str:
@@ -129,7 +122,7 @@ class Models:
         }
 
     def _prune(self) -> PreTrainedModel:
-        model = self.dense("auto")
+        model = self._dense("auto")
         calibration = self.inputs.calibration
         prune_model(
             model,
@@ -140,25 +133,3 @@ class Models:
             **self._options(),
         )
         return model
-
-
-def random_model(
-    shape: PretrainedConfig, dtype: torch.dtype, sparsity: float, pattern: str, seed: int
-) -> PreTrainedModel:
-    """A model with random weights and exactly this sparsity in its decoder linears, on the device of the run.
-
-    It is made on the CPU, so that a seed means the same weights everywhere.
-    """
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(shape, dtype=dtype, trust_remote_code=False).eval()
-    if sparsity > 0:
-        generator = torch.Generator().manual_seed(seed)
-        for linear in tqdm(decoder_linears(model).values(), desc="random sparsity", unit="layer"):
-            M = random_support(tuple(linear.weight.shape), sparsity, pattern, generator)  # out x in
-            # A weight that was drawn as zero, as half precision does now and then, would count as pruned.
-            linear.weight.data.masked_fill_(linear.weight == 0, NO_ZERO).mul_(M)
-    return model.to(default_device())
-
-
-def _load(path: str, dtype: torch.dtype | str, revision: str | None = None) -> PreTrainedModel:
-    return load_weights(path, revision, shown=path, dtype=dtype).to(default_device()).eval()

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from harness.corpora import MICROWORLD, read_rows, require_text, texts, wikitext_rows
 from harness.errors import BadInput
 
-__all__ = ["perplexity", "perplexity_text", "text_windows"]
+__all__ = ["perplexity", "perplexity_windows"]
 
 WIKITEXT = "wikitext"
 KEY = "eval.perplexity.text"
@@ -33,52 +33,44 @@ TOKENS_AT_ONCE = 4096  # per forward pass; bounds the logits of a large vocabula
 LOSS_DIGITS = 6  # of a window, in nats
 
 
-def perplexity_text(source: str, data_root: str | None = None, boundary: str = "\n\n") -> str:
-    """The text whose perplexity is measured.
-
-    Args:
-        source: ``microworld`` (its held-out documents), ``wikitext`` (WikiText-2 raw, test split), or a text
-            source as in `corpora.texts`.
-        data_root: Folder with ``wikitext/test.jsonl`` (column `page`); None takes WikiText-2 from the Hub.
-        boundary: What stands between two documents of the microworld; its model has seen EOS BOS.
-
-    Raises:
-        BadInput: No such source, or a malformed one.
-    """
-    if source == WIKITEXT and data_root is not None:
-        file = str(Path(data_root) / WIKITEXT / "test.jsonl")
-        rows = read_rows(file, key=KEY)
-        pages = [require_text(row, "page", number, file, KEY) for number, row in enumerate(rows, start=1)]
-        documents = wikitext_rows(pages)
-    elif source == WIKITEXT:
-        try:
-            documents = list(texts(source, key=KEY))
-        except BadInput as error:
-            raise BadInput(f"{error}; eval.data_root=FOLDER works without them") from error
-    else:
-        documents = list(texts(source, split="heldout" if source == MICROWORLD else "test", key=KEY))
-    return (boundary if source == MICROWORLD else "\n\n").join(documents)
-
-
-def text_windows(tokenizer: Tokenizer, text: str, window: int, add_bos_token: bool) -> LongTensor:
-    """The tokens of a text in windows, N x L; see the module's text.
+def perplexity_windows(tokenizer: Tokenizer, eval_cfg: Any) -> LongTensor:
+    """The tokens of the text in windows, N x L; see the module's text.
 
     Args:
         tokenizer: The model's.
-        text: The documents, already joined.
-        window: L, in tokens.
-        add_bos_token: Put one BOS in front of the whole text.
+        eval_cfg: ``perplexity.text`` (``microworld``: its held-out documents, ``wikitext``: WikiText-2 raw, test split,
+            or a text source as in `corpora.texts`), ``perplexity.window`` (L, in tokens), ``data_root`` (a folder with
+            ``wikitext/test.jsonl``, column `page`; None takes WikiText-2 from the Hub), ``add_bos_token`` (one BOS in
+            front of the whole text).
 
     Raises:
-        BadInput: The text is shorter than one window.
+        BadInput: No such source, a malformed one, or one that is shorter than one window.
     """
+    source, window = eval_cfg.perplexity.text, eval_cfg.perplexity.window
+    between = "\n\n"
+    if source == MICROWORLD:
+        between = f"{tokenizer.eos_token or ''}{tokenizer.bos_token or ''}" or between
+    text = between.join(_documents(source, eval_cfg.data_root))
     ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
-    if add_bos_token and tokenizer.bos_token_id is not None:
+    if eval_cfg.add_bos_token and tokenizer.bos_token_id is not None:
         ids = [tokenizer.bos_token_id, *ids]
     count = len(ids) // window
     if count == 0:
         raise BadInput(f"eval.perplexity.window={window}: must be at most {len(ids)}, the tokens of the text")
     return torch.tensor(ids[: count * window]).view(count, window)
+
+
+def _documents(source: str, data_root: str | None) -> list[str]:
+    if source == WIKITEXT and data_root is not None:
+        file = str(Path(data_root) / WIKITEXT / "test.jsonl")
+        rows = read_rows(file, key=KEY)
+        return wikitext_rows(require_text(row, "page", number, file, KEY) for number, row in enumerate(rows, start=1))
+    try:
+        return list(texts(source, split="heldout" if source == MICROWORLD else "test", key=KEY))
+    except BadInput as error:
+        if source == WIKITEXT:
+            raise BadInput(f"{error}; eval.data_root=FOLDER works without them") from error
+        raise
 
 
 @torch.no_grad()
@@ -87,7 +79,7 @@ def perplexity(model: nn.Module, windows: LongTensor, *, progress: bool = True) 
 
     Args:
         model: A causal language model in evaluation mode, on its device.
-        windows: The text, see `text_windows`.
+        windows: The text, see `perplexity_windows`.
         progress: Show a progress bar.
 
     Returns:

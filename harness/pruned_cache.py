@@ -15,13 +15,14 @@ import json
 import logging
 import os
 import re
-import shutil
 import stat
 from collections.abc import Callable
 from pathlib import Path
 
 from filelock import FileLock
 from transformers import PreTrainedModel
+
+from harness.store import remove
 
 log = logging.getLogger("lors")
 
@@ -73,18 +74,6 @@ def pruned_checkpoint(directory: str | Path, key: str, build: Callable[[], PreTr
             remove(partial)  # on a full disk it would be in the way of everything else
             raise
     return folder
-
-
-def remove(path: Path) -> None:
-    """Delete a file, a folder, or a link but not what it leads to, if there is one.
-
-    Raises:
-        OSError: It cannot be deleted.
-    """
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _damage(folder: Path) -> str | None:

@@ -1,6 +1,14 @@
-"""The training recipe that all methods share: AdamW, a cosine with a floor, activation checkpointing.
+"""The training recipe that all methods share: loss, AdamW with a cosine that has a floor, activation checkpointing.
 
-With peak rate a, floor b, w warm-up steps and T steps, step t = 0 .. T - 1 uses
+Loss. Mean cross entropy per target token over all micro-batches of a step. For logits z (B x T x V) and labels y
+(B x T), position t predicts y[t + 1]:
+
+    loss = - sum over targets of log softmax(z[t])[y[t + 1]] / number of targets in the step
+
+Dividing by the targets of the whole step, not of the micro-batch, makes gradient accumulation exact when rows
+differ in length. The logits are float32 before the softmax, whatever the precision of the model.
+
+Rate. With peak rate a, floor b, w warm-up steps and T steps, step t = 0 .. T - 1 uses
 
     t < w:   a (t + 1) / (w + 1)
     else:    b + (a - b) (1 + cos(pi (t - w) / (T - 1 - w))) / 2
@@ -10,61 +18,71 @@ so that no step has rate 0, the peak follows the warm-up and the last step has e
 
 from __future__ import annotations
 
+import gc
 import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from harness.data import IGNORED
 from harness.method import Method
+from lors.randomness import modes_kept, random_state_kept
 
 __all__ = [
-    "check_length",
+    "batch_loss",
+    "causal_lm_loss",
     "cosine_with_floor",
     "enable_activation_checkpointing",
     "gradient_clipping",
-    "make_optimizer",
+    "state_kept",
+    "target_count",
 ]
 
 
-def check_length(train_cfg: Any, rows: int) -> None:
-    """See that a training has an end and at least one step.
+def target_count(labels: Tensor) -> Tensor:
+    """Number of targets in labels of B x T; the first position is none, nothing predicts it."""
+    return labels[:, 1:].ne(IGNORED).sum()
+
+
+def causal_lm_loss(logits: Tensor, labels: Tensor, targets: Tensor | int) -> Tensor:
+    """Cross entropy summed over the targets of this micro-batch, divided by `targets` of the whole step.
 
     Args:
-        train_cfg: ``steps``, or ``epochs`` where that is None.
-        rows: Number of training rows.
-
-    Raises:
-        ValueError: It does not.
+        logits: B x T x V.
+        labels: B x T token ids, ``IGNORED`` where there is no target.
+        targets: Number of targets in the step.
     """
-    steps, epochs = train_cfg.steps, train_cfg.epochs
-    if rows < 1:
-        raise ValueError("the training data has no row")
-    if steps is not None and (not isinstance(steps, int) or steps < 1):
-        raise ValueError(f"train.steps={steps}: must be a whole number >= 1")
-    if steps is None and (epochs is None or not 0 < epochs * rows < math.inf):
-        raise ValueError(f"train.epochs={epochs}: must be a finite number > 0")
+    # The labels are shifted, not the logits: a slice of the logits would have to be copied to be flattened.
+    following = F.pad(labels[:, 1:], (0, 1), value=IGNORED)  # B x T
+    flat = logits.float().view(-1, logits.shape[-1])  # B T x V
+    return F.cross_entropy(flat, following.flatten(), ignore_index=IGNORED, reduction="sum") / targets
 
 
-def make_optimizer(model: nn.Module, train_cfg: Any, method: Method) -> torch.optim.Optimizer:
-    """The method's own optimizer, or AdamW with one rate and one weight decay for all that is trainable.
+def batch_loss(
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    *,
+    micro_batches: int = 1,
+    penalty: Callable[[nn.Module], Tensor | None] | None = None,
+    autocast: bool = False,
+) -> Tensor:
+    """Loss of one of `micro_batches` equal micro-batches, as the Trainer computes it, for a step made outside
+    of it.
 
-    Args:
-        model: The adapted model.
-        train_cfg: ``learning_rate``, ``betas``, ``weight_decay``.
-        method: The method.
+    Autocast covers the forward pass alone and the logits leave it in float32, as under accelerate.
     """
-    if method.optimizer is not None:
-        return method.optimizer(model, train_cfg)
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(
-        trainable,
-        lr=train_cfg.learning_rate,
-        betas=tuple(train_cfg.betas),
-        weight_decay=train_cfg.weight_decay,
-    )
+    labels = batch["labels"]
+    with torch.autocast(labels.device.type, torch.bfloat16, enabled=autocast):
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    loss = causal_lm_loss(logits, labels, micro_batches * target_count(labels))
+    extra = penalty(model) if penalty else None
+    return loss if extra is None else loss + extra / micro_batches
 
 
 def gradient_clipping(train_cfg: Any, method: Method) -> float | None:
@@ -105,3 +123,24 @@ def enable_activation_checkpointing(model: nn.Module) -> None:
         base.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
     else:  # its name in older transformers
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
+@contextmanager
+def state_kept(model: nn.Module) -> Iterator[None]:
+    """Undo, bit for bit, what a step changes: trained parameters, buffers, gradients, modes, random state."""
+    changed = [p for p in model.parameters() if p.requires_grad] + list(model.buffers())
+    values = [(tensor.detach().clone(), tensor._version) for tensor in changed]
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    for parameter, _ in gradients:
+        parameter.grad = None
+    gc.collect()  # so that leftovers of earlier work are not freed in the middle of a count
+    try:
+        with random_state_kept(), modes_kept(model):
+            yield
+    finally:
+        with torch.no_grad():
+            for tensor, (value, version) in zip(changed, values, strict=True):
+                if tensor._version != version:  # a write would tell a cache of something made from it to start anew
+                    tensor.copy_(value)
+        for parameter, gradient in gradients:
+            parameter.grad = gradient

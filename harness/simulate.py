@@ -1,8 +1,8 @@
 """Peak memory and FLOPs of one training step without a byte of it: ``mode=simulate``.
 
 Model, adapters, gradients and optimizer are fake tensors: shapes, types and storages without memory. The step is that
-of a training, line for line (`live_step.training_step`), under the same ledger that measures real steps on a CPU
-(`live_tensors`), so every method, precision, rank, accumulation and checkpointing is simulated by running it.
+of a training, line for line (`live_memory.training_step`), under the same ledger that measures real steps on a CPU, so
+every method, precision, rank, accumulation and checkpointing is simulated by running it.
 
 What is assumed:
 
@@ -10,8 +10,8 @@ Values. Whatever the step reads out of a tensor (the step counter of AdamW, a ch
 whole number is refused, because a size may depend on it. Rows fill the batch, so attention is causal and needs no
 mask, as in mode=profile. A ``prepare`` that only chooses initial values or ranks by values is skipped, so that GeLoRA
 has the ranks of its config; every other one runs, and reads ones off the model.
-Memory is that of the step of the method that needs most (``Method.costliest``), FLOPs are those of an ordinary one. The
-optimizer has its state; what a layer keeps for itself from its first step on counts as an activation.
+Memory is that of the step of the method that needs most (``Method.largest_step``), FLOPs are those of an ordinary one.
+The optimizer has its state; what a layer keeps for itself from its first step on counts as an activation.
 
 Kernels. Fake tensors live on the CPU. For ``simulate.device=cuda`` the optimizer works on lists of tensors at once, as
 PyTorch does there (its temporaries are as large as what is trained), and sizes are rounded up to the allocator's blocks
@@ -31,7 +31,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -42,41 +41,30 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from harness.errors import BadInput
-from harness.live_step import count_model, count_optimizer, gradients_counted, training_step
-from harness.live_tensors import LiveTensors, Peak, Sharding
-from harness.meter import flop_formulas
-from harness.method import PRECISIONS, Method, adapt, without_values
+from harness.flops import flop_formulas
+from harness.live_memory import (
+    LiveTensors,
+    Peak,
+    Sharding,
+    count_model,
+    count_optimizer,
+    gradients_counted,
+    training_step,
+)
+from harness.method import PRECISIONS, Method, wrap
 from harness.module_trace import ModuleTrace, module_names, without_index
-from harness.recipe import enable_activation_checkpointing, gradient_clipping, make_optimizer
+from harness.recipe import enable_activation_checkpointing, gradient_clipping
 from harness.result import count_parameters
 from lors import compress
 from lors.blocks import decoder_blocks
 
-__all__ = ["check_simulated", "simulate"]
+__all__ = ["simulate"]
 
 # Bytes that the allocator of a device rounds up to.
 BLOCK = {"cpu": 1, "cuda": 512}
-# PEFT type -> why its step cannot be run without values.
-NEEDS_VALUES = {
-    "SHIRA": "torch has no backward pass of sparse tensors without them",
-}
 # An attention that transformers makes no mask for, because it does not know it.
 UNMASKED = "sdpa_of_full_rows"
 AttentionInterface.register(UNMASKED, sdpa_attention_forward)
-
-
-def check_simulated(method: Method) -> None:
-    """Refuse what cannot run on fake tensors.
-
-    Raises:
-        BadInput: A method that does not train, or whose step needs values.
-    """
-    if not method.trains:
-        raise BadInput(f"method={method.name}: must be one that trains in mode=simulate")
-    reason = None if method.peft is None else NEEDS_VALUES.get(method.peft.peft_type.value)
-    if reason is not None:
-        raise BadInput(f"method={method.name}: must be one whose step needs no values in mode=simulate; {reason}")
 
 
 def simulate(cfg: DictConfig, method: Method, shape: PretrainedConfig) -> dict[str, dict[str, Any]]:
@@ -97,11 +85,13 @@ def simulate(cfg: DictConfig, method: Method, shape: PretrainedConfig) -> dict[s
     trace = ModuleTrace()
     live = LiveTensors(block=BLOCK[device], running=trace)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    model = _ready(_shapes(cfg, method, shape), method, train, mode)
+    model = _shapes(cfg, method, shape)
+    model = _ready(model, method, train, mode)
+    names = module_names(model)
     with mode, _ReadsAsOne():
-        optimizer = _with_state(make_optimizer(model, train, method), on_lists=device == "cuda")
-        names = module_names(model)
+        optimizer = _with_state(method.optimizer(model, train), on_lists=device == "cuda")
         batch = _full_rows(train.batch_size, train.sequence_length)
+        sharding = Sharding(shards, _gathered(model, names, shards))
         count_model(live, model, names)
         count_optimizer(live, optimizer)
         live.count(batch.values(), "other")
@@ -120,16 +110,17 @@ def simulate(cfg: DictConfig, method: Method, shape: PretrainedConfig) -> dict[s
             )
 
         with ExitStack() as contexts:
-            if method.costliest is not None:
+            largest = method.largest_step(model)
+            if largest is not None:
                 with _Flops(apart := LiveTensors()) as flops:  # not entered, it only knows the phase
                     step(apart)
-                contexts.enter_context(method.costliest(model))
+                contexts.enter_context(largest)
             for context in (trace.of(names), gradients_counted(live, model), live):
                 contexts.enter_context(context)
-            if method.costliest is None:
+            if largest is None:
                 flops = contexts.enter_context(_Flops(live))
             saved = step(live)
-    peak = live.at_peak(Sharding(shards, _gathered(model, names, shards)))
+    peak = live.at_peak(sharding)
     memory = {
         "kind": "simulated",
         "device": device,
@@ -154,7 +145,7 @@ def _shapes(cfg: DictConfig, method: Method, shape: PretrainedConfig) -> nn.Modu
             model.set_attn_implementation(UNMASKED)
         if method.peft is None:
             return model.requires_grad_(False).to(formats.trainable)
-        model = adapt(replace(method, prepare=None), model, precision=cfg.train.precision)
+        model = wrap(method, model, precision=cfg.train.precision)
         storage = getattr(method.peft, "storage", "dense")
         if storage != "dense":
             compress(model, storage, sparsity=cfg.sparsity, pattern=cfg.pattern)
@@ -165,13 +156,10 @@ def _ready(model: nn.Module, method: Method, train_cfg: Any, mode: FakeTensorMod
     """The model of `_shapes` on fake tensors, set up by the method, as a training begins with it."""
     with mode:
         _materialise(model)
-        batches = [_full_rows(train_cfg.batch_size, train_cfg.sequence_length)]
-    prepare = without_values(method).prepare
-    if prepare is not None:
-        # Outside of the mode what it draws has values, a choice of layers for example; the model stays as it is.
-        autocast = torch.autocast("cpu", torch.bfloat16, enabled=PRECISIONS[train_cfg.precision].autocast)
-        with autocast, _ReadsAsOne(whole_numbers=True):
-            model = prepare(model, batches, 0)
+    # Outside of the mode what it draws has values, a choice of layers for example; the model stays as it is.
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=PRECISIONS[train_cfg.precision].autocast)
+    with autocast, _ReadsAsOne(whole_numbers=True):
+        model = method.prepare(model, None, 0)
     if train_cfg.activation_checkpointing:
         enable_activation_checkpointing(model)
     return model.train()
@@ -274,7 +262,7 @@ class _ReadsAsOne(TorchDispatchMode):
 
 
 class _Flops(TorchDispatchMode):
-    """Counts as `meter.count_flops` does, without its hooks, which hold gradients for longer than a training does."""
+    """Counts as `flops.count_flops` does, without its hooks, which hold gradients for longer than a training does."""
 
     def __init__(self, live: LiveTensors) -> None:
         super().__init__()

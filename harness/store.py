@@ -16,27 +16,25 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
 from harness.errors import BadInput, one_line
-from harness.identity import run_key
+from harness.identity import raised_versions, run_key
 
 __all__ = [
     "Busy",
     "Damaged",
     "RunStore",
     "atomically",
-    "cache_directory",
     "check_writable",
+    "computed_once",
     "read_result",
-    "read_sealed",
     "remove",
-    "write_sealed",
     "writing",
 ]
 
@@ -47,6 +45,8 @@ PROBE = 2**16
 LOCK, RESULT, REPEAT = ".lock", "result.json", ".repeat"
 TEMPORARY = ".*.tmp"
 STATUSES = ("ok", "failed", "oom")
+SEAL = 65  # bytes: 64 hexadecimal digits and the end of the line
+Content = TypeVar("Content")
 
 
 class Busy(Exception):  # noqa: N818 - named for what happened
@@ -57,32 +57,27 @@ class Damaged(ValueError):  # noqa: N818 - named for what happened
     """A file is not what was written; the message is one line that names it."""
 
 
-def cache_directory(cfg: DictConfig) -> Path:
-    """Where pruned models and baseline scores are kept: ``cache_root``, else the user's cache folder."""
-    if cfg.cache_root is not None:
-        return Path(cfg.cache_root).expanduser().absolute()
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "lors"
-
-
 class RunStore:
     """One run folder.
 
     Args:
         directory: The folder; created when something is written.
         key: Key of the run; the name of the folder unless it is given.
+        stages: Versions above 1 that are part of the key, see `identity.raised_versions`.
     """
 
-    def __init__(self, directory: Path, key: str | None = None) -> None:
+    def __init__(self, directory: Path, key: str | None = None, stages: Mapping[str, int] | None = None) -> None:
         self.directory = directory
         self.key = key or directory.name
+        self.stages = stages or {}
         self.parts = directory / "parts"
         self.result_file = directory / RESULT
 
     @classmethod
     def of(cls, cfg: DictConfig) -> RunStore:
         """The folder of the run of a resolved config."""
-        return cls(Path(cfg.runs_root).expanduser() / cfg.name / run_key(cfg))
+        directory = Path(cfg.runs_root).expanduser() / cfg.name / run_key(cfg)
+        return cls(directory, stages=raised_versions(cfg.mode, cfg.prune.name))
 
     def result(self) -> dict[str, Any] | None:
         """The result; None if the run has written none, or, with a line of warning, if the file is damaged."""
@@ -116,20 +111,22 @@ class RunStore:
         except FileNotFoundError:
             return False
 
-    def attempt(self, force: bool) -> RunStore:
+    def attempt(self, cfg: DictConfig) -> RunStore:
         """The folder in which the run is made now, rid of what kills have left there; hold the lock.
 
-        It is this one, or ``.repeat`` below it if a good result is here. With `force` nothing of an earlier start is
-        taken over, but for that of an interrupted start with `force`.
+        It is this one, or ``.repeat`` below it if a good result is here; ``config.yaml`` is written. With ``force``
+        nothing of an earlier start is taken over, but for that of an interrupted start with ``force``.
         """
         good = self._is_good()
         attempt = RunStore(self.directory / REPEAT, self.key) if good else self
-        if force and not (attempt.parts / "forced.json").exists():
+        if cfg.force and not (attempt.parts / "forced.sealed").exists():
             attempt.clear()
             attempt.once("forced", lambda: True)
         attempt.directory.mkdir(parents=True, exist_ok=True)
         for leftover in attempt.directory.glob(TEMPORARY):
             remove(leftover)
+        with writing("runs_root", attempt.directory):
+            write_text(attempt.directory / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
         return attempt
 
     def accept(self, attempt: RunStore) -> None:
@@ -160,21 +157,17 @@ class RunStore:
         with writing("runs_root", self.directory):
             value = _finite({**{name: item for name, item in result.items() if name != "sha256"}, "key": self.key})
             write_json(self.result_file, {**value, "sha256": content_digest(value)})
-        (self.parts / "forced.json").unlink(missing_ok=True)
-
-    def write_config(self, cfg: DictConfig) -> None:
-        """Write ``config.yaml``, resolved."""
-        with writing("runs_root", self.directory):
-            write_text(self.directory / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+        (self.parts / "forced.sealed").unlink(missing_ok=True)
 
     def once(self, part: str, compute: Callable[[], Any]) -> Any:
         """The JSON value of one part of the run; computed unless an interrupted start got so far."""
-        file = self.parts / f"{part}.json"
-        try:
-            return read_sealed(file)
-        except (FileNotFoundError, Damaged):
-            write_sealed(file, compute())
-        return read_sealed(file)
+        return computed_once(self.parts / f"{part}.sealed", compute, key="runs_root")
+
+    def artifact(self, name: str) -> Path:
+        """Where an artifact goes, rid of what a kill has left there, or of a link that leads elsewhere."""
+        folder = self.directory / name
+        remove(folder)
+        return folder
 
     def drop_progress(self) -> None:
         """Delete what only an interrupted run needs: finished parts and checkpoints of the training."""
@@ -258,31 +251,6 @@ def content_digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def read_sealed(file: Path) -> Any:
-    """The value of a file that `write_sealed` has written.
-
-    Raises:
-        FileNotFoundError: There is none.
-        Damaged: It is not what was written.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        value, written = content["value"], content["sha256"]
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
-        raise Damaged(f"{file}: damaged ({one_line(error)})") from error
-    if written != content_digest(value):
-        raise Damaged(f"{file}: damaged (its sha256 is another)")
-    return value
-
-
-def write_sealed(file: Path, value: Any) -> None:
-    """Write a JSON value with its digest, atomically."""
-    value = _finite(value)
-    write_json(file, {"sha256": content_digest(value), "value": value})
-
-
 def write_json(file: Path, value: Any) -> None:
     """Write strict JSON atomically; numbers that JSON does not have (inf, nan) become null."""
     write_text(file, json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
@@ -292,6 +260,82 @@ def write_text(file: Path, text: str) -> None:
     """Write a text file atomically."""
     with atomically(file, "w", encoding="utf-8") as stream:
         stream.write(text)
+
+
+def _json_bytes(value: Any) -> bytes:
+    return json.dumps(_finite(value), allow_nan=False).encode()
+
+
+def computed_once(
+    file: Path,
+    make: Callable[[], Content],
+    encode: Callable[[Content], bytes] = _json_bytes,
+    decode: Callable[[bytes], Content] = json.loads,
+    *,
+    key: str = "cache_root",
+) -> Content:
+    """Content of a file that many processes want and one computes; it is made first unless it is there.
+
+    The file is a line with the SHA-256 of its name and content, and the content. One that is not what was written under
+    this name, down to the last bit, counts as absent.
+
+    Of several processes one makes it and the others wait; the lock ends with its process. A damaged file
+    is made again, with one warning in the log that names the reason. To an intact one nothing is written, so it may lie
+    where this user cannot write.
+
+    Args:
+        file: The file.
+        make: Computes the content.
+        encode: Turns it into bytes; by default JSON, whose numbers are finite (inf and nan become null).
+        decode: Turns them back; what it raises says that they are something else.
+        key: Config key of the folder.
+
+    Raises:
+        BadInput: The folder does not take the file or the lock.
+    """
+    with suppress(FileNotFoundError, Damaged):
+        return _read_sealed(file, decode)
+    with writing(key, file.parent):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        held = FileLock(file.with_name(f"{file.name}.lock")).acquire()
+    with held:
+        try:
+            return _read_sealed(file, decode)
+        except FileNotFoundError:
+            pass
+        except Damaged as error:
+            log.warning("%s; it is made again", error)
+        content = encode(make())
+        with writing(key, file.parent):
+            for leftover in (file, *file.parent.glob(f".{file.name}.*")):  # of a kill in `atomically`
+                remove(leftover)
+            with atomically(file, "wb") as stream:
+                stream.write(_seal(file, content) + content)
+    return decode(content)
+
+
+def _read_sealed(file: Path, decode: Callable[[bytes], Content]) -> Content:
+    """The content of a sealed file.
+
+    Raises:
+        FileNotFoundError: There is none.
+        Damaged: It is something else.
+    """
+    try:
+        written = file.read_bytes()
+        seal, content = written[:SEAL], written[SEAL:]
+        if seal != _seal(file, content):
+            raise ValueError("its SHA-256 is another")
+        return decode(content)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # what is raised for an array of another form has no common type
+        raise Damaged(f"{file}: damaged ({one_line(error)})") from error
+
+
+def _seal(file: Path, content: bytes) -> bytes:
+    """The first line of a file; its name is part of it, as a file of another key is damage too."""
+    return hashlib.sha256(file.name.encode() + b"\0" + content).hexdigest().encode() + b"\n"
 
 
 @contextmanager
@@ -335,10 +379,14 @@ def check_writable(key: str, folder: Path) -> None:
 
 
 def remove(entry: Path) -> None:
-    """Delete a file, a folder, or a link but not what it points to; nothing may be there."""
+    """Delete a file, a folder, or a link but not what it leads to, if there is one.
+
+    Raises:
+        OSError: It cannot be deleted.
+    """
     if entry.is_dir() and not entry.is_symlink():
-        shutil.rmtree(entry, ignore_errors=True)
-    elif entry.exists() or entry.is_symlink():
+        shutil.rmtree(entry)
+    else:
         entry.unlink(missing_ok=True)
 
 

@@ -4,9 +4,9 @@ A sweep has no state of its own. What is finished is what has a result file, wha
 both outlive any process; so the same command after Ctrl-C, a crash or ``kill -9`` goes on where the last one stopped,
 and so does a second sweep beside the first: it takes the jobs that nobody is at. Around one job:
 
-    `look`      nothing to do if the result is there; another one first if somebody is at this run
-    a process   of its own (run.py), which takes the lock of the run, and looks again
-    `Progress`  sees the result file appear, whoever made it and wherever
+    `exit_code_without_run`  nothing to do if the result is there; another one first if somebody is at this run
+    a process                of its own (run.py), which takes the lock of the run, and looks again
+    `Progress`               sees the result file appear, whoever made it and wherever
 
 Jobs that somebody else was at are looked at again when all others are through.
 """
@@ -26,11 +26,11 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 
 from harness.config import resolve
-from harness.construct import build_method
 from harness.errors import BadInput
+from harness.method_from_config import build_method
 from harness.store import RunStore, check_writable, write_text
 
-__all__ = ["BUSY", "FAILED", "OK", "Job", "begin", "look", "plan", "run"]
+__all__ = ["BUSY", "FAILED", "OK", "Job", "begin", "exit_code_without_run", "plan", "run"]
 
 # Exit codes of a job; that of a busy one is EX_TEMPFAIL of sysexits.h.
 OK, FAILED, BUSY = 0, 1, 75
@@ -107,7 +107,7 @@ def run(jobs: Sequence[Job], launch: Launch, since: int) -> list[int]:
     return list(codes.values())
 
 
-def look(cfg: DictConfig, since: int | None) -> int | None:
+def exit_code_without_run(cfg: DictConfig, since: int | None) -> int | None:
     """Exit code of a job that needs no process: its result is there, or another process is at it (`BUSY`).
 
     None: it is to be run.

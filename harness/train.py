@@ -2,7 +2,7 @@
 continued.
 
 What the Trainer does is left to it: loop, accumulation, clipping, autocast, checkpoints with optimizer,
-schedule and random state. Added here: the loss per target token (`loss`), the schedule (`recipe`), marks for
+schedule and random state. Added here: the loss per target token and the schedule (`recipe`), marks for
 the meter, one line of ``steps.jsonl`` per step, a stop at the first number that is not finite, and resuming
 from the newest checkpoint that is intact (`checkpoints`). On a CPU a resumed training ends bit for bit where
 an uninterrupted one does.
@@ -38,15 +38,14 @@ from transformers import (
 
 from harness.checkpoints import drop_older, newest_intact, seal, whole_or_gone
 from harness.data import Collator, Row
-from harness.loss import causal_lm_loss, target_count
 from harness.meter import Meter
 from harness.method import PRECISIONS, Method
 from harness.recipe import (
-    check_length,
+    causal_lm_loss,
     cosine_with_floor,
     enable_activation_checkpointing,
     gradient_clipping,
-    make_optimizer,
+    target_count,
 )
 from harness.store import write_text
 from lors.storage import CompressedLinear
@@ -112,24 +111,23 @@ def train(
         seed: Order of the rows, dropout.
 
     Raises:
-        ValueError: The recipe and the data make no whole number of steps >= 1; or a checkpoint holds something else
-            than this method trains.
+        ValueError: A checkpoint holds something else than this method trains.
         NonFiniteLoss: A loss or a gradient norm is NaN or infinite; no checkpoint was written since.
         OSError: A checkpoint could not be written; those before it are still there.
     """
-    check_length(train_cfg, len(data))
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     if train_cfg.activation_checkpointing:
         enable_activation_checkpointing(model)
-    with _nothing_left_behind(model):
+    clipping = gradient_clipping(train_cfg, method)
+    with _trainer_changes_undone(model):
         trainer = MeasuredTrainer(
             model=model,
-            args=_arguments(train_cfg, method, output_dir, seed, next(model.parameters()).device),
+            args=_arguments(train_cfg, clipping, output_dir, seed, next(model.parameters()).device),
             data_collator=collator,
             train_dataset=data,
-            optimizers=(make_optimizer(model, train_cfg, method), None),
-            callbacks=[meter, *method.callbacks, _Progress(), _Seal()],
+            optimizers=(method.optimizer(model, train_cfg), None),
+            callbacks=[meter, *method.callbacks(), _Progress(), _Seal()],
             recipe=train_cfg,
             meter=meter,
             penalty=method.penalty,
@@ -148,7 +146,7 @@ class MeasuredTrainer(Trainer):
         *,
         recipe: Any,
         meter: Meter,
-        penalty: Callable[[nn.Module], Tensor] | None,
+        penalty: Callable[[nn.Module], Tensor | None],
         steps_file: Path,
         **kwargs: Any,
     ) -> None:
@@ -264,8 +262,9 @@ class MeasuredTrainer(Trainer):
         """Share of this micro-batch in the loss of the step; the penalty is shared out likewise."""
         targets = target_count(labels) if num_items_in_batch is None else num_items_in_batch
         loss = causal_lm_loss(outputs.logits, labels, targets)
-        if self._penalty is not None:
-            loss = loss + self._penalty(self.model) * (target_count(labels) / targets)
+        penalty = self._penalty(self.model)
+        if penalty is not None:
+            loss = loss + penalty * (target_count(labels) / targets)
         return loss
 
     def _restore_history(self, checkpoint: Path | None) -> None:
@@ -285,7 +284,7 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
 
 
 @contextmanager
-def _nothing_left_behind(model: nn.Module) -> Iterator[None]:
+def _trainer_changes_undone(model: nn.Module) -> Iterator[None]:
     """Undo what the Trainer leaves on a model: `use_cache` off, and autocast wrapped around `forward`."""
     use_cache, forward = model.config.use_cache, vars(model).get("forward")
     try:
@@ -329,7 +328,9 @@ class _Progress(TrainerCallback):
         self.bar.close()
 
 
-def _arguments(train_cfg: Any, method: Method, output_dir: Path, seed: int, device: torch.device) -> TrainingArguments:
+def _arguments(
+    train_cfg: Any, clipping: float | None, output_dir: Path, seed: int, device: torch.device
+) -> TrainingArguments:
     every = train_cfg.checkpoint_every
     arguments = TrainingArguments(
         output_dir=str(output_dir),
@@ -337,7 +338,7 @@ def _arguments(train_cfg: Any, method: Method, output_dir: Path, seed: int, devi
         num_train_epochs=1 if train_cfg.epochs is None else train_cfg.epochs,
         per_device_train_batch_size=train_cfg.batch_size,
         gradient_accumulation_steps=train_cfg.gradient_accumulation,
-        max_grad_norm=gradient_clipping(train_cfg, method) or 0.0,
+        max_grad_norm=clipping or 0.0,
         bf16=PRECISIONS[train_cfg.precision].autocast,
         use_cpu=device.type == "cpu",
         seed=seed,

@@ -1,4 +1,5 @@
-"""Weights that are all there, or none: transformers fills what a checkpoint lacks with random numbers and goes on."""
+"""The weights of a model: those of a checkpoint, all of them or none (transformers fills what it lacks with random
+numbers and goes on), or random ones for mode=profile."""
 
 from __future__ import annotations
 
@@ -7,21 +8,29 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from harness.environment import default_device
 from harness.errors import BadInput
+from lors.blocks import decoder_linears
+from lors.sparsity import random_support
 
-__all__ = ["check_files", "load_weights"]
+__all__ = ["check_files", "load_weights", "random_model"]
 
 NAMED = 3  # weights that a message names
 # Of safetensors: what a weight may be stored as. Anything else is a number that a scale beside it belongs to.
 FORMATS = ("F64", "F32", "F16", "BF16")
 INDEX = ".index.json"
+NO_ZERO = 1e-3
 
 
 def load_weights(path: str, revision: str | None = None, *, shown: str, **options: Any) -> PreTrainedModel:
     """A model whose every weight comes from its checkpoint, and whose checkpoint holds no other ones.
+
+    It is on the device of the run, in evaluation mode.
 
     Args:
         path: Folder, or name on the Hub.
@@ -52,7 +61,25 @@ def load_weights(path: str, revision: str | None = None, *, shown: str, **option
     if wrong or report.get("error_msgs"):
         found = "; ".join(wrong) or " ".join(report["error_msgs"])
         raise BadInput(f"{shown}: config.json and weights do not belong together: weights {found}")
-    return model
+    return model.eval() if "device_map" in options else model.to(default_device()).eval()
+
+
+def random_model(
+    shape: PretrainedConfig, dtype: torch.dtype, sparsity: float, pattern: str, seed: int
+) -> PreTrainedModel:
+    """A model with random weights and exactly this sparsity in its decoder linears, on the device of the run.
+
+    It is made on the CPU, so that a seed means the same weights everywhere.
+    """
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(shape, dtype=dtype, trust_remote_code=False).eval()
+    if sparsity > 0:
+        generator = torch.Generator().manual_seed(seed)
+        for linear in tqdm(decoder_linears(model).values(), desc="random sparsity", unit="layer"):
+            M = random_support(tuple(linear.weight.shape), sparsity, pattern, generator)  # out x in
+            # A weight that was drawn as zero, as half precision does now and then, would count as pruned.
+            linear.weight.data.masked_fill_(linear.weight == 0, NO_ZERO).mul_(M)
+    return model.to(default_device())
 
 
 def check_files(folder: Path, model: PreTrainedModel, shown: str) -> None:

@@ -32,6 +32,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lors.randomness import modes_kept
 from lors.storage import gradient_weight
 from lors.tuner import LorsLinear
 
@@ -146,7 +147,6 @@ def _not_whole(layer: LorsLinear) -> str | None:
 def _only_trainable(model: nn.Module, weights: list[Tensor]) -> Iterator[None]:
     """Make the model the pruned one in training mode, with gradients for ``weights`` only; then undo that."""
     parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
     adapters = [part for part in model.modules() if isinstance(part, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
     enabled = [part for part in adapters if not part.disable_adapters]
     try:
@@ -157,13 +157,12 @@ def _only_trainable(model: nn.Module, weights: list[Tensor]) -> Iterator[None]:
             parameter.grad = None
         for weight in weights:
             weight.requires_grad_(True)
-        model.train()
-        yield
+        with modes_kept(model):
+            model.train()
+            yield
     finally:
         for part in enabled:
             part.enable_adapters(True)
-        for module, training in modes:
-            module.training = training
         for parameter, requires_grad, gradient in parameters:
             parameter.requires_grad_(requires_grad)
             parameter.grad = gradient

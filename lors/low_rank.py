@@ -19,52 +19,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, linear
 
+from lors.checks import flag, option
 from lors.functional import masked_linear
 from lors.kernels import DENSE, PackedWeight
-from lors.sparse_config import SparseTunerConfig, check_dropout, check_flag
-from lors.sparse_tuner import SparseLinear
+from lors.sparse_config import MaskedConfig, SparseTunerConfig
+from lors.sparse_layer import MaskedLinear
 
 __all__ = ["LowRankConfig", "LowRankLinear", "frozen", "kaiming_uniform"]
 
 
 @dataclass
-class LowRankConfig(SparseTunerConfig):
+class LowRankConfig(MaskedConfig, SparseTunerConfig):
     """Fields of every low-rank method; a bad value raises ``ValueError``."""
 
-    keep_zeros: bool = field(
-        default=True,
-        metadata={"help": "Put the mask of W on the update; False is the method as published, which fills the zeros."},
-    )
-    exact_gradient: bool = field(
-        default=True,
-        metadata={
-            "help": "With keep_zeros: gradients of the masked formula; False leaves the mask out of them, as LoRS "
-            "does, and saves a full product and a buffer of the weight's size."
-        },
-    )
-    dropout: float = field(
-        default=0.0,
-        metadata={"help": "Dropout of the input of the update, not of the base path; 0 with keep_zeros."},
+    exact_gradient: bool = option(
+        True,
+        "With keep_zeros: gradients of the masked formula; False leaves the mask out of them, as LoRS does, and saves "
+        "a full product and a buffer of the weight's size.",
+        flag,
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_flag("exact_gradient", self.exact_gradient)
-        check_dropout(self.dropout)
-        if self.keep_zeros and self.dropout > 0:
-            raise ValueError(
-                f"dropout={self.dropout}: must be 0 with keep_zeros=true, whose one product has one input; "
-                "use keep_zeros=false"
-            )
 
-
-class LowRankLinear(SparseLinear):
+class LowRankLinear(MaskedLinear):
     """A linear layer with low-rank adapters.
 
     ``adapter_layer_names`` names A and B; a subclass with other parameters makes A and B from them in
@@ -91,31 +73,28 @@ class LowRankLinear(SparseLinear):
         r = self.r[name]
         return kaiming_uniform(r, self.in_features), torch.zeros(self.out_features, r)
 
-    def adapted(self, x: Tensor, names: Sequence[str]) -> Tensor:
-        """One masked linear layer for all adapters that keep the zeros, one branch beside it for each other."""
-        masked = [name for name in names if self.options[name].keep_zeros]
-        if masked:
-            exact = any(self.options[name].exact_gradient for name in masked)
-            y = masked_linear(
-                x,
-                self._frozen_weight(),
-                *self._stacked(masked),
-                self.get_base_layer().bias,
-                exact_gradient=exact,
-                forward_product=self._forward_product(masked[0]),
-            )
-        else:
-            y = self.base_output(x)
-        for name in names:
-            if name not in masked:
-                y = y + self.branch(x, name).to(y.dtype)
-        return y
+    def masked_output(self, x: Tensor, names: Sequence[str]) -> Tensor:
+        """One masked linear layer for all adapters ``names``, see ``lors.functional``."""
+        return masked_linear(
+            x,
+            self._frozen_weight(),
+            *self._stacked(names),
+            self.get_base_layer().bias,
+            exact_gradient=any(self.options[name].exact_gradient for name in names),
+            forward_product=self._forward_product(names[0]),
+        )
 
-    def delta_weight(self, weight: Tensor, name: str) -> Tensor:
-        """s M (.) (B A), or s B A for an adapter that does not keep the zeros."""
-        A, B = (factor.to(weight.dtype) for factor in self.factors(name))
-        delta = (B @ A).mul_(self.scaling[name])
-        return delta.mul_(weight != 0) if self.options[name].keep_zeros else delta
+    def branch(self, x: Tensor, name: str) -> Tensor:
+        """s (drop(X) A^t) B^t, in the type of the factors."""
+        A, B = self.factors(name)
+        p = self.options[name].dropout if self.training else 0.0
+        # The scale on the smallest of the operands. Not torch.add(y, u, alpha=s): compiled on a CPU it forgets s.
+        return linear(linear(dropout(x.to(A.dtype), p), A) * self.scaling[name], B)
+
+    def update(self, name: str, dtype: torch.dtype) -> Tensor:
+        """s B A."""
+        A, B = (factor.to(dtype) for factor in self.factors(name))
+        return (B @ A).mul_(self.scaling[name])
 
     def _frozen_weight(self) -> Tensor | PackedWeight:
         """W as ``masked_linear`` takes it."""
@@ -124,13 +103,6 @@ class LowRankLinear(SparseLinear):
     def _forward_product(self, name: str) -> str:
         """How the product with the merged weight is computed; the first active adapter decides."""
         return DENSE
-
-    def branch(self, x: Tensor, name: str) -> Tensor:
-        """s (drop(X) A^t) B^t, in the type of the factors."""
-        A, B = self.factors(name)
-        p = self.options[name].dropout if self.training else 0.0
-        # The scale on the smallest of the operands. Not torch.add(y, u, alpha=s): compiled on a CPU it forgets s.
-        return linear(linear(dropout(x.to(A.dtype), p), A) * self.scaling[name], B)
 
     def _stacked(self, names: Sequence[str]) -> tuple[Tensor, Tensor, float]:
         """A, B and s of the sum of the adapters ``names``; several are stacked, their scales moved into B."""

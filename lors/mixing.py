@@ -8,26 +8,23 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
-from torch import Tensor, nn
+from torch import nn
 
-if TYPE_CHECKING:
-    from lors.sparse_tuner import SparseLinear, SparseTunerModel
+from lors.sparse_layer import BASE, adapted_layers
 
-__all__ = ["BASE", "adapter_for_each_row", "add_weighted_adapter", "check_rows", "mixed"]
+__all__ = ["adapter_for_each_row", "add_weighted_adapter"]
 
-BASE = "__base__"  # PEFT's name for a row without adapter
 # Fields in which adapters that are summed must agree; of all others the first adapter decides.
 ALIKE = ("keep_zeros", "exact_gradient")
 
 
 @contextmanager
-def adapter_for_each_row(
-    tuner: SparseTunerModel, adapter_names: Sequence[str] | None = None, **kwargs: Any
-) -> Iterator[None]:
+def adapter_for_each_row(tuner: BaseTuner, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Iterator[None]:
     """Hand ``adapter_names`` of a forward pass on to every layer inside the context; PEFT opens it around the pass.
 
     Args:
@@ -69,33 +66,9 @@ def _hand_on(names: list[str], module: nn.Module, args: tuple, kwargs: dict[str,
     return args, kwargs | {"adapter_names": names}
 
 
-def check_rows(layer: SparseLinear, x: Tensor, adapter_names: Sequence[str]) -> None:
-    """Raise ``ValueError`` unless there is one name for each row of x and no adapter is merged."""
-    if len(x) != len(adapter_names):
-        raise ValueError(
-            "Length of `adapter_names` should be the same as the number of inputs, but got "
-            f"{len(adapter_names)} and {len(x)} respectively. A model that regroups the rows (OPT, DBRX), or returns "
-            "several sequences for one, cannot have an adapter for each."
-        )
-    if layer.merged:
-        raise ValueError(
-            "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-        )
-
-
-def mixed(layer: SparseLinear, adapter_names: Sequence[str], x: Tensor) -> Tensor:
-    """Output of a layer, ``[b, ..., in]`` to ``[b, ..., out]``, with the adapter ``adapter_names[i]`` in row i."""
-    rows: dict[str, list[int]] = {}
-    for row, name in enumerate(adapter_names):
-        rows.setdefault(name if name in layer.r else BASE, []).append(row)
-    parts = [layer.base_output(x[at]) if name == BASE else layer.adapted(x[at], [name]) for name, at in rows.items()]
-    order = torch.tensor([row for at in rows.values() for row in at], device=x.device)
-    return torch.cat(parts)[order.argsort()]
-
-
 @torch.no_grad()
 def add_weighted_adapter(
-    tuner: SparseTunerModel,
+    tuner: BaseTuner,
     adapters: Sequence[str],
     weights: Sequence[float],
     adapter_name: str,
@@ -137,7 +110,7 @@ def add_weighted_adapter(
         if len({getattr(tuner.peft_config[name], field, None) for name in adapters}) > 1:
             raise ValueError(f"adapters={list(adapters)}: differ in {field}, so that they have no common form")
     saved = _saved_modules(tuner, adapters)
-    layers = tuner.adapted_layers(*adapters)
+    layers = adapted_layers(tuner.model, *adapters)
     ranks = {name: sum(layer.r[part] for part in layer._own(adapters)) for name, layer in layers.items()}
     config = _config_of_scale_1(tuner.peft_config[adapters[0]], ranks)
     trained = {name for part in adapters for name in tuner.peft_config[part].modules_to_save or ()}
@@ -160,7 +133,7 @@ def add_weighted_adapter(
         wrapper.modules_to_save[adapter_name].load_state_dict(wrapper.modules_to_save[owner].state_dict())
 
 
-def _saved_modules(tuner: SparseTunerModel, adapters: Sequence[str]) -> list[tuple[ModulesToSaveWrapper, str]]:
+def _saved_modules(tuner: BaseTuner, adapters: Sequence[str]) -> list[tuple[ModulesToSaveWrapper, str]]:
     """Every module that one of the adapters has trained in full, and which one; ``ValueError`` if two have."""
     wrappers = [part for part in tuner.model.modules() if isinstance(part, ModulesToSaveWrapper)]
     owners = [(wrapper, [name for name in adapters if name in wrapper.modules_to_save]) for wrapper in wrappers]

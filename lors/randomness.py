@@ -1,4 +1,4 @@
-"""Random state of the process."""
+"""State that comes back as it was: the generators of the process, the modes of a model."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from torch import nn
 
-__all__ = ["generator_of", "random_state_kept"]
+__all__ = ["generator_of", "modes_kept", "random_state_kept"]
 
 
 def generator_of(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
@@ -20,6 +21,17 @@ def generator_of(*key: int, device: torch.device | str = "cpu") -> torch.Generat
     # With its length in front, as NumPy takes (1, 0) for (1).
     words = np.random.SeedSequence((len(key), *key)).generate_state(2)
     return torch.Generator(device).manual_seed(int(words[0]) << 32 | int(words[1]))
+
+
+@contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Every module is afterwards in training or evaluation mode as it was before."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 @contextmanager

@@ -2,83 +2,91 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
+from huggingface_hub import ModelCard
 from peft import PeftConfig
-from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND, PeftType
 from peft.utils.other import get_pattern_key
 
-from lors.plugin import say_import
+from lors.checks import check_fields, each, flag, number, one_of, option, whole
 from lors.support import Support
 
-__all__ = [
-    "SparseTunerConfig",
-    "UnscaledTunerConfig",
-    "check_choice",
-    "check_dropout",
-    "check_flag",
-]
+__all__ = ["MaskedConfig", "MethodConfig", "SparseTunerConfig", "UnscaledTunerConfig"]
 
 
 @dataclass
-class UnscaledTunerConfig(PeftConfig):
-    """Fields shared by all methods; a bad value raises ``ValueError``. A subclass sets ``peft_type``.
+class MethodConfig(PeftConfig):
+    """Config of a method that ``lors.plugin.register`` makes known to PEFT.
 
-    A method that can also fill the zeros declares ``keep_zeros`` as a field, with the default True.
+    Raises:
+        ValueError: A field has a value that its check refuses, see ``lors.checks.option``.
     """
+
+    registered_type: ClassVar[PeftType | None] = None
+    """Set by ``register``."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = self.registered_type
+        check_fields(self)
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As in PEFT; the first line of the model card says which package registers the method.
+
+        PEFT fails with ``KeyError`` before the import, when none of our code runs, so the card has to say it.
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        package = type(self).__module__.partition(".")[0]
+        line = f"`import {package}` before PEFT loads this adapter: the import registers its method."
+        file = Path(save_directory) / "README.md"
+        text = file.read_text(encoding="utf-8") if file.exists() else ""
+        if line in text:
+            return
+        card = ModelCard(text, ignore_metadata_errors=True)
+        card.text = f"{line}\n\n{card.text.lstrip()}"
+        card.save(file)
+
+
+@dataclass
+class UnscaledTunerConfig(MethodConfig):
+    """Fields shared by all methods over pruned linear layers; a bad value raises ``ValueError``."""
 
     keep_zeros: ClassVar[bool] = True
 
-    r: int = field(default=16, metadata={"help": "Rank of the update, or the number of rows of its factor."})
-    target_modules: list[str] | str | None = field(
-        default=INCLUDE_LINEAR_LAYERS_SHORTHAND,
-        metadata={
-            "help": "Names (or their endings) of the linear layers to adapt, or one regular expression, or "
-            "'all-linear' (default): every linear layer but the output head."
-        },
+    r: int = option(16, "Rank of the update, or the number of rows of its factor.", whole(">= 1"))
+    target_modules: list[str] | str | None = option(
+        INCLUDE_LINEAR_LAYERS_SHORTHAND,
+        "Names (or their endings) of the linear layers to adapt, or one regular expression, or 'all-linear' (default): "
+        "every linear layer but the output head.",
     )
-    exclude_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Names, or one regular expression, of layers not to adapt."}
+    exclude_modules: list[str] | str | None = option(None, "Names, or one regular expression, of layers not to adapt.")
+    layers_to_transform: list[int] | int | None = option(
+        None, "Indices of the blocks to adapt; not with a pattern in target_modules."
     )
-    layers_to_transform: list[int] | int | None = field(
-        default=None,
-        metadata={"help": "Indices of the blocks to adapt; not with a pattern in target_modules."},
+    layers_pattern: list[str] | str | None = option(
+        None, "Name of the model's list of blocks, if layers_to_transform cannot tell it by itself."
     )
-    layers_pattern: list[str] | str | None = field(
-        default=None,
-        metadata={"help": "Name of the model's list of blocks, if layers_to_transform cannot tell it by itself."},
+    rank_pattern: dict = option(
+        dict, "Layer name or regular expression -> rank, for layers whose rank is not r.", each(whole(">= 1"))
     )
-    rank_pattern: dict = field(
-        default_factory=dict,
-        metadata={"help": "Layer name or regular expression -> rank, for layers whose rank is not r."},
+    modules_to_save: list[str] | None = option(None, "Further modules to train in full and to save with the adapter.")
+    support: Support | None = option(
+        None,
+        "Sparsity, pattern and fingerprint of the zeros of the adapted layers, noted when the adapter is made and "
+        "compared when it is loaded; leave it out for a new adapter.",
     )
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Further modules to train in full and to save with the adapter."}
-    )
-
-    support: Support | None = field(
-        default=None,
-        metadata={
-            "help": "Sparsity, pattern and fingerprint of the zeros of the adapted layers, noted when the adapter is "
-            "made and compared when it is loaded; leave it out for a new adapter."
-        },
-    )
-    other_support: str = field(
-        default="warn",
-        metadata={"help": "What happens on a base with other zeros than those of support: 'warn', or 'error'."},
+    other_support: str = option(
+        "warn",
+        "What happens on a base with other zeros than those of support: 'warn', or 'error'.",
+        one_of("warn", "error"),
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.rank_pattern = self.rank_pattern or {}
-        check_choice("other_support", self.other_support, ("warn", "error"))
-        check_flag("keep_zeros", self.keep_zeros)
-        for name, r in {"r": self.r, **_labelled("rank_pattern", self.rank_pattern)}.items():
-            if not isinstance(r, int) or isinstance(r, bool) or r < 1:
-                raise ValueError(f"{name}={r!r}: the rank must be a positive integer")
         if self.target_modules is None:
             self.target_modules = INCLUDE_LINEAR_LAYERS_SHORTHAND
         everywhere = self.target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND
@@ -99,33 +107,21 @@ class UnscaledTunerConfig(PeftConfig):
         """Rank r of a layer, after ``rank_pattern``, and the scale of its update, 1."""
         return self.rank_pattern.get(get_pattern_key(self.rank_pattern.keys(), name), self.r), 1.0
 
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """As in PEFT; the model card beside it says what to import before PEFT can load the adapter."""
-        super().save_pretrained(save_directory, **kwargs)
-        say_import(type(self), save_directory)
-
 
 @dataclass
 class SparseTunerConfig(UnscaledTunerConfig):
     """The same for a method whose update has a scale, s = lora_alpha / r."""
 
-    lora_alpha: float = field(
-        default=16, metadata={"help": "Numerator of the scale of the update, s = lora_alpha / r."}
-    )
-    alpha_pattern: dict = field(
-        default_factory=dict,
-        metadata={"help": "Layer name or regular expression -> alpha, for layers whose alpha is not lora_alpha."},
+    lora_alpha: float = option(16, "Numerator of the scale of the update, s = lora_alpha / r.", number("> 0"))
+    alpha_pattern: dict = option(
+        dict,
+        "Layer name or regular expression -> alpha, for layers whose alpha is not lora_alpha.",
+        each(number("> 0")),
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.alpha_pattern = self.alpha_pattern or {}
-        for name, alpha in {
-            "lora_alpha": self.lora_alpha,
-            **_labelled("alpha_pattern", self.alpha_pattern),
-        }.items():
-            if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha < math.inf:
-                raise ValueError(f"{name}={alpha!r}: alpha must be a positive number")
 
     def layer_settings(self, name: str) -> tuple[int, float]:
         """Rank r and scale s = alpha / r of a layer, after ``rank_pattern`` and ``alpha_pattern``."""
@@ -134,24 +130,21 @@ class SparseTunerConfig(UnscaledTunerConfig):
         return r, alpha / r
 
 
-def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
-    """Raise ``ValueError`` unless ``value`` is one of ``allowed``."""
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r}: must be one of {', '.join(allowed)}")
+@dataclass
+class MaskedConfig(UnscaledTunerConfig):
+    """The same for a method that was published without a mask, and can do without it."""
 
+    keep_zeros: bool = option(
+        True, "Put the mask of W on the update; False is the method as published, which fills the zeros.", flag
+    )
+    dropout: float = option(
+        0.0, "Dropout of the input of the update, not of the base path; 0 with keep_zeros.", number(">= 0", "< 1")
+    )
 
-def check_dropout(value: Any) -> None:
-    """Raise ``ValueError`` unless ``value`` is a probability below 1."""
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1:
-        raise ValueError(f"dropout={value!r}: must be a probability with 0 <= dropout < 1")
-
-
-def check_flag(name: str, value: Any) -> None:
-    """Raise ``ValueError`` unless ``value`` is True or False."""
-    if not isinstance(value, bool):
-        raise ValueError(f"{name}={value!r}: must be True or False")
-
-
-def _labelled(field_name: str, pattern: dict) -> dict[str, Any]:
-    """The entries of a pattern, named as a user would find them in an error."""
-    return {f"{field_name}[{name!r}]": value for name, value in pattern.items()}
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.keep_zeros and self.dropout > 0:
+            raise ValueError(
+                f"dropout={self.dropout}: must be 0 with keep_zeros=true, whose one product has one input; "
+                "use keep_zeros=false"
+            )

@@ -20,14 +20,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from lors.checks import flag, number, one_of, option
 from lors.kernels import AUTO, DENSE, PRODUCTS, SEMI_STRUCTURED, PackedWeight
 from lors.low_rank import LowRankLinear, frozen
 from lors.plugin import register
-from lors.sparse_config import SparseTunerConfig, check_choice, check_flag
+from lors.sparse_config import SparseTunerConfig
 from lors.sparse_tuner import SparseTunerModel
 from lors.sparsity import UNSTRUCTURED, follows_pattern
 from lors.storage import (
@@ -41,69 +42,49 @@ from lors.storage import (
 
 __all__ = ["LorsConfig", "LorsLinear", "LorsModel", "compress"]
 
-SCALINGS = ("rank_stabilized", "alpha_over_r")
-INITS = ("gradient", "kaiming")
-BIASES = ("none", "all", "lors_only")
-
 
 @dataclass
 class LorsConfig(SparseTunerConfig):
     """Configuration of LoRS; a bad value raises ``ValueError``."""
 
-    lora_alpha: float = field(default=16, metadata={"help": "Numerator of the scale s of the update; see scaling."})
-    scaling: str = field(
-        default="rank_stabilized",
-        metadata={
-            "help": "'rank_stabilized': s = lora_alpha / sqrt(r), as in the paper; 'alpha_over_r': s = "
-            "lora_alpha / r, as in LoRA."
-        },
+    lora_alpha: float = option(16, "Numerator of the scale s of the update; see scaling.", number("> 0"))
+    scaling: str = option(
+        "rank_stabilized",
+        "'rank_stabilized': s = lora_alpha / sqrt(r), as in the paper; 'alpha_over_r': s = lora_alpha / r, as in LoRA.",
+        one_of("rank_stabilized", "alpha_over_r"),
     )
-    init: str = field(
-        default="gradient",
-        metadata={
-            "help": "'gradient': lors.initialize(model, batches) sets A to the top right singular vectors of "
-            "the gradient of the full weight; until it is called A is as for 'kaiming'. 'kaiming': A is "
-            "Kaiming uniform, as in LoRA. B starts at zero in both."
-        },
+    init: str = option(
+        "gradient",
+        "'gradient': lors.initialize(model, batches) sets A to the top right singular vectors of the gradient of the "
+        "full weight; until it is called A is as for 'kaiming'. 'kaiming': A is Kaiming uniform, as in LoRA. B starts "
+        "at zero in both.",
+        one_of("gradient", "kaiming"),
     )
-    exact_gradient: bool = field(
-        default=False,
-        metadata={
-            "help": "Keep the mask in the gradients of A and B. Costs a further full matrix product and a "
-            "buffer of the weight's size; False is the paper's straight-through estimate."
-        },
+    exact_gradient: bool = option(
+        False,
+        "Keep the mask in the gradients of A and B. Costs a further full matrix product and a buffer of the weight's "
+        "size; False is the paper's straight-through estimate.",
+        flag,
     )
-    bias: str = field(
-        default="none",
-        metadata={"help": "Biases to train: 'none', 'all', or 'lors_only' (those of the adapted layers)."},
+    bias: str = option(
+        "none",
+        "Biases to train: 'none', 'all', or 'lors_only' (those of the adapted layers).",
+        one_of("none", "all", "lors_only"),
     )
-
-    storage: str = field(
-        default="dense",
-        metadata={
-            "help": "How the frozen weights are kept: 'dense'; 'bitmap': non-zero values and a bitmap; 'n:m': values "
-            "and indices of an n:m pattern; 'auto': the smallest of these, layer by layer. A layer on the meta device "
-            "stays dense, see lors.compress; so does what another adapter has compressed."
-        },
+    storage: str = option(
+        "dense",
+        "How the frozen weights are kept: 'dense'; 'bitmap': non-zero values and a bitmap; 'n:m': values and indices "
+        "of an n:m pattern; 'auto': the smallest of these, layer by layer. A layer on the meta device stays dense, see "
+        "lors.compress; so does what another adapter has compressed.",
+        one_of(*STORAGES),
     )
-    forward_product: str = field(
-        default="dense",
-        metadata={
-            "help": "How X T^t is computed: 'dense'; '2:4': by torch's semi-structured kernels, which need 2:4 weights "
-            "and a GPU with 2:4 tensor cores; 'auto': the faster of the two, timed at the first call for a shape, "
-            "dense where a weight is not 2:4 or the kernels do not run. The backward pass is dense in any case."
-        },
+    forward_product: str = option(
+        "dense",
+        "How X T^t is computed: 'dense'; '2:4': by torch's semi-structured kernels, which need 2:4 weights and a GPU "
+        "with 2:4 tensor cores; 'auto': the faster of the two, timed at the first call for a shape, dense where a "
+        "weight is not 2:4 or the kernels do not run. The backward pass is dense in any case.",
+        one_of(*PRODUCTS),
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = LORS
-        check_choice("forward_product", self.forward_product, PRODUCTS)
-        check_choice("storage", self.storage, STORAGES)
-        check_choice("scaling", self.scaling, SCALINGS)
-        check_choice("init", self.init, INITS)
-        check_choice("bias", self.bias, BIASES)
-        check_flag("exact_gradient", self.exact_gradient)
 
     def layer_settings(self, name: str) -> tuple[int, float]:
         """Rank r and scale s of the layer called ``name``, after ``rank_pattern`` and ``alpha_pattern``."""
@@ -119,6 +100,16 @@ class LorsLinear(LowRankLinear):
 
     adapter_layer_names = ("lors_A", "lors_B")
     _is_2_4 = False  # as far as anything depends on it
+
+    @classmethod
+    def check_fit(cls, name: str, layer: nn.Linear, config: LorsConfig) -> None:
+        """As for every method; ``forward_product='2:4'`` needs a weight of that pattern."""
+        super().check_fit(name, layer, config)
+        needed = config.forward_product == SEMI_STRUCTURED
+        if needed and not layer.weight.is_meta and not follows_pattern(layer.weight, SEMI_STRUCTURED):
+            raise ValueError(
+                f"target_modules: {name!r}: forward_product='2:4': the weight does not follow 2:4; use 'auto'"
+            )
 
     def update_layer(self, adapter_name: str, config: LorsConfig, r: int, scaling: float) -> None:
         """As for every method; whether W is 2:4 is looked at once, here."""
@@ -162,21 +153,8 @@ class LorsLinear(LowRankLinear):
 class LorsModel(SparseTunerModel):
     """A model with ``LorsLinear`` layers; made by ``peft.get_peft_model`` from a ``LorsConfig``."""
 
-    prefix = "lors_"
     tuner_layer_cls = LorsLinear
     other_base_layers = (CompressedLinear,)
-
-    def _check_target(self, config: LorsConfig, name: str, module: nn.Module) -> None:
-        super()._check_target(config, name, module)
-        weight = (module.get_base_layer() if isinstance(module, LorsLinear) else module).weight
-        if (
-            config.forward_product == SEMI_STRUCTURED
-            and not weight.is_meta
-            and not follows_pattern(weight, SEMI_STRUCTURED)
-        ):
-            raise ValueError(
-                f"target_modules: {name!r}: forward_product='2:4': the weight does not follow 2:4; use 'auto'"
-            )
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
@@ -217,7 +195,7 @@ def compress(
         ValueError: Unknown storage, no LoRS layer, a merged adapter, a weight that follows no n:m pattern, or a
             weight on the meta device without ``sparsity``.
     """
-    check_choice("storage", storage, STORAGES)
+    one_of(*STORAGES)("storage", storage)
     layers = {name: part for name, part in model.named_modules() if isinstance(part, LorsLinear)}
     if not layers:
         raise ValueError(
@@ -245,4 +223,4 @@ def _compress(
         compress_linear(layer.get_base_layer(), storage, sparsity=sparsity, pattern=pattern)
 
 
-LORS = register("LORS", LorsConfig, LorsModel, prefix=LorsModel.prefix)
+register("LORS", LorsConfig, LorsModel)

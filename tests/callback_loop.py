@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
+
+from harness.method import Method
 
 
 def pruned_layers(*shapes: tuple[int, int], dtype: torch.dtype = torch.float64) -> nn.ModuleDict:
@@ -49,3 +52,11 @@ def train_with(
         callback.on_step_end(args, control=None, **told)
     callback.on_train_end(args, control=None, **told)
     return losses
+
+
+def with_callbacks(method: Method, *more: TrainerCallback) -> Method:
+    """The method with further callbacks, called after its own; the same objects in every training."""
+    held = [*method.callbacks(), *more]
+    changed = copy.copy(method)
+    changed.callbacks = lambda: held
+    return changed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -92,6 +93,17 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 def composed() -> Callable[..., DictConfig]:
     """Function that composes a config: ``composed("method=lora", "seed=1")``."""
     return compose_config
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes whatever reaches for the network fail."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("the network was used")
+
+    for holder, name in ((socket.socket, "connect"), (socket, "create_connection"), (socket, "getaddrinfo")):
+        monkeypatch.setattr(holder, name, refuse)
 
 
 @pytest.fixture

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from conftest import make_tiny_llama
-from hydra import compose, initialize_config_dir
+from conftest import compose_config, make_tiny_llama
 from hydra.utils import instantiate
 from omegaconf import DictConfig
+from peft import get_peft_model
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -31,8 +32,7 @@ R, ALPHA = 4, 6  # alpha / r is not 1, so a scale that is forgotten anywhere sho
 @functools.cache
 def composed(name: str) -> DictConfig:
     """The config of a job as run.py composes it."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("config", [f"method={name.split()[0]}", f"adapter.r={R}", f"adapter.alpha={ALPHA}"])
+    return compose_config(f"method={name.split()[0]}", f"adapter.r={R}", f"adapter.alpha={ALPHA}")
 
 
 @functools.cache
@@ -59,8 +59,10 @@ OWN = having(
         method.peft is not None and issubclass(PEFT_TYPE_TO_TUNER_MAPPING[method.peft.peft_type], SparseTunerModel)
     )
 )
-# Methods that start from another function than the pruned model, and the option that makes them start from it.
-ELSEWHERE = {"sherl": ["method.peft.start=identity"]}
+# And these without the mask as well: another forward pass.
+FORMS = [*OWN, *(f"{name} keep_zeros=false" for name in OWN if "keep_zeros" in composed(name).method.peft)]
+# Methods that start from another function than the pruned model, as published.
+ELSEWHERE = {"sherl"}
 # Methods that train a part of their layers at a time: a factor may have no gradient for a while.
 PARTIAL = {"xgblora"}
 # Methods to which adapter.r and adapter.alpha do not apply: a booster is of rank 1, at a scale of its own.
@@ -106,6 +108,16 @@ def trained(method: Method, model: PreTrainedModel, precision: str = "float32") 
             optimizer.step()
             optimizer.zero_grad()
     return adapted.eval()
+
+
+def adapted_layer(name: str, linear: nn.Linear, *overrides: str) -> nn.Module:
+    """A linear layer with an adapter whose parameters are not those of its start."""
+    config = copy.deepcopy(method_of(name, "adapter.targets=[q_proj]", *overrides).peft)
+    config.task_type = None  # one layer is not a language model
+    layer = get_peft_model(nn.ModuleDict({"q_proj": linear}), config).base_model.model["q_proj"]
+    for parameter in trainable(layer).values():
+        parameter.data.add_(0.3 * torch.randn(parameter.shape))
+    return layer
 
 
 @torch.no_grad()

@@ -40,7 +40,6 @@ PATIENCE = timedelta(seconds=60)  # with a process that does not come to a colle
 # What makes a method do all that it can within six steps.
 BUSY = {
     "geolora": ["method.peft.coefficient_steps=2", "method.peft.skipped_steps=0"],
-    "rm_lora": ["method.peft.strict=true"],
     "flat_lora": ["method.peft.sigma=0.5"],
     # Boosters of two steps, and of both blocks.
     "xgblora": ["method.peft.seed=1", "method.peft.penalty_weight=0.01"],
@@ -88,7 +87,7 @@ def fit(model: nn.Module, method: Method, folder: Path) -> list[list[int]]:
         train_dataset=ROWS,
         data_collator=collate,
         optimizers=(own_optimizer, None),
-        callbacks=list(method.callbacks),
+        callbacks=method.callbacks(),
         penalty=method.penalty,
     )
     trainer.train()

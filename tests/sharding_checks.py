@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contract import ELSEWHERE, OWN, batch, composed, logits, method_of, pruned, trained
+from contract import OWN, batch, composed, logits, method_of, pruned, trained
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -32,7 +32,7 @@ def trained_model(form: str) -> nn.Module:
     pattern = "2:4" if "n:m" in name else "unstructured"
     precision = "bf16" if dtype else "float32"
     base = pruned(pattern, torch.bfloat16 if dtype else torch.float32)
-    return trained(method_of(name, *ELSEWHERE.get(name, [])), base, precision)
+    return trained(method_of(name), base, precision)
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:

@@ -1,56 +1,47 @@
-"""The method that docs/adding_a_method.md adds: found by run, sweep and table without a change to any other file."""
+"""The two methods of docs/adding_a_method.md: found by run and table without a change to any other file."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import yaml
+from test_harness_run import tiny_overrides
 
 from analysis import results, tables
+from harness.run import execute
 
-ROOT = Path(__file__).parents[1]
-BLOCKS = re.findall(r"```(python|yaml)\n(.*?)```", (ROOT / "docs/adding_a_method.md").read_text(), flags=re.DOTALL)
-
-
-@pytest.fixture(scope="module")
-def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a sweep over the new method and the pruned model, with files that lie outside of the checkout."""
-    folder = tmp_path_factory.mktemp("method")
-    (folder / "block_scale.py").write_text(dict(BLOCKS)["python"])
-    (folder / "conf/method").mkdir(parents=True)
-    (folder / "conf/method/block_scale.yaml").write_text(
-        dict(BLOCKS)["yaml"].replace("baselines.block_scale", "block_scale")
-    )
-    command = [sys.executable, ROOT / "run.py", "-m", f"--config-dir={folder / 'conf'}", "experiment=smoke"]
-    options = [
-        "method=block_scale",
-        "adapter.r=8",
-        "eval.tasks=[microworld_rte]",
-        "eval.perplexity=null",
-        f"runs_root={folder}/runs",
-        f"cache_root={folder}/cache",
-    ]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
-    run = subprocess.run([*command, *options], cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-2000:]
-    return folder / "runs"
+PAGE = (Path(__file__).parents[1] / "docs/adding_a_method.md").read_text()
+BLOCKS = dict(re.findall(r"```(python|yaml)\n(.*?)```", PAGE, flags=re.DOTALL))
 
 
-def test_the_two_files_have_fewer_than_60_lines() -> None:
-    assert [language for language, _ in BLOCKS] == ["python", "yaml"]
-    assert sum(len(text.splitlines()) for _, text in BLOCKS) < 60
+@pytest.fixture
+def methods(tmp_path, monkeypatch) -> Path:
+    """A folder as ``--config-dir`` takes it, with both methods, outside of the checkout."""
+    loha = yaml.safe_load(BLOCKS["yaml"])
+    unit_lora = {key: value for key, value in loha.items() if key != "keep_zeros"} | {"name": "unit_lora"}
+    peft = unit_lora["peft"] | {"_target_": "unit_lora.UnitLoraConfig"}
+    unit_lora["peft"] = {key.replace("alpha", "lora_alpha"): value for key, value in peft.items()}
+    (tmp_path / "conf/method").mkdir(parents=True)
+    for method in (loha, unit_lora):
+        (tmp_path / f"conf/method/{method['name']}.yaml").write_text(yaml.safe_dump(method))
+    (tmp_path / "unit_lora.py").write_text(BLOCKS["python"])
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path / "conf"
 
 
-def test_the_zeros_are_kept(swept: Path) -> None:
-    rows = results.load([swept])
-    row = rows[rows.method == "block_scale"].iloc[0]
-    assert row.status == "ok"
-    assert row.zeros_after == pytest.approx(0.5, abs=1e-3)
-    assert row.trainable == 4 * 8 * (6 * 256 + 688)  # four blocks, r rows, six inputs of 256 and one of 688
+def test_the_page_has_at_most_50_lines() -> None:
+    assert len(PAGE.splitlines()) <= 50
 
 
-def test_the_table_has_a_row_for_it(swept: Path) -> None:
-    named = {row.label for table in tables.build(results.load([swept])) for row in table.rows}
-    assert any("block_scale" in name for name in named), named
+def test_both_have_their_rows_and_keep_the_zeros_or_not(
+    methods, composed, tiny_checkpoint, tiny_sources, tmp_path
+) -> None:
+    common = tiny_overrides(tiny_checkpoint, tiny_sources, tmp_path)
+    common += [f"hydra.searchpath=[file://{methods}]", "eval.tasks=[rte]", "eval.perplexity=null"]
+    for method in ("loha", "unit_lora"):
+        assert execute(composed(*common, f"method={method}"))["status"] == "ok"
+    found = results.load([tmp_path / "runs"])
+    assert found.set_index("method").zeros_kept["unit_lora"] == 1
+    named = {row.label for table in tables.build(found) for row in table.rows}
+    for label in ("unit_lora", "loha", "loha, re-masked"):
+        assert any(label in name for name in named), named

@@ -1,14 +1,13 @@
-"""What counts as a difference, and whether colours and markers can be told apart."""
+"""What counts as a difference, and whether methods look different."""
 
 import math
-import random
 from functools import cache
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 from scipy.special import ndtr
@@ -59,11 +58,6 @@ def test_without_item_errors_it_is_the_paired_t_test():
     assert ours.p == pytest.approx(expected.pvalue) and ours.mean / ours.error == pytest.approx(expected.statistic)
 
 
-def test_without_a_spread_over_seeds_it_is_the_normal_test_of_the_items():
-    ours = difference(Sample({0: 71.0, 1: 72.0}, 0.6), Sample({0: 70.0, 1: 71.0}, 0.8))
-    assert ours.error == pytest.approx(1.0) and ours.p == pytest.approx(2 * stats.norm.sf(1.0))
-
-
 def answered(items, error=0.0):
     """The sample of a method whose answers are `items`: by seed, an array for each task."""
     return Sample(
@@ -112,13 +106,6 @@ def test_the_variance_of_a_difference_is_that_of_many_draws(of_seeds, most):
     assert np.var([one.mean for one in found]) == pytest.approx(truth, rel=0.2)
     assert 0.9 * truth < np.mean([one.error**2 for one in found]) < most * truth
     assert ALPHA / 10 < np.mean([one.p < ALPHA for one in found]) < ALPHA + 3 * math.sqrt(ALPHA * (1 - ALPHA) / 600)
-
-
-def test_with_three_seeds_a_rare_p_value_is_as_rare_as_it_says():
-    """A variance over the seeds that is small by luck must not pass for certainty about it."""
-    p = np.array([difference(*drawn(seed, counts=(30,), spread=(4.0, 8.0, 2.0))).p for seed in range(2000)])
-    for level in (0.05, 0.01):
-        assert np.mean(p < level) <= level + 3 * math.sqrt(level * (1 - level) / len(p))
 
 
 def test_p_is_that_of_student_and_of_the_items_where_there_is_nothing_else():
@@ -274,12 +261,6 @@ def test_items_of_another_exam_or_of_one_side_only_are_not_paired():
     assert {difference(a, other).error for other in (shorter, partly, Sample(b.values, 5.0))} == {unpaired}
 
 
-@given(pairs(), st.floats(0.1, 5))
-def test_a_larger_error_of_the_items_means_a_larger_error_of_the_difference(pair, more):
-    a, b = pair
-    assert difference(Sample(a.values, a.item_error + more), b).error > difference(a, b).error
-
-
 def test_a_control_has_no_seeds_and_one_seed_says_nothing():
     dense, tuned = Sample({None: 80.0}, 0.1), Sample({0: 70.0, 1: 70.2, 2: 69.9}, 0.1)
     assert difference(tuned, dense).n == 3 and difference(tuned, dense).p < 1e-3
@@ -295,20 +276,8 @@ def test_the_best_must_beat_every_other_one():
     assert best(clear | {"c": Sample({0: 74.9, 1: 75.2, 2: 75.1}, 0.1)}, higher=True) is None
     assert best(clear | {"c": Sample({0: 60.0}, 0.1)}, higher=True) is None
     assert best({"a": clear["a"]}, higher=True) is None
-
-
-@pytest.mark.parametrize(("methods", "items"), [(2, 0.0), (2, 0.6), (8, 0.0), (8, 0.3)])
-def test_of_equal_methods_none_is_called_the_best_more_often_than_the_level_says(methods, items):
-    draw = random.Random(0).gauss
-    trials, wins = 400, 0
-    for _ in range(trials):
-        seeds = [draw(0, 0.5) for _ in range(3)]
-        of_items = [draw(0, items) for _ in range(methods)]
-        samples = {
-            m: Sample({s: 70 + seeds[s] + of_items[m] + draw(0, 0.5) for s in range(3)}, items) for m in range(methods)
-        }
-        wins += best(samples, higher=True) is not None
-    assert wins / trials <= ALPHA + 3 * math.sqrt(ALPHA * (1 - ALPHA) / trials)
+    zero = Sample(dict.fromkeys(range(3), 0.0))
+    assert best({"a": Sample({0: 1.0, 1: 2.0, 2: 3.4}), "b": zero}, higher=True) is None  # p is 0.09
 
 
 def test_ranges_win_only_if_they_do_not_overlap():
@@ -333,47 +302,6 @@ def test_every_method_has_a_name_and_no_two_look_alike():
     assert len({style.name for style in METHODS.values()}) == len(METHODS)
     looks = {(style_of("lora", state).line, style_of("lora", state).filled) for state in END_STATES}
     assert len(looks) == 3
-
-
-@settings(max_examples=50)
-@given(st.text("abcdefghijklmnopqrstuvwxyz_", min_size=1).filter(lambda name: name not in METHODS))
-def test_an_unknown_method_has_a_look_of_its_own_that_no_known_one_has(name):
-    style = style_of(name)
-    assert style == style_of(name) and style.name == name
-    assert style.marker not in {known.marker for known in METHODS.values()}
-    assert order_of(name) > order_of("shira")
-
-
-# Linear RGB as the two common kinds of colour-blind readers see it (Machado, Oliveira and Fernandes, 2009, severity 1).
-SEEN_BY = {
-    "deuteranopes": ((0.367322, 0.860646, -0.227968), (0.280085, 0.672501, 0.047413), (-0.011820, 0.042940, 0.968881)),
-    "protanopes": ((0.152286, 1.052583, -0.204868), (0.114503, 0.786281, 0.099216), (-0.003882, -0.048116, 1.051998)),
-    "everybody else": ((1, 0, 0), (0, 1, 0), (0, 0, 1)),
-}
-TO_XYZ = ((0.4124, 0.3576, 0.1805), (0.2126, 0.7152, 0.0722), (0.0193, 0.1192, 0.9505))
-WHITE = (0.9505, 1.0, 1.089)
-
-
-def lab(colour, seen):
-    """CIE L*a*b* of `#rrggbb`."""
-
-    def times(matrix, vector):
-        return [sum(m * v for m, v in zip(row, vector, strict=True)) for row in matrix]
-
-    values = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in values]
-    xyz = times(TO_XYZ, [min(1, max(0, v)) for v in times(seen, linear)])
-    x, y, z = (
-        t ** (1 / 3) if t > (6 / 29) ** 3 else t / (3 * (6 / 29) ** 2) + 4 / 29
-        for t in (v / w for v, w in zip(xyz, WHITE, strict=True))
-    )
-    return 116 * y - 16, 500 * (x - y), 200 * (y - z)
-
-
-@pytest.mark.parametrize("reader", SEEN_BY)
-def test_families_can_be_told_apart_by(reader):
-    families = {style.colour for style in METHODS.values()}
-    nearest = min(
-        (math.dist(lab(a, SEEN_BY[reader]), lab(b, SEEN_BY[reader])), a, b) for a, b in combinations(families, 2)
-    )
-    assert nearest[0] > 10, nearest  # about four just noticeable differences
+    unknown = style_of("my_method")
+    assert unknown == style_of("my_method") and unknown.marker not in {style.marker for style in METHODS.values()}
+    assert order_of("my_method") > order_of("shira")

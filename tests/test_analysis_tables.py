@@ -1,18 +1,17 @@
 """Tables: which runs share a row and a table, what is bold, what is refused, and the three formats."""
 
-import csv
-import io
 import math
 import re
 
+import pandas as pd
 import pytest
 from synthetic_runs import MEBIBYTE, result, scores, write
 
 from analysis.__main__ import main
 from analysis.averages import side_by_side
-from analysis.groups import flat, groups_of, varying
 from analysis.results import load
-from analysis.table_parts import Cell
+from analysis.table_cells import Cell
+from analysis.table_writer import Bold, TextTable, latex, markdown
 from analysis.tables import build
 
 PRECISE = 0.001  # standard error over the items
@@ -39,10 +38,16 @@ def tables_of(folder, *contents, mix=False):
     return build(load([folder]), mix=mix)
 
 
-def row_of(table, label, **choices):
-    rows = [row for row in table.rows if row.label == label and choices.items() <= dict(row.choices).items()]
-    assert len(rows) == 1, [(row.label, row.choices) for row in table.rows]
-    return rows[0]
+def row_of(table, label):
+    (row,) = [row for row in table.rows if row.label == label]
+    return row
+
+
+def trainings(table):
+    """Label, n and texts of choices of each training."""
+    text = table.panels["Size, memory and time"]
+    n = text.columns.index("n")
+    return [(row[0], int(row[n].replace("-", "0")), *row[1:n]) for row in text.rows]
 
 
 @pytest.fixture(scope="module")
@@ -74,17 +79,19 @@ def test_a_row_for_each_method_and_end_state_between_its_controls(table):
         ("method", "LoRS", 3),
         ("method", "SPP", 3),
     ]
-    assert [row.label for row in table.trainings] == ["LoRA", "LoRS", "SPP"]
+    assert trainings(table) == [("LoRA", 3), ("LoRS", 3), ("SPP", 3)]
 
 
 def test_cells_are_mean_and_standard_deviation_over_the_seeds(table):
     cell = row_of(table, "SPP").cells["average"]
-    assert (cell.mean, cell.std, cell.n) == (pytest.approx(70.2), pytest.approx(0.2), 3)
+    assert (cell.mean, cell.std) == (pytest.approx(70.2), pytest.approx(0.2))
     columns = {column.name: column for column in (*table.quality, *table.cost)}
     assert cell.text(columns["average"]) == "70.2 ± 0.2"
     assert row_of(table, "dense").cells["average"].text(columns["average"]) == "80.0"
     assert row_of(table, "LoRA, with adapter").cells["zeros_kept_percent"].text(columns["zeros_kept_percent"]) == "-"
-    assert row_of(table, "LoRA, zeros lost").cells["zeros_kept_percent"].mean == pytest.approx(0)
+    kept = columns["zeros_kept_percent"]
+    assert row_of(table, "LoRA, zeros lost").cells[kept.name].mean == pytest.approx(0)
+    assert Cell(mean=100 * (1 - 1e-9)).text(kept) == "99.99" and Cell(mean=100.0).text(kept) == "100"
     assert columns["boolq"].title == "boolq (acc)" and columns["average"].title == "average (acc)"
 
 
@@ -143,31 +150,35 @@ def test_runs_that_differ_in_a_choice_are_rows_with_a_column_for_it(tmp_path):
     runs += [result("lors", config={"method.peft.init": "kaiming"})]
     (table,) = tables_of(tmp_path, *runs)
     assert table.choices == {"adapter.r": "r", "method.peft.init": "init"}
-    rows = [(row.label, *row.choices.values(), row.n) for row in table.rows if row.role == "method"]
-    assert rows == [
-        ("LoRA", "32", "-", 1),
-        ("LoRS", "16", "gradient", 2),
-        ("LoRS", "16", "kaiming", 1),
-        ("LoRS", "32", "gradient", 2),
+    assert trainings(table) == [
+        ("LoRA", 1, "32", "-"),
+        ("LoRS", 2, "16", "gradient"),
+        ("LoRS", 1, "16", "kaiming"),
+        ("LoRS", 2, "32", "gradient"),
     ]
     # LoRA was run with rank 32 alone, so rank 16 has nothing to be compared with.
-    of_lora = {
-        row.choices["adapter.r"]: row.cells["step_ms_over_lora"].mean for row in table.rows if row.label == "LoRS"
-    }
-    assert of_lora["32"] == 1 and of_lora["16"] != of_lora["16"]
+    of_lora = {row.text("adapter.r"): row.cells["step_ms_over_lora"].mean for row in table.rows if row.label == "LoRS"}
+    assert of_lora["32"] == 1 and math.isnan(of_lora["16"])
 
 
 def test_a_learning_rate_tuned_for_each_method_is_shown_and_does_not_part_it_from_lora(tmp_path):
     runs = [result("lora"), result("lors", config={"train.learning_rate": 3e-3})]
     (table,) = tables_of(tmp_path, *runs)
-    row = row_of(table, "LoRS", **{"train.learning_rate": "0.003"})
-    assert row.cells["step_ms_over_lora"].mean == 1
+    row = row_of(table, "LoRS")
+    assert row.text("train.learning_rate") == "0.003" and row.cells["step_ms_over_lora"].mean == 1
 
 
 def test_another_protocol_is_another_table(tmp_path):
     runs = [result("lors", mode="profile", config={"train.sequence_length": length}) for length in (2048, 512, 1024)]
-    runs += [result("lors"), result("lors", config={"eval.limit": 20}, dense=(0.5, 1.0))]
+    runs += [
+        result("lors"),
+        result("lors", config={"eval.limit": 20}, dense=(0.5, 1.0)),
+        result("lors", mode="simulate"),
+    ]
+    runs[-1]["memory"]["kind"] = "simulated"
     tables = tables_of(tmp_path, *runs)
+    assert "simulated" in tables[-1].title and any("simulated on fake tensors" in note for note in tables[-1].notes)
+    assert all(len(trainings(table)) == 1 for table in tables)
     assert [table.title for table in tables if table.axes["mode"] == "profile"] == [
         f"microworld, sparsity 0.5, random weights, time and memory only, sequence length {length}"
         for length in (512, 1024, 2048)
@@ -175,15 +186,6 @@ def test_another_protocol_is_another_table(tmp_path):
     limited = {table.axes.get("eval.limit"): table for table in tables if table.axes["mode"] == "run"}
     assert limited[20].rows[0].cells["average"].mean == pytest.approx(50)
     assert limited[None].rows[0].cells["average"].mean == pytest.approx(80)
-
-
-def test_simulated_results_never_meet_measured_ones(tmp_path):
-    simulated = result("lors", mode="simulate")
-    simulated["memory"]["kind"] = "simulated"
-    tables = tables_of(tmp_path, simulated, result("lors", mode="profile"), result("lors"))
-    assert [table.axes["mode"] for table in tables] == ["profile", "run", "simulate"]
-    assert all(len(table.trainings) == 1 for table in tables)
-    assert "simulated" in tables[-1].title and any("simulated on fake tensors" in note for note in tables[-1].notes)
 
 
 @pytest.mark.parametrize("change", [{"device": "another GPU"}, {"torch": "2.11.0"}, {"transformers": "5.17.0"}])
@@ -194,14 +196,7 @@ def test_machines_are_mixed_on_demand_and_never_averaged(tmp_path, change, capsy
     assert re.search(rf"{name}: .*{re.escape(value)}.*--mix", capsys.readouterr().err)
     assert main(["tables", "--mix", str(tmp_path)]) == 0
     (table,) = build(load([tmp_path]), mix=True)
-    assert [row.n for row in table.trainings] == [1, 1] and list(table.choices) == [name]
-
-
-def test_other_machines_in_other_tables_are_no_mix(tmp_path):
-    other = {"device": "another GPU"}
-    tables = tables_of(tmp_path, result("lors"), result("lors", pruner="sparsegpt", environment=other))
-    assert len(tables) == 2
-    assert all(len([row for row in table.rows if row.method == "dense"]) == 2 for table in tables)  # and no fine-tuned
+    assert [n for _, n, _ in trainings(table)] == [1, 1] and list(table.choices) == [name]
 
 
 def test_missing_cells_out_of_memory_and_failures(tmp_path):
@@ -226,27 +221,13 @@ def test_models_that_nobody_trained_are_tables_of_controls(tmp_path):
     first, second = tables_of(tmp_path, *runs)
     assert second.title == "microworld, wanda 0.5" and first.title == "microworld, magnitude 0.5"
     assert [row.label for row in first.rows] == ["dense", "dense, fine-tuned", "pruned"]
-    assert first.rows[2].cells["average"].mean == pytest.approx(50) and not first.trainings
+    assert first.rows[2].cells["average"].mean == pytest.approx(50) and list(first.panels) == ["Scores"]
 
 
 def test_a_control_that_scores_differently_shows_that_the_runs_do_not_belong_together(tmp_path):
-    runs = [result("lors"), result("lors", seed=1, dense=(0.79, 0.9))]
-    (table,) = tables_of(tmp_path, *runs)
+    (table,) = tables_of(tmp_path, result("lors"), result("lors", seed=1, dense=(0.79, 0.9)))
     assert [row.label for row in table.rows].count("dense") == 2
     assert table.notes[0] == "The dense model was scored differently: code or data changed between these runs."
-
-
-def test_the_dense_model_alone_is_a_table(tmp_path):
-    (table,) = tables_of(tmp_path, *(result("lors", pruner="none", sparsity=0.0, seed=seed) for seed in range(2)))
-    assert [(row.label, row.n) for row in table.rows] == [("dense", 0), ("LoRS", 2)]
-
-
-def test_one_dead_weight_too_many_does_not_read_as_hundred_percent(tmp_path):
-    content = result("lors")
-    content["zeros"] |= {"lost": 1, "gained": 0, "after_merge": 0.5 - 1e-6}
-    (table,) = tables_of(tmp_path, content)
-    column = next(column for column in table.quality if column.name == "zeros_kept_percent")
-    assert row_of(table, "LoRS").cells[column.name].text(column) == "99.99"
 
 
 def test_averages_of_several_tables_stand_side_by_side(tmp_path, capsys):
@@ -258,71 +239,20 @@ def test_averages_of_several_tables_stand_side_by_side(tmp_path, capsys):
     tables = build(load([tmp_path]))
     (side,) = side_by_side(tables)
     assert side.title == "microworld, wanda, averages"
-    of_label = {table.axes["label"]: table for table in tables}
-    heads = [column.title for column in side.quality]
-    assert heads[:6] == ["0.5", "Δ LoRA", "0.7", "Δ LoRA", "2:4", "Δ LoRA"]
-    assert heads[6:] == ["trainable", "memory (MiB)", "GFLOP/step"]
-    for label, table in of_label.items():
-        for row in side.rows:
-            alone = [other for other in table.rows if (other.label, other.method) == (row.label, row.method)]
-            for name in ("average", "average_minus_lora"):
-                cell = row.cells[f"{name} {label}"]
-                wanted = [other.cells[name] for other in alone] or [Cell()]
-                assert any(repr(cell) == repr(other) for other in wanted)
-    best = row_of(side, "LoRS").cells
-    assert best["average 0.5"].best and not best["average 2:4"].best and math.isnan(best["average 0.7"].mean)
-    assert row_of(side, "LoRS").n == 1 and len(row_of(side, "LoRS").keys) == 4
-    # One dense model was scored differently: both rows are there, each in its column.
-    assert sum(row.label == "dense" for row in side.rows) == 2
+    assert [table.axes["label"] for table in tables] == ["0.5", "0.7", "2:4"], "the order of the columns is theirs"
+    text = side.panels["Scores"]
+    heads = ["0.5", "Δ LoRA", "0.7", "Δ LoRA", "2:4", "Δ LoRA"]
+    assert text.columns == ["method", "n", *heads, "trainable", "memory (MiB)", "GFLOP/step"]
+    assert text.methods[: text.controls] == ["dense", "dense", "dense", "pruned"]
+    lors = text.rows[text.methods.index("lors")]
+    assert lors == ["LoRS", "1", "75.1 ± 0.1", "+5.0 ± 0.1", "-", "-", "69.0", "-1.1", "1,000", "100.0", "1.0"]
+    assert isinstance(lors[2], Bold) and not isinstance(lors[6], Bold)
+    assert len(text.runs[text.methods.index("lors")]) == 4
+    # One dense model was scored differently: both rows are there.
+    assert sorted(row[2] for row in text.rows if row[0] == "dense") == ["80.0", "81.0"]
     assert main(["tables", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert printed.index("## microworld, wanda, averages") < printed.index("## microworld, wanda 0.5")
-
-
-def test_every_pair_of_lines_has_its_difference_in_a_file(runs, table, tmp_path, capsys):
-    assert main(["tables", str(runs), "--output", str(tmp_path)]) == 0
-    pairs = list(csv.DictReader((tmp_path / "differences.csv").open()))
-    scored_rows = [row for row in table.rows if not math.isnan(row.cells["average"].mean)]
-    assert len(pairs) == len(scored_rows) * (len(scored_rows) - 1) / 2 and {pair["table"] for pair in pairs} == {
-        table.title
-    }
-    (pair,) = [pair for pair in pairs if {pair["a"], pair["b"]} == {"LoRS", "SPP"}]
-    assert pair["a"] == "LoRS" and pair["n"] == "3" and 0 < float(pair["p"]) < 0.01
-    means = [row_of(table, name).cells["average"].mean for name in ("LoRS", "SPP")]
-    assert float(pair["difference"]) == pytest.approx(means[0] - means[1], rel=1e-3)
-    lora = row_of(table, "LoRS").cells["average_minus_lora"]
-    (pair,) = [pair for pair in pairs if (pair["a"], pair["b"]) == ("LoRS", "LoRA, with adapter")]
-    assert float(pair["error"]) == pytest.approx(lora.std, rel=1e-3)
-
-
-def test_one_table_has_nothing_beside_it(runs):
-    assert side_by_side(build(load([runs]))) == []
-
-
-def test_three_formats_say_the_same(runs, table, tmp_path, capsys):
-    assert main(["tables", str(runs), "--output", str(tmp_path / "out")]) == 0
-    markdown, latex, comma = ((tmp_path / "out" / f"tables.{end}").read_text() for end in ("md", "tex", "csv"))
-    assert capsys.readouterr().out.strip() == markdown.strip()
-    header = next(line for line in markdown.splitlines() if line.startswith("| method | n | boolq"))
-    lors = next(line for line in markdown.splitlines() if line.startswith("| LoRS | 3 |"))
-    assert header.count("|") == lors.count("|") and "**76.1 ± 0.1**" in lors
-    assert r"\textbf{76.1 $\pm$ 0.1}" in latex and r"zeros kept (\%)" in latex and r"$\Delta$ LoRA" in latex
-    assert latex.count(r"\toprule") == latex.count(r"\bottomrule") == latex.count(r"\begin{tabular}") == 2
-    columns = [line.count("&") for line in latex.splitlines() if line.endswith(r"\\")]
-    assert set(columns) == {header.count("|") - 2, len(table.cost) + 1}
-    rows = {row["name"]: row for row in csv.DictReader(io.StringIO(comma))}
-    assert rows["LoRS"]["average_best"] == "1" and rows["SPP"]["average_best"] == "0"
-    assert float(rows["LoRS"]["average"]) == pytest.approx(76.1) and rows["LoRS"]["n"] == "3"
-    assert rows["pruned"]["step_ms"] == "-" and len(rows["LoRS"]["runs"].split()) == 3
-
-
-def test_varying_compares_within_a_method_and_ignores_what_repeats_the_adapter():
-    lors = {"method": {"name": "lors", "peft": {"r": 16, "init": "gradient"}}, "adapter": {"r": 16}, "seed": 0}
-    spp = {"method": {"name": "spp", "peft": {"r": 16, "init": "zero"}}, "adapter": {"r": 16}, "seed": 1}
-    wide = {"method": {"name": "spp", "peft": {"r": 32, "init": "zero"}}, "adapter": {"r": 32}, "seed": 1}
-    assert varying([flat(lors), flat(spp)]) == []
-    assert varying([flat(lors), flat(spp), flat(wide)]) == ["adapter.r"]
-    assert varying([flat(lors), flat(lors) | {"train.new": 1}]) == ["train.new"]
 
 
 def test_a_seed_of_a_method_is_a_choice_only_if_it_is_not_that_of_the_run(tmp_path):
@@ -370,13 +300,12 @@ def test_models_that_came_with_other_zeros_are_other_tables(tmp_path, apart):
 def test_one_config_on_two_pruned_checkpoints_is_never_one_mean(tmp_path):
     """As when a fix of a pruner comes between the seeds of a sweep; older files do not say which one they had."""
     old, new = ({"support": letter * 64} for letter in "ab")
-    assert [row.n for table in tables_of(tmp_path / "same", result("lors"), result("lors", seed=1, **new))
-            for row in table.trainings] == [2]  # fmt: skip
+    (same,) = tables_of(tmp_path / "same", result("lors"), result("lors", seed=1, **new))
+    assert trainings(same) == [("LoRS", 2)]
     runs = [result("lors", seed=seed, pruned=pruned, **which) for seed, which, pruned in
             ((0, old, (0.6, 1.2)), (1, new, (0.5, 1.3)), (2, new, (0.5, 1.3)))]  # fmt: skip
     tables = tables_of(tmp_path / "apart", *runs)
-    assert sorted(row.n for table in tables for row in table.trainings) == [1, 2]
-    scores = {table.trainings[0].n: row_of(table, "pruned").cells["average"].mean for table in tables}
+    scores = {trainings(table)[0][1]: row_of(table, "pruned").cells["average"].mean for table in tables}
     assert scores == {1: pytest.approx(60), 2: pytest.approx(50)}
 
 
@@ -390,19 +319,16 @@ def test_checkpoints_of_another_draw_of_the_pruner_stand_side_by_side_and_are_ne
         assert row_of(table, "LoRA, with adapter").n == 3
     (side,) = side_by_side(tables)
     assert side.title == "microworld, wanda, averages"
-    assert [column.title for column in side.quality][:5:2] == [f"0.5, prune seed {draw}" for draw in range(3)]
+    assert side.panels["Scores"].columns[2:8:2] == [f"0.5, prune seed {draw}" for draw in range(3)]
 
 
 def test_an_option_that_older_runs_lack_and_a_class_that_moved_do_not_tell_rows_apart(tmp_path):
     new = {"method.peft.storage": "dense", "method.peft._target_": "elsewhere.Config", "method.version": 1}
     (table,) = tables_of(tmp_path / "alike", result("lors"), result("lors", seed=1, config=new))
-    assert [row.n for row in table.trainings] == [2] and table.choices == {}
+    assert trainings(table) == [("LoRS", 2)]
     other = new | {"method.peft.storage": "bitmap", "method.version": 2}
     (table,) = tables_of(tmp_path / "apart", result("lors"), result("lors", seed=1, config=other), result("spp"))
-    rows = {row.label: [] for row in table.trainings}
-    for row in table.trainings:
-        rows[row.label].append(tuple(row.choices.values()))
-    assert rows == {"LoRS": [("bitmap", "2"), ("dense", "1")], "SPP": [("-", "-")]}
+    assert trainings(table) == [("LoRS", 1, "bitmap", "2"), ("LoRS", 1, "dense", "1"), ("SPP", 1, "-", "-")]
 
 
 def test_a_table_says_whether_it_was_pooled_and_only_variants_of_one_method_are(tmp_path, capsys):
@@ -416,27 +342,63 @@ def test_a_table_says_whether_it_was_pooled_and_only_variants_of_one_method_are(
     said = (
         "Variance over the seeds: pooled over the 4 rows of LoRS (6 degrees of freedom), else n - 1 degrees of freedom."
     )
-    assert table.pooling == said
+    assert table.cautions == [said]
     assert main(["tables", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     assert said in text and said in (tmp_path / "tables.tex").read_text()
-    pairs = list(csv.DictReader((tmp_path / "differences.csv").open()))
-    pooled = [pair for pair in pairs if pair["pooled"] != "0"]
-    assert len(pooled) == 6 and {(pair["pooled"], pair["degrees"]) for pair in pooled} == {("4", "6")}
-    assert all(pair["a"].startswith("LoRS (") and "0.001" in pair["a"] + pair["b"] for pair in pooled)
-    assert {pair["degrees"] for pair in pairs if pair["pooled"] == "0"} == {"2", "inf"}
+    pairs = pd.read_csv(tmp_path / "differences.csv")
+    pooled = pairs[pairs.pooled != 0]
+    assert len(pooled) == 6 and set(zip(pooled.pooled, pooled.degrees, strict=True)) == {(4, 6)}
+    assert pooled.a.str.startswith("LoRS (").all() and (pooled.a + pooled.b).str.contains("0.001").all()
+    assert set(pairs[pairs.pooled == 0].degrees) == {2, math.inf}
 
 
-def test_every_p_value_says_what_it_is_conditional_on(runs, tmp_path):
+CONDITION = "conditional on one pruned checkpoint and on learning rates from one search seed"
+
+
+def test_every_format_says_the_same_and_every_pair_of_rows_has_its_difference(table, runs, tmp_path):
     assert main(["tables", str(runs), "--output", str(tmp_path)]) == 0
-    condition = "conditional on one pruned checkpoint and on learning rates from one search seed"
-    assert condition in (tmp_path / "tables.md").read_text() and condition in (tmp_path / "tables.tex").read_text()
-    pairs = list(csv.DictReader((tmp_path / "differences.csv").open()))
-    assert {pair["condition"] for pair in pairs} == {condition}
-    assert all(float(pair["holm"]) >= float(pair["p"]) for pair in pairs)
-    assert "Variance over the seeds: not pooled, n - 1 degrees of freedom" in (tmp_path / "tables.md").read_text()
+    markdown, latex = ((tmp_path / f"tables.{ending}").read_text() for ending in ("md", "tex"))
+    header = next(line for line in markdown.splitlines() if line.startswith("| method | n | boolq"))
+    lors = next(line for line in markdown.splitlines() if line.startswith("| LoRS | 3 |"))
+    assert header.count("|") == lors.count("|") and "**76.1 ± 0.1**" in lors
+    assert r"\textbf{76.1 $\pm$ 0.1}" in latex and r"zeros kept (\%)" in latex and r"$\Delta$ LoRA" in latex
+    assert latex.count(r"\toprule") == latex.count(r"\bottomrule") == latex.count(r"\begin{tabular}") == 2
+    columns = [line.count("&") for line in latex.splitlines() if line.endswith(r"\\")]
+    assert set(columns) == {header.count("|") - 2, len(table.cost) + 1}
+    for text in (markdown, latex):
+        assert CONDITION in text and "Variance over the seeds: not pooled, n - 1 degrees of freedom" in text
+    numbers = pd.read_csv(tmp_path / "tables.csv").set_index(["row", "column"])
+    assert numbers.loc[("LoRS", "average"), ["mean", "std", "n", "best"]].tolist() == [76.1, 0.1, 3, True]
+    assert len(numbers.loc[("LoRS", "average"), "runs"].split()) == 3 and not numbers.loc[("SPP", "average"), "best"]
+    assert ("pruned", "step_ms") not in numbers.index
+    pairs = pd.read_csv(tmp_path / "differences.csv")
+    names = [row.label for row in table.rows if not math.isnan(row.cells["average"].mean)]
+    assert len(pairs) == len(names) * (len(names) - 1) / 2 and set(pairs.table) == {table.title}
+    assert set(pairs.condition) == {CONDITION} and (pairs.holm >= pairs.p).all()
+    pair = pairs.set_index(["a", "b"]).loc[("LoRS", "SPP")]  # the higher one first
+    assert pair.n == 3 and 0 < pair.p < 0.01 and pair.difference == pytest.approx(5.9)
+    error = pairs.set_index(["a", "b"]).loc[("LoRS", "LoRA, with adapter"), "error"]
+    assert error == pytest.approx(row_of(table, "LoRS").cells["average_minus_lora"].std, rel=1e-3)
 
 
-def test_the_reference_results_make_tables():
-    groups = groups_of(load(["runs/reference/margins"]))
-    assert any(len(group.runs) and len(group.tuned_dense) and len(group.controls) == 2 for group in groups)
+def test_a_table_in_markdown_and_latex():
+    rows = [["1", "2:4", Bold("1,000.5"), "-"], ["1", "", "-", "3 ± 1"]]
+    table = TextTable(["method", "r|s_t", "n", "peak"], rows, controls=1)
+    assert markdown(table).splitlines() == [
+        "| method | r\\|s_t | n | peak |",
+        "| --- | --- | ---: | ---: |",
+        "| 1 | 2:4 | **1,000.5** | - |",
+        "| 1 | - | - | 3 ± 1 |",
+    ]
+    assert markdown(TextTable(["a"], [])) == "None."
+    lines = latex(table, "Sizes").splitlines()
+    body = lines[lines.index(r"\toprule") + 1 : lines.index(r"\bottomrule")]
+    assert body == [
+        r"method & r|s\_t & n & peak \\",
+        r"\midrule",
+        r"1 & 2:4 & \textbf{1,000.5} & - \\",
+        r"\midrule",
+        r"1 &  & - & 3 $\pm$ 1 \\",
+    ]
+    assert r"\begin{tabular}{llrr}" in lines and r"\caption{Sizes}" in lines

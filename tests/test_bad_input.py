@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,13 +15,14 @@ from types import ModuleType
 import pytest
 import torch
 import transformers
-from bad_inputs import ARGUMENTS, COMPOSED, IN_PROCESS, Bad, prepare
+from bad_command_lines import ARGUMENTS, COMPOSED
+from bad_inputs import IN_PROCESS, Bad
 from conftest import compose_config
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from harness import fit
+from harness import feasible
 from harness import run as harness_run
 from harness.errors import BadInput
 from harness.run import execute
@@ -83,10 +85,30 @@ def looking(tmp_path, monkeypatch) -> Callable[[Bad], None]:
         for name, value in bad.environment.items():
             monkeypatch.setenv(name, value)
         if bad.free is not None:
-            monkeypatch.setattr(fit, "available_memory", lambda: bad.free)
+            monkeypatch.setattr(feasible, "available_memory", lambda: bad.free)
             monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
     return machine
+
+
+def prepare(bad: Bad, here: Path, model: Path, sources: Path) -> tuple[list[str], list[str]]:
+    """Write the files of an entry; returns its words and the parts of the answer, with their folders."""
+    if bad.model is not None:
+        shutil.copytree(model, here / "model")
+        for change in bad.model:
+            change(here / "model")
+    for name, content in bad.files.items():
+        target = here / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if content is None:
+            target.mkdir()
+        else:
+            target.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    def placed(text: str) -> str:
+        return text.replace("{here}", str(here)).replace("{sources}", str(sources)).replace("{model}", str(model))
+
+    return [placed(word) for word in bad.given], [placed(part) for part in bad.says]
 
 
 def files_in(folder: Path) -> set[Path]:
@@ -158,10 +180,3 @@ def run_module() -> ModuleType:
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     return module
-
-
-def test_the_corpus_is_large_and_has_nothing_twice() -> None:
-    corpus = [*IN_PROCESS, *ARGUMENTS, *COMPOSED]
-    assert len(corpus) >= 150
-    given = [(bad.given, tuple(bad.files.items()), bad.model, tuple(bad.environment.items())) for bad in corpus]
-    assert len(set(given)) == len(given)

@@ -6,11 +6,14 @@ import errno
 import os
 import re
 import resource
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from callback_loop import with_callbacks
+from damage import DAMAGES, put_a_link
 from test_train import assert_same_weights, fit, kill_at, lora, recipe, without_times
 from torch import nn
 from transformers import TrainerCallback
@@ -46,88 +49,34 @@ def checkpoint(folder: Path, step: int) -> Path:
 # ---- what counts
 
 
-def added_file(path: Path) -> None:
+def add_a_file(path: Path) -> None:
     (path / "adapter_config.json").write_text("{}")
 
 
-def added_file_like_the_seal(path: Path) -> None:
-    (path / "sealed.json.bak").write_text("{}")
-
-
-def added_link(path: Path) -> None:
+def add_a_link(path: Path) -> None:
     (path / "more.pt").symlink_to(path / "trained.pt")
 
 
-def link_in_place_of_a_file(path: Path) -> None:
-    (path / "trained.pt").rename(path.parent / "elsewhere.pt")
-    (path / "trained.pt").symlink_to(path.parent / "elsewhere.pt")
-
-
-def pipe_in_place_of_a_file(path: Path) -> None:
-    (path / "trained.pt").unlink()
-    os.mkfifo(path / "trained.pt")
-
-
-def seal_of_something_else(path: Path) -> None:
-    (path / "sealed.json").write_text("[" * 100_000)
-
-
-def binary_seal(path: Path) -> None:
-    (path / "sealed.json").write_bytes(b"\xff\xfe")
-
-
-def folder_as_seal(path: Path) -> None:
-    (path / "sealed.json").unlink()
-    (path / "sealed.json").mkdir()
-
-
-def link_as_seal(path: Path) -> None:
-    (path / "sealed.json").rename(path.parent / "elsewhere.json")
-    (path / "sealed.json").symlink_to(path.parent / "elsewhere.json")
-
-
-def link_in_place_of_the_folder(path: Path) -> None:
-    path.rename(path.parent / "elsewhere")
-    path.symlink_to(path.parent / "elsewhere")
-
-
-def file_in_place_of_the_folder(path: Path) -> None:
-    path.rename(path.parent / "elsewhere")
+def put_a_file(path: Path) -> None:
+    shutil.rmtree(path)
     path.write_text("")
 
 
-def empty_folder(path: Path) -> None:
-    path.rename(path.parent / "elsewhere")
-    path.mkdir()
+DAMAGE = [(name, damage) for name in ("trained.pt", "sealed.json") for damage in DAMAGES]
+DAMAGE += [(".", damage) for damage in (add_a_file, add_a_link, put_a_link, put_a_file)]
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        added_file,
-        added_file_like_the_seal,
-        added_link,
-        link_in_place_of_a_file,
-        pipe_in_place_of_a_file,
-        seal_of_something_else,
-        binary_seal,
-        folder_as_seal,
-        link_as_seal,
-        link_in_place_of_the_folder,
-        file_in_place_of_the_folder,
-        empty_folder,
-    ],
-)
-def test_only_what_was_sealed_counts_and_nothing_else_stays_in_the_way(tmp_path, caplog, damage):
-    older, newer = checkpoint(tmp_path, 2), checkpoint(tmp_path, 10)
-    damage(newer)
-    assert newest_intact(tmp_path) == older
+@pytest.mark.parametrize(("name", "damage"), DAMAGE)
+def test_only_what_was_sealed_counts_and_nothing_else_stays_in_the_way(tmp_path, caplog, name, damage):
+    older, newer = checkpoint(tmp_path / "run", 2), checkpoint(tmp_path / "run", 10)
+    damage(newer / name)
+    assert newest_intact(tmp_path / "run") == older
     assert [record.getMessage() for record in caplog.records] == [
         f"{newer} is damaged or unfinished: going back to the checkpoint before it"
     ]
     assert not os.path.lexists(newer)
-    if (tmp_path / "elsewhere").exists():
-        assert len(list((tmp_path / "elsewhere").iterdir())) == 2, "a link is not followed"
+    if damage is put_a_link and name == ".":
+        assert len(list((tmp_path / "elsewhere-checkpoint-10").iterdir())) == 2, "a link is not followed"
 
 
 STRAYS = {"checkpoint-abc": True, "checkpoint-": True, "checkpoint-05": True, "checkpoint-3.bak": False,
@@ -219,7 +168,7 @@ def no_space_for_the_seal(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("fault", [no_space_for_the_weights, no_space_for_the_state, no_space_for_the_seal])
 def test_a_full_disk_is_one_line_and_the_next_start_goes_on(tmp_path, monkeypatch, whole, fault):
     with monkeypatch.context() as patch, pytest.raises(OSError) as caught:
-        fit(lora(callbacks=(Then(2, lambda: fault(patch)),)), tmp_path, SHORT)
+        fit(with_callbacks(lora(), Then(2, lambda: fault(patch))), tmp_path, SHORT)
     assert_one_line_and_nothing_lost(caught.value, tmp_path, "No space left on device")
     assert_goes_on(tmp_path, whole)
 
@@ -230,7 +179,7 @@ def test_a_file_that_the_system_cuts_off_is_one_line_too(tmp_path, whole):
     limit = Then(2, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1])))
     try:
         with pytest.raises(OSError) as caught:
-            fit(lora(callbacks=(limit,)), tmp_path, SHORT)
+            fit(with_callbacks(lora(), limit), tmp_path, SHORT)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert_one_line_and_nothing_lost(caught.value, tmp_path, "")

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from harness.config import resolve
-from harness.construct import build_method
+from harness.method_from_config import build_method
 
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"

@@ -11,15 +11,12 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from contract import ELSEWHERE, OWN, batch, composed, logits, method_of, pruned, trainable, trained
+from contract import FORMS, OWN, batch, logits, method_of, pruned, trainable, trained
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from harness.method import adapt
-from lors.sparse_tuner import SparseLinear
-
-# Methods that can be run without the mask as well: another forward pass.
-FORMS = [*OWN, *(f"{name} keep_zeros=false" for name in OWN if "keep_zeros" in composed(name).method.peft)]
+from lors.sparse_layer import SparseLinear
 
 
 def layers(model: nn.Module) -> list[SparseLinear]:
@@ -62,12 +59,14 @@ def test_hooks_see_the_input_and_the_adapted_output_as_after_a_merge(name):
 
 
 @pytest.mark.parametrize("name", OWN)
-def test_backward_hooks_run(name):
+def test_backward_hooks_run_and_nothing_is_said_of_layers_that_learn(name):
     model = adapt(method_of(name), pruned(), [batch()]).train()
     seen = []
     base = layers(model)[-1].base_layer
     base.register_full_backward_hook(lambda module, into, out: seen.append((module, into[0].shape, out[0].shape)))
-    model(**batch()).loss.backward()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "LORS|.*had no gradient|.*no zero to keep|.*no adapter")
+        model(**batch()).loss.backward()
     rows = tuple(batch()["input_ids"].shape)
     assert seen == [(base, (*rows, base.in_features), (*rows, base.out_features))]
 
@@ -78,7 +77,7 @@ def test_backward_hooks_run(name):
 )
 def test_the_hooks_of_accelerate_are_honoured(name, offloaded):
     """A model whose weights are away between the calls of a layer, or that only moves inputs to its device."""
-    method = method_of(name, *ELSEWHERE.get(name, []))
+    method = method_of(name)
     expected = trained(method, pruned())
     base = pruned()
     if offloaded:
@@ -88,8 +87,8 @@ def test_the_hooks_of_accelerate_are_honoured(name, offloaded):
         for part in base.modules():
             if isinstance(part, nn.Linear):
                 add_hook_to_module(part, AlignDevicesHook(execution_device="cpu"))
-    # Some methods read weights to start from; all start from equal ones.
-    model = get_peft_model(base, copy.deepcopy(expected.peft_config["default"]), autocast_adapter_dtype=False)
+    config = copy.deepcopy(expected.peft_config["default"])
+    model = get_peft_model(base, config, autocast_adapter_dtype=False)
     for own, other in zip(layers(model), layers(expected), strict=True):
         for part in (*own.adapter_layer_names, *own.other_param_names):
             held = getattr(own, part)
@@ -108,15 +107,6 @@ def test_the_hooks_of_accelerate_are_honoured(name, offloaded):
             torch.testing.assert_close(own.grad, other.grad, msg=key)
     expected = logits(expected.eval())
     torch.testing.assert_close(logits(model.eval().merge_and_unload()), expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("name", OWN)
-def test_nothing_is_said_of_layers_that_learn_or_are_not_meant_to(name):
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", "LORS|.*had no gradient|.*no zero to keep|.*no adapter")
-        model = adapt(method_of(name), pruned(), [batch()]).train()
-        for _ in range(2):
-            model(**batch()).loss.backward()
 
 
 @pytest.mark.parametrize("name", OWN)
@@ -219,24 +209,18 @@ def test_a_weighted_sum_of_adapters_is_exact_or_refused(name, tmp_path):
 
 def test_what_does_not_fit_a_sum_is_refused():
     model = second(trained(method_of("lors"), pruned()), "lors")
-    for arguments, message in (
-        ({"adapters": ["default", "typo"], "weights": [1, 1]}, "there is no adapter 'typo'"),
-        ({"adapters": ["default"], "weights": [1, 1]}, "1 adapters, 2 weights"),
-        (
-            {"adapters": ["default"], "weights": [1], "combination_type": "svd"},
-            "'svd' is not for LORS, allowed is 'cat'",
-        ),
-        ({"adapters": ["default"], "weights": [1], "density": 0.5}, "density is not for LORS"),
+    layers(model)[0].options["second"].exact_gradient = model.peft_config["second"].exact_gradient = True
+    for adapters, weights, options, message in (
+        (["default", "typo"], [1, 1], {}, "there is no adapter 'typo'"),
+        (["default"], [1, 1], {}, "1 adapters, 2 weights"),
+        (["default"], [1], {"combination_type": "svd"}, "'svd' is not for LORS, allowed is 'cat'"),
+        (["default"], [1], {"density": 0.5}, "density is not for LORS"),
+        (["default"], [1], {"adapter_name": "second"}, "adapter_name='second': there is an adapter of that name"),
+        (["default", "second"], [1, 1], {}, "differ in exact_gradient"),
+        (["default"] * 9, [1] * 9, {}, "larger than a side"),
     ):
         with pytest.raises(ValueError, match=message):
-            model.add_weighted_adapter(adapter_name="sum", **arguments)
-    with pytest.raises(ValueError, match="adapter_name='second': there is an adapter of that name"):
-        model.add_weighted_adapter(["default"], [1.0], "second")
-    layers(model)[0].options["second"].exact_gradient = model.peft_config["second"].exact_gradient = True
-    with pytest.raises(ValueError, match="differ in exact_gradient"):
-        model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "sum")
-    with pytest.raises(ValueError, match="larger than a side"):
-        model.add_weighted_adapter(["default"] * 9, [1.0] * 9, "sum")
+            model.add_weighted_adapter(adapters, weights, **({"adapter_name": "sum"} | options))
     assert set(model.peft_config) == {"default", "second"}
     assert not any("sum" in key for key in model.state_dict())
 
@@ -251,6 +235,8 @@ def test_a_safe_merge_that_fails_in_a_later_layer_leaves_every_layer_alone(name)
     factor = getattr(last, last.adapter_layer_names[0])["default"]
     factor.data.fill_(float("nan"))
     before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="infinity or a NaN"):
+        last.merge(safe_merge=True)
     for merge in (model.merge_adapter, model.merge_and_unload):
         with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj.*infinity or a NaN; nothing was merged"):
             merge(safe_merge=True)

@@ -1,5 +1,5 @@
-"""The contract of a method, training: bfloat16 autocast and a resumed run through the plain Trainer of transformers,
-with the optimizer, the callbacks and the clipping that the method brings."""
+"""The contract of a method, training: its gradients in float64, bfloat16 autocast and a resumed run through the plain
+Trainer of transformers, with the optimizer, the callbacks and the clipping that the method brings."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from contract import PARTIAL, ROWS, TRAINED, batch, composed, logits, method_of, pruned, trainable
-from torch import nn
-from transformers import Trainer, TrainingArguments, default_data_collator
+from contract import PARTIAL, ROWS, TRAINED, batch, composed, logits, method_of, prune, pruned, trainable, trained
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy
+from transformers import OPTConfig, OPTForCausalLM, Trainer, TrainingArguments, default_data_collator
 
 from harness.method import Method, adapt, finish
+from lors.blocks import decoder_linears
 from lors.sparsity import supports, zero_report
 
 
@@ -21,7 +24,7 @@ def fit(
     """Train with the plain Trainer of transformers on the CPU."""
     if method.max_grad_norm is not None:
         arguments["max_grad_norm"] = method.max_grad_norm
-    own_optimizer = method.optimizer and method.optimizer(model, composed(method.name).train)
+    own_optimizer = method.optimizer(model, composed(method.name).train)
     settings = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
@@ -42,7 +45,7 @@ def fit(
         train_dataset=ROWS,
         data_collator=default_data_collator,
         optimizers=(own_optimizer, None),
-        callbacks=list(method.callbacks),
+        callbacks=method.callbacks(),
     )
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     return trainer
@@ -55,8 +58,7 @@ def test_bf16_autocast_through_the_trainer(name, tmp_path):
     start = {key: value.clone() for key, value in model.named_parameters()}  # XGBLoRA trains one part after another
     trainer = fit(model, method, tmp_path, steps=3, bf16=True, save_strategy="no")
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert len(losses) == 3
-    assert all(torch.isfinite(torch.tensor(losses)))
+    assert len(losses) == 3 and torch.tensor(losses).isfinite().all()
     still = [key for key, value in trainable(model).items() if torch.equal(value, start[key])]
     assert not still or (name in PARTIAL and len(still) < len(trainable(model)))
     for key, value in trainable(model).items():
@@ -76,3 +78,43 @@ def test_a_resumed_training_equals_an_uninterrupted_one(name, tmp_path):
     for key, value in trainable(whole).items():
         assert torch.equal(value, trainable(resumed)[key]), key
     assert torch.equal(logits(whole.eval()), logits(resumed.eval()))
+
+
+def loss_in_float64(model: nn.Module, changed: dict[str, Tensor]) -> Tensor:
+    """The models' own losses cast to float32."""
+    output = functional_call(model, changed, kwargs=batch())
+    return cross_entropy(output.logits[:, :-1].flatten(0, 1), batch()["labels"][:, 1:].flatten())
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_gradients_agree_with_finite_differences_in_float64(name):
+    """Of the loss of an OPT, along a random direction among the changes that the method can make.
+
+    A Llama computes its norms in float32 whatever its type, and has no biases.
+    """
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    smooth = {"activation_function": "gelu", "dropout": 0.0}  # finite differences dislike a kink
+    base = prune(OPTForCausalLM(OPTConfig(**shape, **smooth, vocab_size=64, word_embed_proj_dim=32)))
+    for layer in decoder_linears(base).values():
+        layer.bias.data.normal_(std=0.1)
+    overrides = ["adapter.targets=[q_proj,k_proj,v_proj,out_proj,fc1,fc2]"]
+    if name.startswith("lors"):  # whose training gradient is an estimate by design
+        overrides.append("method.peft.exact_gradient=true")
+    model = trained(method_of(name, *overrides), base).double()
+
+    loss_in_float64(model, {}).backward()
+    generator = torch.Generator().manual_seed(1)
+    directions, slope = {}, 0.0
+    for key, parameter in trainable(model).items():
+        direction = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        if parameter.grad is None and name in PARTIAL:
+            continue
+        directions[key] = direction * (parameter.grad != 0)  # full: a pruned weight cannot move
+        slope += (directions[key] * parameter.grad).sum().item()
+
+    step, losses = 1e-6, []
+    for sign in (1, -1):
+        moved = {key: value + sign * step * directions.get(key, 0) for key, value in trainable(model).items()}
+        losses.append(loss_in_float64(model, moved).item())
+    assert (losses[0] - losses[1]) / (2 * step) == pytest.approx(slope, rel=1e-6, abs=1e-8)

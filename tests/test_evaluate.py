@@ -2,10 +2,7 @@
 
 import contextlib
 import math
-import os
 import random
-import socket
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,16 +11,14 @@ from conftest import make_tiny_llama, make_tokenizer, sentence, write_rows
 
 from harness import evaluate as evaluate_module
 from harness import microworld
-from harness.corpora import read_rows, texts
+from harness.corpora import texts
 from harness.errors import BadInput
-from harness.evaluate import MICROWORLD_TASKS, ZERO_SHOT, check_scoring, check_tasks, evaluate
-from harness.perplexity import perplexity_text
+from harness.evaluate import MICROWORLD_TASKS, check_scoring, check_tasks, evaluate
+from harness.perplexity import perplexity_windows
+from harness.stock_tasks import ZERO_SHOT
 
 TOKENIZER = make_tokenizer()
 VOCABULARY = len(TOKENIZER)
-# A folder with real data sets, laid out as <name>/<split>.jsonl.
-REAL = Path(os.environ.get("LORS_DATA_ROOT", "no-such-folder"))
-needs_real_data = pytest.mark.skipif(not REAL.is_dir(), reason="LORS_DATA_ROOT names no folder")
 ITEMS = 5
 WITH_NORM = {"hellaswag", "arc_easy", "arc_challenge", "openbookqa"}
 
@@ -71,16 +66,6 @@ def world(monkeypatch):
     monkeypatch.setattr(microworld, "task_rows", lambda task, split: items(task))
 
 
-@pytest.fixture
-def no_network(monkeypatch):
-    def refuse(*_, **__):
-        raise AssertionError("the network was used")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "create_connection", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-
-
 def eval_cfg(tasks=(), data_root=None, **fields):
     base = {"limit": None, "batch_size": 8, "add_bos_token": True, "perplexity": None}
     root = None if data_root is None else str(data_root)
@@ -91,8 +76,13 @@ def text_cfg(source, window):
     return SimpleNamespace(text=str(source), window=window)
 
 
+def text_of(cfg):
+    """The text of the windows, without BOS."""
+    return TOKENIZER.decode(perplexity_windows(TOKENIZER, cfg).flatten()[1:])
+
+
 def check(cfg, tokenizer=TOKENIZER, vocabulary=VOCABULARY):
-    check_tasks(cfg, tokenizer, vocabulary)
+    return check_tasks(cfg, tokenizer, vocabulary)
 
 
 def refused(cfg, **fields):
@@ -160,7 +150,7 @@ def test_scores_of_all_tasks_from_local_files(world, data_root, no_network):
     cfg = eval_cfg([*ZERO_SHOT, *MICROWORLD_TASKS], data_root)
     state = random.getstate(), torch.get_rng_state()
     pad_token = TOKENIZER.pad_token
-    result = evaluate(model, TOKENIZER, cfg, progress=False)
+    result = evaluate(model, TOKENIZER, cfg, check(cfg), progress=False)
     assert (random.getstate(), pad_token) == (state[0], TOKENIZER.pad_token)
     assert torch.equal(torch.get_rng_state(), state[1])
     assert model.training
@@ -187,12 +177,12 @@ def test_scores_of_all_tasks_from_local_files(world, data_root, no_network):
 def test_scores_repeat_and_limit_takes_the_first_items(data_root):
     model = tiny()
     tasks = ["rte", "openbookqa"]
-    once, twice = (evaluate(model, TOKENIZER, eval_cfg(tasks, data_root), progress=False) for _ in range(2))
+    once, twice = (evaluate(model, TOKENIZER, eval_cfg(tasks, data_root), None, progress=False) for _ in range(2))
     assert once == twice
-    limited = evaluate(model, TOKENIZER, eval_cfg(tasks, data_root, limit=2), progress=False)
+    limited = evaluate(model, TOKENIZER, eval_cfg(tasks, data_root, limit=2), None, progress=False)
     assert [score["n"] for score in limited["tasks"].values()] == [2, 2]
     assert all(score["correct"] == once["tasks"][task]["correct"][:2] for task, score in limited["tasks"].items())
-    single = evaluate(model, TOKENIZER, eval_cfg(["rte"], data_root, limit=1), progress=False)
+    single = evaluate(model, TOKENIZER, eval_cfg(["rte"], data_root, limit=1), None, progress=False)
     assert single["tasks"]["rte"]["stderr"] is None
     assert single["average"]["stderr"] is None
 
@@ -210,16 +200,11 @@ def test_accuracy_is_that_of_the_likeliest_answer(data_root):
             logits = model(torch.tensor([ids])).logits[0].log_softmax(-1)
             scores.append(sum(logits[i - 1, ids[i]].item() for i in range(start, len(ids))))
         right += str(int(scores.index(max(scores)) == row["label"]))
-    result = evaluate(model, TOKENIZER, eval_cfg(["rte"], data_root), progress=False)["tasks"]["rte"]
+    result = evaluate(model, TOKENIZER, eval_cfg(["rte"], data_root), None, progress=False)["tasks"]["rte"]
     assert result["correct"] == right and result["value"] == pytest.approx(right.count("1") / ITEMS)
 
 
-def test_without_tasks_there_is_no_average():
-    result = evaluate(tiny(), TOKENIZER, eval_cfg(), progress=False)
-    assert result == {"tasks": {}, "average": None, "perplexity": None}
-
-
-def test_a_task_without_accuracy_has_its_first_metric_and_no_part_in_the_average():
+def test_a_task_without_accuracy_has_its_first_metric_and_no_part_in_the_average(monkeypatch):
     scores = {
         "results": {"t": {"alias": "t", "f1,none": 0.5, "f1_stderr,none": "N/A", "em,none": 0.1}},
         "n-samples": {"t": {"original": 9, "effective": 4}},
@@ -228,8 +213,10 @@ def test_a_task_without_accuracy_has_its_first_metric_and_no_part_in_the_average
     score = evaluate_module._score(scores, "t")
     assert score == {"metric": "f1", "value": 0.5, "stderr": None, "n": 4, "version": 3.0}
     other = {"metric": "acc", "value": 0.25, "stderr": 0.1}
-    assert evaluate_module._average({"t": score, "u": other})["tasks"] == ["u"]
-    assert evaluate_module._average({"t": score}) is None
+    for tasks, averaged in (({"t": score, "u": other}, ["u"]), ({"t": score}, None)):
+        monkeypatch.setattr(evaluate_module, "_zero_shot", lambda *_, tasks=tasks: tasks)
+        average = evaluate(tiny(), TOKENIZER, eval_cfg(["t"]), None)["average"]
+        assert (average and average["tasks"]) == averaged
 
 
 def test_items_that_can_be_half_right_are_not_listed():
@@ -243,28 +230,20 @@ def test_items_that_can_be_half_right_are_not_listed():
 
 def test_perplexity_in_the_result_and_its_text(tmp_path, world):
     file = write_rows(tmp_path / "text.jsonl", [{"text": sentence(i)} for i in range(9)])
-    assert perplexity_text(str(file)) == "\n\n".join(sentence(i) for i in range(9))
     cfg = eval_cfg(perplexity=text_cfg(file, 32))
-    result = evaluate(tiny(), TOKENIZER, cfg, progress=False)["perplexity"]
+    assert text_of(cfg).startswith("\n\n".join(sentence(i) for i in range(3)))
+    windows = perplexity_windows(TOKENIZER, cfg)
+    result = evaluate(tiny(), TOKENIZER, cfg, windows, progress=False)["perplexity"]
     assert result["text"] == str(file)
     assert 1 < result["value"] < 1e6
     pages = [{"page": " = A = \n \n One . "}, {"page": " = B = \n \n"}]
     write_rows(tmp_path / "wikitext" / "test.jsonl", pages)
     rows = ["", " = A = \n", "", " One . \n", " = B = \n", ""]
-    assert perplexity_text("wikitext", str(tmp_path)) == "\n\n".join(rows)
+    cfg = eval_cfg(perplexity=text_cfg("wikitext", 4), data_root=tmp_path)
+    assert "\n\n".join(rows).startswith(text_of(cfg)) and len(text_of(cfg)) > 20
 
 
 # ---- bad input
-
-
-def test_good_configs_pass_the_check(data_root, world):
-    check(eval_cfg([*ZERO_SHOT, *MICROWORLD_TASKS], data_root))
-
-
-def test_an_unknown_task_is_named(monkeypatch):
-    monkeypatch.setattr(evaluate_module, "_task_manager", lambda tasks: SimpleNamespace(task_index={"piqa": 1}))
-    message = refused(eval_cfg(["microworld_rte", "bolq"]))
-    assert message.startswith("eval.tasks: unknown task 'bolq'; must be a task of lm-eval, or one of micro")
 
 
 @pytest.mark.slow
@@ -274,24 +253,6 @@ def test_other_tasks_are_looked_up_in_lm_eval():
     assert "unknown task 'no_such_task'" in refused(eval_cfg(["no_such_task"]))
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "no such file"),
-        ("", "validation.jsonl is empty"),
-        ('{"sentence1": "a", "sentence2": "b", "label": 0}\n{"sentence1": ', "validation.jsonl:2: not valid JSON"),
-        ('{"sentence1": "a", "label": 0}\n', "row 1 of {file} has no column 'sentence2'"),
-    ],
-)
-def test_a_bad_file_in_the_data_root_is_one_clear_line(tmp_path, content, message):
-    file = tmp_path / "rte" / "validation.jsonl"
-    if content is not None:
-        file.parent.mkdir()
-        file.write_text(content)
-    answer = refused(eval_cfg(["rte"], tmp_path))
-    assert answer.startswith("eval.data_root") and message.format(file=file) in answer
-
-
 FOUR = {"text": ["a", "b", "c", "d"], "label": ["A", "B", "C", "D"]}
 
 
@@ -299,36 +260,24 @@ FOUR = {"text": ["a", "b", "c", "d"], "label": ["A", "B", "C", "D"]}
     ("task", "changes", "message"),
     [
         ("boolq", {"label": 7}, "'label' of row 2 of {file} must be 0 or 1, not 7"),
-        ("boolq", {"label": -1}, "must be 0 or 1, not -1"),
         ("boolq", {"label": True}, "must be 0 or 1, not True"),
-        ("boolq", {"label": "yes"}, "must be 0 or 1, not 'yes'"),
-        ("boolq", {"label": None}, "must be 0 or 1, not None"),
-        ("boolq", {"label": 10**400}, "must be 0 or 1, not 1000"),
         ("boolq", {"passage": None}, "'passage' of row 2 of {file} must be text, not None"),
-        ("boolq", {"question": ["why"]}, "'question' of row 2 of {file} must be text, not ['why']"),
-        ("rte", {"label": 0.0}, "must be 0 or 1, not 0.0"),
-        ("rte", {"sentence2": {}}, "must be text, not {{}}"),
         ("hellaswag", {"label": "4"}, "must be the number of an ending, from 0, not '4'"),
-        ("hellaswag", {"label": ""}, "must be the number of an ending, from 0, not ''"),
-        ("hellaswag", {"label": "-1"}, "must be the number of an ending, from 0, not '-1'"),
+        ("hellaswag", {"label": ["1"]}, "must be the number of an ending, from 0, not ['1']"),
         ("hellaswag", {"label": 2}, "must be of the same type in all rows, not 2"),
-        ("hellaswag", {"endings": []}, "must be two or more texts that are not blank, not []"),
+        ("hellaswag", {"endings": ["a"]}, "must be two or more texts that are not blank, not ['a']"),
         ("hellaswag", {"endings": ["a", " "]}, "must be two or more texts that are not blank"),
         ("hellaswag", {"endings": "abcd"}, "must be two or more texts that are not blank"),
         ("winogrande", {"answer": "3"}, 'must be "1" or "2", not \'3\''),
-        ("winogrande", {"answer": ""}, 'must be "1" or "2", not \'\''),
-        ("winogrande", {"answer": 1}, 'must be "1" or "2", not 1'),
         ("winogrande", {"sentence": "no gap"}, "must be text with a _ for the answer, not 'no gap'"),
-        ("winogrande", {"option2": ""}, "must be text that is not blank, not ''"),
+        ("winogrande", {"option2": " "}, "must be text that is not blank, not ' '"),
         ("arc_easy", {"answerKey": "Z"}, "must be one of choices.label, not 'Z'"),
-        ("arc_challenge", {"answerKey": None}, "must be one of choices.label, not None"),
-        ("arc_easy", {"choices": {"text": [], "label": []}}, "must be a mapping of text and label"),
         ("arc_easy", {"choices": FOUR | {"text": ["a", "b"]}}, "must be a mapping of text and label"),
+        ("arc_easy", {"choices": FOUR | {"label": list("ABCC")}}, "must be a mapping of text and label"),
         ("arc_easy", {"choices": FOUR | {"more": 1}}, "must be a mapping of text and label"),
         ("arc_easy", {"choices": ["a", "b"]}, "must be a mapping of text and label"),
         ("openbookqa", {"answerKey": "E"}, "must be one of choices.label, behind blanks at most, not 'E'"),
         ("openbookqa", {"answerKey": 0}, "must be one of choices.label, behind blanks at most, not 0"),
-        ("openbookqa", {"question_stem": 3}, "must be text, not 3"),
     ],
 )
 def test_an_item_that_its_task_cannot_read_is_named(tmp_path, task, changes, message):
@@ -339,31 +288,19 @@ def test_an_item_that_its_task_cannot_read_is_named(tmp_path, task, changes, mes
     assert len(answer) < 400 + len(str(file))
 
 
+def test_an_empty_file_and_a_missing_column_are_named(tmp_path):
+    file = write_rows(tmp_path / "rte" / "validation.jsonl", [])
+    assert refused(eval_cfg(["rte"], tmp_path)) == f"eval.data_root: {file} is empty"
+    write_rows(file, [{"sentence1": "a", "label": 0}])
+    assert refused(eval_cfg(["rte"], tmp_path)) == f"eval.data_root: row 1 of {file} has no column 'sentence2'"
+
+
 def test_columns_that_a_task_does_not_read_do_not_matter(tmp_path):
     rows = [item | {"note": note} for item, note in zip(items("rte"), (1, "x", None, 10**30, [2]), strict=True)]
     write_rows(tmp_path / "rte" / "validation.jsonl", rows)
     cfg = eval_cfg(["rte"], tmp_path)
     check(cfg)
-    assert evaluate(tiny(), TOKENIZER, cfg, progress=False)["tasks"]["rte"]["n"] == ITEMS
-
-
-def test_missing_folders_and_texts_are_named(tmp_path):
-    assert refused(eval_cfg(["rte"], "/no/such/folder")) == "eval.data_root=/no/such/folder: no such folder"
-    assert refused(eval_cfg(["rte"], "~nobody/there")) == "eval.data_root=~nobody/there: no such folder"
-    gone = refused(eval_cfg(perplexity=text_cfg("gone.txt", 8)))
-    assert gone == "eval.perplexity.text=gone.txt: no such file"
-    file = tmp_path / "wikitext/test.jsonl"
-    assert (
-        refused(eval_cfg(data_root=tmp_path, perplexity=text_cfg("wikitext", 8)))
-        == f"eval.perplexity.text={file}: no such file"
-    )
-
-
-def test_a_text_shorter_than_a_window_is_refused_without_a_model(tmp_path):
-    file = write_rows(tmp_path / "text.jsonl", [{"text": "the cat"}])
-    message = refused(eval_cfg(perplexity=text_cfg(file, 100)))
-    assert message == "eval.perplexity.window=100: must be at most 3, the tokens of the text"
-    check(eval_cfg(perplexity=text_cfg(file, 3)))
+    assert evaluate(tiny(), TOKENIZER, cfg, None, progress=False)["tasks"]["rte"]["n"] == ITEMS
 
 
 # ---- tokens that the model does not know
@@ -397,54 +334,31 @@ def test_a_token_too_many_matters_where_it_occurs(tmp_path, data_root):
 # ---- the Hub
 
 
-def put_into_cache(monkeypatch, folder, name, config, splits):
-    """A data set in the cache of `datasets`, as a download leaves it."""
-    from datasets import Dataset, DatasetInfo, SplitInfo
-    from datasets.arrow_writer import ArrowWriter
-
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", folder)
-    short = name.rpartition("/")[2]
-    home = folder / name.replace("/", "___") / config / "0.0.0" / "0"
-    home.mkdir(parents=True)
-    infos = {}
-    for split, rows in splits.items():
-        features = Dataset.from_list(rows).features
-        with ArrowWriter(path=str(home / f"{short}-{split}.arrow"), features=features) as writer:
-            for row in rows:
-                writer.write(row)
-            count, size = writer.finalize()
-        infos[split] = vars(SplitInfo(name=split, num_bytes=size, num_examples=count, dataset_name=short))
-    info = DatasetInfo(
-        features=features,
-        builder_name="parquet",
-        dataset_name=short,
-        config_name=config,
-        version="0.0.0",
-        splits=infos,
-    )
-    info.write_to_directory(str(home))
-
-
-def test_without_a_network_the_cache_of_datasets_serves(tmp_path, monkeypatch):
-    cfg = eval_cfg(["rte"], perplexity=text_cfg("wikitext", 8))
+def test_without_a_network_the_line_says_what_would_do(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
-    message = refused(cfg)
+    message = refused(eval_cfg(["rte"]))
     assert message.startswith("eval.tasks=rte: cannot be loaded (Couldn't reach 'nyu-mll/glue' on the Hub")
     assert message.endswith(
         "eval.data_root=FOLDER, or a copy of the data set in the cache of datasets works without a network"
     )
-    put_into_cache(monkeypatch, tmp_path, "nyu-mll/glue", "rte", dict.fromkeys(("train", "validation"), items("rte")))
-    message = refused(cfg)
+    message = refused(eval_cfg(perplexity=text_cfg("wikitext", 8)))
     assert message.startswith("eval.perplexity.text=wikitext: ")
     assert "data set Salesforce/wikitext could not be read from the Hub or the cache of datasets (Couldn't" in message
     assert message.endswith("; eval.data_root=FOLDER works without them")
-    lines = [{"text": sentence(i)} for i in range(5)]
-    put_into_cache(monkeypatch, tmp_path, "Salesforce/wikitext", "wikitext-2-raw-v1", {"test": lines})
-    check(cfg)
-    scores = evaluate(tiny(), TOKENIZER, cfg, progress=False)
-    assert scores["tasks"]["rte"]["n"] == ITEMS and scores["perplexity"]["windows"] > 1
-    with pytest.raises(BadInput, match=r"prune.text=c4: .* data set allenai/c4 could not be read from the Hub"):
-        list(texts("c4", key="prune.text"))
+
+
+def test_what_is_scored_is_kept_and_what_is_trained_on_is_streamed(monkeypatch):
+    import datasets
+
+    streamed = {}
+
+    def load(name, config, *, streaming, **_):
+        streamed[name] = streaming
+        return iter([{"text": "a"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert [list(texts(source)) for source in ("c4", "wikitext", "some/set:part")] == [["a"]] * 3
+    assert streamed == {"allenai/c4": True, "Salesforce/wikitext": False, "some/set": True}
 
 
 def test_code_from_the_hub_and_from_the_model_is_not_run(monkeypatch):
@@ -465,40 +379,11 @@ def test_code_from_the_hub_and_from_the_model_is_not_run(monkeypatch):
     for index.load in (load, quiet):
         line = "eval.tasks=odd: runs the code of a metric from the Hub (rouge), which is never run here"
         assert refused(eval_cfg(["odd"])) == line
+    assert "eval.tasks: unknown task 'bolq'; must be a task of lm-eval, or one of micro" in refused(eval_cfg(["bolq"]))
     index.load = lambda names: {"tasks": {"odd_2": SimpleNamespace(UNSAFE_CODE=True)}}
     line = "eval.tasks=odd: odd_2 runs code that the model writes, which is never run here"
     assert refused(eval_cfg(["odd"])) == line
     assert metrics.load is own
-
-
-def test_a_task_that_is_there_twice_is_refused_before_the_training(data_root, monkeypatch, no_network):
-    """A tag of lm-eval among the tasks brings one that is there by itself, from a file."""
-    manager = evaluate_module._task_manager(("rte",))
-    monkeypatch.setattr(evaluate_module, "_task_manager", lambda tasks: manager)
-    specifications = evaluate_module._specifications
-
-    def with_another(cfg, folder):
-        (group,) = specifications(cfg, folder)
-        return [group, {"group": "tag", "task": group["task"]}]
-
-    monkeypatch.setattr(evaluate_module, "_specifications", with_another)
-    monkeypatch.setattr(evaluate_module, "_from_hub", lambda cfg: ["tag"])
-    assert "cannot be loaded (Duplicate task 'rte': found in both" in refused(eval_cfg(["rte"], data_root))
-
-
-def test_remote_code_is_refused_wherever_a_data_set_is_loaded(tmp_path, monkeypatch):
-    import datasets
-
-    trusted = []
-
-    def load(*_, trust_remote_code=None, **__):
-        trusted.append(trust_remote_code)
-        return iter([{"text": "a"}])
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    for source in ("c4", "wikitext", "some/set:part"):
-        assert list(texts(source)) == ["a"]
-    assert trusted == [False] * 3
 
 
 # ---- before the training
@@ -523,15 +408,3 @@ def test_what_cannot_be_scored_fails_before_the_training(data_root, monkeypatch,
     for cfg in (tasks, text):
         with pytest.raises(NotImplementedError, match="no logits"):
             check_scoring(model, TOKENIZER, cfg)
-
-
-# ---- real data
-
-
-@needs_real_data
-def test_the_seven_real_sets_are_scored_from_a_folder(no_network):
-    check(eval_cfg(ZERO_SHOT, REAL, perplexity=text_cfg("wikitext", 2048)))
-    model = tiny(max_position_embeddings=2048)
-    result = evaluate(model, TOKENIZER, eval_cfg(ZERO_SHOT, REAL, limit=3), progress=False)
-    assert [score["n"] for score in result["tasks"].values()] == [3] * 7
-    assert len(list(read_rows(str(REAL / "arc_easy" / "test.jsonl")))) == 2376

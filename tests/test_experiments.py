@@ -13,7 +13,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from harness.config import resolve
-from harness.construct import build_method
+from harness.method_from_config import build_method
 from hydra_plugins.block_sweeper import expand
 
 ROOT = Path(__file__).parents[1]

@@ -9,16 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from conftest import compose_config
 
 from harness import microworld
 from harness.pretraining.card import world_fingerprint
 
-ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).with_name("golden.json")
 OVERRIDES = (
-    "prune.samples=16 train.learning_rate=1e-3 train.steps=6 train.batch_size=8 train.timing_warmup=1 "
-    "train.init_rows=16 eval.limit=40"
+    "method=lors sparsity=0.5 prune.samples=16 train.learning_rate=1e-3 train.steps=6 train.batch_size=8 "
+    "train.timing_warmup=1 train.init_rows=16 eval.limit=40"
 ).split()
 
 
@@ -27,11 +26,7 @@ def measure(folder: Path) -> dict[str, float]:
     from harness.run import execute
 
     torch.set_num_threads(1)
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = compose(
-            "config", ["method=lors", "sparsity=0.5", f"runs_root={folder}", f"cache_root={folder}", *OVERRIDES]
-        )
-    result = execute(cfg)
+    result = execute(compose_config(f"runs_root={folder}", f"cache_root={folder}", *OVERRIDES))
     assert result["status"] == "ok", result["error"]
     numbers = {
         "loss first": result["loss"]["first"],

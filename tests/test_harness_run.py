@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from harness import run as harness_run
 from harness.errors import BadInput
-from harness.meter import with_the_rest
+from harness.meter import parts_of_peak
 from harness.run import execute
 from harness.store import read_result
 from lors.pruning import prune_model
@@ -78,14 +77,6 @@ def numbers(result: dict) -> dict:
     kept = {name: result[name] for name in FIELDS if name not in ("config", "environment", "time", "memory")}
     memory = {name: value for name, value in result["memory"].items() if name != "process_rss_peak"}
     return {**kept, "memory": memory}
-
-
-@pytest.fixture
-def no_network(monkeypatch) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("the run reached for the network")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
 
 
 def test_a_run_from_end_to_end(tiny, capsys, no_network) -> None:
@@ -274,9 +265,9 @@ def test_nothing_of_the_harness_is_on_the_device_when_the_training_starts(tiny, 
 
 def test_a_breakdown_never_contradicts_its_peak() -> None:
     parts = {"weights": 60, "activations": 30}
-    assert with_the_rest(parts, 100) == {"weights": 60, "activations": 30, "allocator": 10}
-    assert with_the_rest(parts, 80) is None, "full rows were counted, and the training had none"
-    assert with_the_rest(None, 80) is None
+    assert parts_of_peak(parts, 100) == {"weights": 60, "activations": 30, "allocator": 10}
+    assert parts_of_peak(parts, 80) is None, "full rows were counted, and the training had none"
+    assert parts_of_peak(None, 80) is None
 
 
 def test_a_good_result_stays_when_its_repetition_fails(tiny, capsys, monkeypatch) -> None:
@@ -371,11 +362,11 @@ def test_out_of_memory_is_a_status_of_its_own_and_can_be_tried_again(tiny, monke
 
 
 def test_a_method_that_breaks_its_promise_about_zeros_fails(tiny, monkeypatch) -> None:
-    result = execute(tiny("method=lora", "method.keeps_zeros=true", "method.merges=[dense]", *NO_SCORES))
+    result = execute(tiny("method=lora", "method.keep_zeros=true", "method.merges=[dense]", *NO_SCORES))
     assert result["status"] == "ok", "a dense merge promises nothing"
     monkeypatch.setattr(harness_run, "finish", lambda method, model, M, variant, **_: ones(model))
     broken = execute(tiny("method=lors", *NO_SCORES))
-    assert broken["status"] == "failed" and "keeps_zeros" in broken["error"]["message"]
+    assert broken["status"] == "failed" and "keep_zeros" in broken["error"]["message"]
 
 
 def ones(model: PeftModel) -> torch.nn.Module:

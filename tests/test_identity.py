@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable
 from functools import cache
@@ -15,6 +14,7 @@ from conftest import compose_config
 from omegaconf import OmegaConf
 from test_experiments import jobs_of
 
+from analysis.parquet_file import results_of
 from harness import identity, microworld
 from harness.config import resolve
 from harness.identity import digest, fingerprint, local_path, run_key, version_of
@@ -203,19 +203,23 @@ def test_what_a_pruner_keeps_is_that_of_its_number(pruner: str) -> None:
 # ---- the committed runs
 
 
-def committed() -> list[Path]:
-    return sorted(REFERENCE.rglob("result.json"))
+def committed() -> list[tuple[str, dict]]:
+    """Experiment and result of every packed run."""
+    return [(file.stem, result) for file in sorted(REFERENCE.glob("*.parquet")) for result in results_of(file)]
 
 
-def found(file: Path) -> bool:
+def key_of_config(result: dict) -> str:
+    """The key that follows from the config that a run has recorded."""
+    return run_key(OmegaConf.create(result["config"]))
+
+
+def found(experiment: str, result: dict) -> bool:
     """Whether the command that made a run finds it today."""
-    result = json.loads(file.read_text())
     command = result["environment"]["command"]
     if "-m" in command:  # a sweep without processes, which noted its own command
-        experiment = next(word.partition("=")[2] for word in command if word.startswith("experiment="))
-        return file.parent.name in keys_of_sweep(experiment)
+        return result["key"] in keys_of_sweep(experiment)
     overrides = [word for word in command[1:] if "=" in word and not word.startswith("--")]
-    return run_key(resolve(compose_config(*overrides))) == file.parent.name == result["key"]
+    return run_key(resolve(compose_config(*overrides))) == result["key"]
 
 
 @cache
@@ -223,18 +227,28 @@ def keys_of_sweep(experiment: str) -> set[str]:
     return {run_key(resolve(compose_config(*job))) for job in jobs_of(experiment)}
 
 
-def changed_since(file: Path) -> bool:
-    return (file.parts[-3], json.loads(file.read_text())["method"]) in SINCE_CHANGED
+def test_committed_runs_have_the_keys_of_their_configs() -> None:
+    runs = [result for _, result in committed()]
+    assert len(runs) > 700
+    assert [result["key"] for result in runs[::30] if key_of_config(result) != result["key"]] == []
+
+
+@pytest.mark.slow
+def test_every_committed_run_has_the_key_of_its_config() -> None:
+    assert [result["key"] for _, result in committed() if key_of_config(result) != result["key"]] == []
 
 
 def test_committed_runs_are_found_by_their_commands() -> None:
-    processes = [file for file in committed() if "simulated" not in file.parts[-3] and not changed_since(file)]
+    processes = [
+        (experiment, result)
+        for experiment, result in committed()
+        if "simulated" not in experiment and (experiment, result["method"]) not in SINCE_CHANGED
+    ]
     assert len(processes) > 500
-    assert [file for file in processes[::60] if not found(file)] == []
+    assert [result["key"] for experiment, result in processes[::60] if not found(experiment, result)] == []
 
 
 @pytest.mark.slow
 def test_every_committed_run_is_found_by_its_command() -> None:
-    assert {(file.parts[-3], json.loads(file.read_text())["method"]) for file in committed() if not found(file)} == (
-        SINCE_CHANGED
-    )
+    missing = {(experiment, result["method"]) for experiment, result in committed() if not found(experiment, result)}
+    assert missing == SINCE_CHANGED

@@ -10,9 +10,9 @@ import pytest
 from conftest import compose_config, make_tokenizer, sentence, write_rows
 
 from harness.config import resolve
-from harness.construct import build_method
 from harness.errors import BadInput
 from harness.inputs import Inputs, read_inputs
+from harness.method_from_config import build_method
 
 KNOWN = len(make_tokenizer())
 

@@ -40,8 +40,7 @@ RUN = [
 OWN = {
     "gelora": ["method.init_rows=24"],
     "geolora": ["method.peft.coefficient_steps=1", "method.peft.skipped_steps=0"],
-    "rm_lora": ["method.peft.strict=true"],
-    "sora": ["method.optimizer.shrinkage=[1,30]", "method.optimizer.stage_steps=2"],
+    "sora": ["method.shrinkage=[1,30]", "method.stage_steps=2"],
 }
 
 

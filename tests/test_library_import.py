@@ -7,9 +7,12 @@ import os
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+
+import lors
 
 ROOT = Path(__file__).parents[1]
 BENCH = ("hydra", "omegaconf", "lm_eval", "datasets", "pandas", "matplotlib", "pytest", "hypothesis", "ruff")
@@ -19,7 +22,6 @@ BENCH = ("hydra", "omegaconf", "lm_eval", "datasets", "pandas", "matplotlib", "p
 # What `import lors` adds is counted after them, for they bring in much themselves (accelerate, for one).
 PROGRAM = f"""
 import sys
-import tomllib
 for name in {BENCH}:
     sys.modules[name] = None
 
@@ -49,40 +51,29 @@ print(json.dumps(dict(found=found, added=added, own=own, merged=type(merged).__n
 """
 
 
-@pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """What the program above found, in a process of its own."""
+def test_a_model_is_tuned_with_the_bench_absent(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM],
-        cwd=tmp_path_factory.mktemp("library"),
+        cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
         timeout=900,  # a starved machine needs minutes to import transformers
     )
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def test_bench_is_absent_in_that_process(report: dict) -> None:
-    """Otherwise the other tests of this file could not fail."""
-    assert report["found"] == []
-
-
-def test_import_adds_only_the_library_and_the_standard_library(report: dict) -> None:
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["found"] == [], "the bench is not absent"
+    # The import adds only the library; torch imports some of its own modules only when they are asked for.
     packages = {name.partition(".")[0] for name in report["added"]}
-    # torch itself imports some of its modules only when they are asked for.
     assert packages - set(sys.stdlib_module_names) - {"torch"} == {"lors"}
-
-
-def test_neither_import_nor_use_reaches_the_bench(report: dict) -> None:
     assert "lors.tuner" in report["own"]
     bench = ("harness", "lors.pruning", "baselines", "analysis")
     assert not [name for name in report["own"] if name.startswith(bench)]
-
-
-def test_fine_tuning_works_without_the_bench(report: dict) -> None:
     assert report["merged"] == "LlamaForCausalLM"
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    assert lors.__version__ == version("lors")
 
 
 def test_the_wheel_is_the_library_and_nothing_of_the_bench() -> None:

@@ -21,7 +21,7 @@ CONFIGS = [MaskedLoraConfig, lors.LorsConfig, GeLoraConfig, RmLoraConfig, XgbLor
 
 
 def layer_with_two(
-    config: type[SparseTunerConfig], *, exact: tuple[bool, bool], keep_zeros: tuple[bool, bool] = (True, True)
+    config: type[SparseTunerConfig], *, exact: tuple[bool, bool], keep_zeros: tuple[bool, bool]
 ) -> LowRankLinear:
     """A layer with two active adapters of different scales in float64, none of whose factors is zero."""
     torch.manual_seed(0)
@@ -52,7 +52,7 @@ def gradients(layer: LowRankLinear, output: Tensor, weights: Tensor) -> list[Ten
     return list(torch.autograd.grad((output * weights).sum(), factors))
 
 
-def formula(layer: LowRankLinear, x: Tensor, *, masked: tuple[bool, bool] = (True, True)) -> Tensor:
+def formula(layer: LowRankLinear, x: Tensor, *, masked: tuple[bool, bool]) -> Tensor:
     """X (W + E + s1 M1 (.) (B1 A1) + s2 M2 (.) (B2 A2))^t in plain operations; M1 = M, or 1 if it is not masked.
 
     B1 A1 is the sum of all boosters in XGBLoRA.
@@ -68,36 +68,29 @@ def formula(layer: LowRankLinear, x: Tensor, *, masked: tuple[bool, bool] = (Tru
     return x @ T.t()
 
 
-@pytest.mark.parametrize("exact", [(True, False), (False, True), (True, True)])
-@pytest.mark.parametrize("config", CONFIGS)
-def test_one_adapter_that_wants_exact_gradients_gets_them_beside_one_that_does_not(config, exact):
-    """They share one product, so both have the exact ones: nobody gets less than was asked for."""
-    layer = layer_with_two(config, exact=exact)
-    x, weights = torch.randn(5, 9, dtype=torch.float64), torch.randn(5, 7, dtype=torch.float64)
-    output, expected = layer(x), formula(layer, x)
-    torch.testing.assert_close(output, expected)
-    for found, wanted in zip(gradients(layer, output, weights), gradients(layer, expected, weights), strict=True):
-        torch.testing.assert_close(found, wanted)
+MIXED = [(True, False), (False, True), (True, True), (False, False)]
 
 
-@pytest.mark.parametrize("config", CONFIGS)
-def test_adapters_that_all_take_the_estimate_get_the_gradients_without_the_mask(config):
-    layer = layer_with_two(config, exact=(False, False))
-    x, weights = torch.randn(5, 9, dtype=torch.float64), torch.randn(5, 7, dtype=torch.float64)
-    unmasked = gradients(layer, formula(layer, x, masked=(False, False)), weights)
-    for found, wanted in zip(gradients(layer, layer(x), weights), unmasked, strict=True):
-        torch.testing.assert_close(found, wanted)
+@pytest.mark.parametrize(
+    ("config", "exact", "keep_zeros"),
+    [
+        *((config, exact, (True, True)) for config in CONFIGS for exact in MIXED),
+        *((c, (True, True), keeps) for c in CONFIGS if issubclass(c, LowRankConfig) for keeps in MIXED[:2]),
+    ],
+)
+def test_two_active_adapters_that_ask_for_different_things(config, exact, keep_zeros):
+    """They share one product, so both have exact gradients if one wants them: nobody gets less than was asked for.
 
-
-@pytest.mark.parametrize("keep_zeros", [(True, False), (False, True)])
-@pytest.mark.parametrize("config", [config for config in CONFIGS if issubclass(config, LowRankConfig)])
-def test_an_adapter_that_keeps_the_zeros_works_beside_one_that_does_not(config, keep_zeros):
-    layer = layer_with_two(config, exact=(True, True), keep_zeros=keep_zeros)
+    If none does, they get the gradients without the mask.
+    """
+    layer = layer_with_two(config, exact=exact, keep_zeros=keep_zeros)
     x, weights = torch.randn(5, 9, dtype=torch.float64), torch.randn(5, 7, dtype=torch.float64)
     output, expected = layer(x), formula(layer, x, masked=keep_zeros)
     torch.testing.assert_close(output, expected)
-    for found, wanted in zip(gradients(layer, output, weights), gradients(layer, expected, weights), strict=True):
-        torch.testing.assert_close(found, wanted)
+    masked = keep_zeros if any(exact) else (False, False)
+    wanted = gradients(layer, formula(layer, x, masked=masked), weights)
+    for found, each in zip(gradients(layer, output, weights), wanted, strict=True):
+        torch.testing.assert_close(found, each)
     beside = layer.eval()(x)  # without noise
     layer.merge()
     torch.testing.assert_close(layer(x), beside)

@@ -8,16 +8,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_tiny_llama
+from callback_loop import with_callbacks
+from conftest import make_tiny_llama, make_tokenizer
 from peft import LoraConfig
 from transformers import TrainerCallback
 
-from harness.data import Collator, random_data
+from harness.data import collator, random_data
 from harness.meter import CudaPeak, Meter, cuda_peak, process_rss_peak
 from harness.method import Method, adapt
 from harness.train import train
 
-DELAY = 0.4  # seconds; far above a step of the small model, also on a busy machine
+DELAY = 10  # seconds; far above a step of the small model, also on a busy machine
 STEPS, WARMUP = 8, 3
 RECIPE = SimpleNamespace(
     steps=STEPS, epochs=None, batch_size=2, gradient_accumulation=2, sequence_length=8, learning_rate=1e-3,
@@ -26,29 +27,50 @@ RECIPE = SimpleNamespace(
 )  # fmt: skip
 
 
+class Clock:
+    """The clock of the machine, put forward by whoever sleeps."""
+
+    def __init__(self):
+        self.slept = 0.0
+
+    def perf_counter(self):
+        return time.perf_counter() + self.slept
+
+    def sleep(self, seconds):
+        self.slept += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr("harness.meter.time", clock)
+    return clock
+
+
 class Sleep(TrainerCallback):
     """Sleeps at the beginning of the steps of these numbers, from 1, inside the span that is being timed."""
 
-    def __init__(self, *steps):
+    def __init__(self, clock, *steps):
+        self.clock = clock
         self.steps = steps
 
     def on_step_begin(self, args, state, control, **_):
         if state.global_step + 1 in self.steps:
-            time.sleep(DELAY)
+            self.clock.sleep(DELAY)
 
 
-def run(tmp_path: Path, *callbacks, model=None, warmup=WARMUP, data=None) -> Meter:
+def run(tmp_path: Path, *callbacks, model=None, warmup=WARMUP, data=None, tokenizer=None) -> Meter:
     config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    method = Method(name="lora", peft=config, callbacks=callbacks)
+    method = with_callbacks(Method(name="lora", peft=config), *callbacks)
     meter = Meter(warmup)
     model = model or adapt(method, make_tiny_llama())
     data = data or random_data(64, RECIPE, 0)
-    train(model, data, Collator(None, "longest", 8), RECIPE, method, meter, tmp_path, seed=0)
+    train(model, data, collator(tokenizer, "longest", 8), RECIPE, method, meter, tmp_path, seed=0)
     return meter
 
 
-def test_a_delay_in_a_warm_up_step_does_not_change_the_report(tmp_path):
-    meter = run(tmp_path, Sleep(1, 2, 3))
+def test_a_delay_in_a_warm_up_step_does_not_change_the_report(tmp_path, clock):
+    meter = run(tmp_path, Sleep(clock, 1, 2, 3))
     report = meter.time_report()
     assert [step.warmup for step in meter.steps] == [True] * 3 + [False] * 5
     assert (report["warmup_steps"], report["steps"]) == (3, 5)
@@ -57,25 +79,25 @@ def test_a_delay_in_a_warm_up_step_does_not_change_the_report(tmp_path):
     assert report["tokens_per_second"] > 5 * 32 / (5 * DELAY)
 
 
-def test_a_delay_in_a_later_step_changes_the_report(tmp_path):
-    report = run(tmp_path, Sleep(4, 6, 7)).time_report()
+def test_a_delay_in_a_later_step_changes_the_report(tmp_path, clock):
+    report = run(tmp_path, Sleep(clock, 4, 6, 7)).time_report()
     assert report["step_ms"]["p10"] < DELAY * 1e3 < report["step_ms"]["p50"]
     assert report["tokens_per_second"] < 5 * 32 / (3 * DELAY)
 
 
-def test_spans_are_charged_where_the_time_goes(tmp_path):
+def test_spans_are_charged_where_the_time_goes(tmp_path, clock):
     def delays():
         model = adapt(
             Method(name="lora", peft=LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")),
             make_tiny_llama(),
         )
         parameter = next(p for p in model.parameters() if p.requires_grad)
-        yield "forward", model, lambda: model.register_forward_hook(lambda *_: time.sleep(DELAY / 4))
-        yield "backward", model, lambda: parameter.register_hook(lambda _: time.sleep(DELAY / 4))
+        yield "forward", model, lambda: model.register_forward_hook(lambda *_: clock.sleep(DELAY / 4))
+        yield "backward", model, lambda: parameter.register_hook(lambda _: clock.sleep(DELAY / 4))
 
     class SlowOptimizer(TrainerCallback):
         def on_pre_optimizer_step(self, *_, **__):
-            time.sleep(DELAY / 2)
+            clock.sleep(DELAY / 2)
 
     for span, model, delay in delays():
         handle = delay()
@@ -98,7 +120,7 @@ def test_spans_add_up_to_the_step(tmp_path):
 
 def test_padding_is_no_token(tmp_path):
     rows = [{"input_ids": [1] * (2 + i % 5), "labels": [1] * (2 + i % 5)} for i in range(32)]
-    meter = run(tmp_path, data=rows)
+    meter = run(tmp_path, data=rows, tokenizer=make_tokenizer())
     assert sum(step.tokens for step in meter.steps) == sum(len(row["input_ids"]) for row in rows)
 
 

@@ -1,27 +1,53 @@
-"""The seam between the harness and a method: number formats, freezing, and the end states after the merge."""
+"""The seam between the harness and a method: number formats, freezing, defaults, and the end states after the merge."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
+from hydra.utils import get_class
+from omegaconf import OmegaConf
 from peft import IA3Config, LoraConfig, get_peft_model
 from torch import nn
 
+from baselines.full import FullMethod
 from harness.method import PRECISIONS, VARIANTS, Method, adapt, finish
 from lors.blocks import decoder_linears
 from lors.sparsity import supports, zero_report
 
+METHODS = Path(__file__).parents[1] / "conf/method"
 TARGETS = ["q_proj", "v_proj", "down_proj"]
+# Keys of conf/method whose value is not the default of the class, and why.
+OTHER_THAN_DEFAULT = {
+    ("gelora", "init_rows"): "dimensions need more rows than a gradient",
+    ("ia3", "feedforward_modules"): "PEFT's own default depends on the model",
+    ("lora", "keep_zeros"): "PEFT's config has no such field",
+    ("lora", "merges"): "its three end states are three rows of the tables",
+    ("lora_rite", "max_grad_norm"): "the optimizer clips",
+    ("none", "trains"): "the only one that does not",
+    ("sherl", "merges"): "nothing can be merged",
+    # Several rows of one class.
+    ("spp_blockwise", "organisation"): "a row of its own",
+    ("spp_gc", "organisation"): "a row of its own",
+    ("sqft_fused", "form"): "a row of its own",
+    ("sqft_gc", "form"): "a row of its own",
+    ("sqft_gc", "checkpoint"): "a row of its own",
+}
 
 
-def lora(**fields: object) -> Method:
+def lora(prepare: Callable | None = None, **fields: object) -> Method:
     config = LoraConfig(r=4, lora_alpha=10, target_modules=TARGETS, init_lora_weights=False)
-    return Method(**({"name": "lora", "peft": config, "keeps_zeros": False} | fields))
+    method = Method(**({"name": "lora", "peft": config, "keep_zeros": False} | fields))
+    method.prepare = prepare or method.prepare
+    return method
 
 
-def sparse(tiny_llama, dtype: torch.dtype = torch.float32, **overrides: object) -> nn.Module:
+def sparse(tiny_llama, dtype: torch.dtype = torch.float32) -> nn.Module:
     """A random model, half of it zero."""
-    model = tiny_llama(**overrides).to(dtype)
+    model = tiny_llama().to(dtype)
     model.config.dtype = dtype  # as from_pretrained leaves it
     generator = torch.Generator().manual_seed(1)
     for linear in decoder_linears(model).values():
@@ -44,6 +70,24 @@ def effective_weights(adapted: nn.Module) -> dict[str, torch.Tensor]:
     return weights
 
 
+def test_an_option_has_one_default() -> None:
+    """In the file of the method and in its class, but for what follows other keys and the table above."""
+    other = set()
+    for file in METHODS.glob("*.yaml"):
+        method = OmegaConf.to_container(OmegaConf.load(file))
+        for node in (method, method.get("peft")):
+            if node is None:
+                continue
+            parameters = {}
+            for kind in reversed(get_class(node["_target_"]).__mro__[:-1]):
+                parameters |= inspect.signature(kind).parameters
+            for name in node.keys() - {"_target_", "name", "peft", "task_type"}:
+                follows = isinstance(node[name], str) and "${" in node[name]
+                if not follows and node[name] != parameters[name].default:
+                    other.add((file.stem, name))
+    assert other == OTHER_THAN_DEFAULT.keys()
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize(
     "method",
@@ -59,99 +103,79 @@ def test_one_precision_policy_for_all_adapters(tiny_llama, method: Method, preci
 
 
 def test_without_an_adapter_everything_trains_in_the_trainable_format(tiny_llama) -> None:
-    method = Method(name="full", prepare=lambda model, batches, seed: model.requires_grad_(True))
     model = sparse(tiny_llama, torch.bfloat16)
     W = {name: linear.weight.detach().clone() for name, linear in decoder_linears(model).items()}
-    adapted = adapt(method, model, precision="bf16_mixed")
+    adapted = adapt(FullMethod("full"), model, precision="bf16_mixed")
     assert {parameter.dtype for parameter in adapted.parameters()} == {torch.float32}
-    merged = finish(method, adapted, supports(model), "merged")
+    merged = finish(FullMethod("full"), adapted, supports(model), "merged")
     assert {parameter.dtype for parameter in merged.parameters()} == {torch.bfloat16}
     assert all(torch.equal(linear.weight, W[name]) for name, linear in decoder_linears(merged).items())
 
 
 def test_a_method_that_does_not_train_leaves_the_model_frozen_and_unchanged(tiny_llama) -> None:
-    model = sparse(tiny_llama)
+    model, none = sparse(tiny_llama), Method(name="none", trains=False)
     before = logits(model)
-    adapted = adapt(Method(name="none", trains=False), model)
+    adapted = adapt(none, model)
     assert not any(parameter.requires_grad for parameter in adapted.parameters())
-    assert torch.equal(logits(finish(Method(name="none", trains=False), adapted, supports(model), "merged")), before)
+    assert torch.equal(logits(finish(none, adapted, supports(model), "merged")), before)
 
 
 def test_prepare_gets_the_wrapped_model_the_batches_and_the_seed(tiny_llama) -> None:
     seen = {}
 
     def prepare(model: nn.Module, batches: list, seed: int) -> nn.Module:
-        seen.update(model=model, batches=list(batches), again=list(batches), seed=seed)
+        seen.update(model=model, batches=batches, seed=seed)
         return model
 
     batches = [{"input_ids": torch.ones(1, 4, dtype=torch.long)}]
-    adapted = adapt(lora(prepare=prepare), sparse(tiny_llama), batches, seed=7)
-    assert seen["model"] is adapted and seen["seed"] == 7
-    assert seen["batches"] == seen["again"] == batches
+    adapted = adapt(lora(prepare), sparse(tiny_llama), batches, seed=7)
+    assert seen == {"model": adapted, "batches": batches, "seed": 7}
 
 
 def test_the_seed_fixes_the_start_and_the_config_of_the_method_is_not_touched(tiny_llama) -> None:
     method = lora()
-    first, second, other = (adapt(method, sparse(tiny_llama), seed=seed) for seed in (3, 3, 4))
     A = [
-        model.get_base_model().model.layers[0].self_attn.q_proj.lora_A.default.weight
-        for model in (first, second, other)
+        adapt(method, sparse(tiny_llama), seed=seed).base_model.model.model.layers[0].self_attn.q_proj.lora_A
+        for seed in (3, 3, 4)
     ]
-    assert torch.equal(A[0], A[1]) and not torch.equal(A[0], A[2])
+    first, second, other = (factor.default.weight for factor in A)
+    assert torch.equal(first, second) and not torch.equal(first, other)
     assert method.peft.base_model_name_or_path is None
 
 
-def test_training_a_base_weight_beside_an_adapter_is_refused(tiny_llama) -> None:
-    method = lora(prepare=lambda model, batches, seed: model.requires_grad_(True))
-    with pytest.raises(RuntimeError, match=r"base_layer\.weight"):
-        adapt(method, sparse(tiny_llama))
-
-
-def test_training_nothing_is_refused(tiny_llama) -> None:
-    method = lora(prepare=lambda model, batches, seed: model.requires_grad_(False))
-    with pytest.raises(RuntimeError, match="no parameter is trainable"):
-        adapt(method, sparse(tiny_llama))
+@pytest.mark.parametrize(("trains", "message"), [(True, r"base_layer\.weight"), (False, "no parameter is trainable")])
+def test_training_a_base_weight_or_nothing_is_refused(tiny_llama, trains: bool, message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        adapt(lora(lambda model, batches, seed: model.requires_grad_(trains)), sparse(tiny_llama))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dense_and_remasked_merge_follow_their_definition_with_one_rounding(tiny_llama, dtype: torch.dtype) -> None:
-    method = lora(merges=("adapter", "remasked", "dense"))
-    model = sparse(tiny_llama, dtype)
+    method, model = lora(), sparse(tiny_llama, dtype)
     M = supports(model)
     adapted = adapt(method, model, precision="bf16" if dtype == torch.bfloat16 else "float32")
     expected = effective_weights(adapted)
-    results = {variant: decoder_linears(finish(method, adapted, M, variant)) for variant in ("dense", "remasked")}
+    ends = {variant: finish(method, adapted, M, variant) for variant in VARIANTS[1:]}
+    dense, remasked = (decoder_linears(ends[variant]) for variant in ("dense", "remasked"))
     for name, W in expected.items():
-        dense, remasked = results["dense"][name].weight, results["remasked"][name].weight
-        assert dense.dtype == dtype
+        assert dense[name].weight.dtype == dtype
         # Half a unit in the last place of W, from one rounding; float32 arithmetic itself adds a little.
         bound = torch.finfo(dtype).eps / 2 * W.abs() * 1.01 + 1e-6
-        assert ((dense.double() - W).abs() <= bound).all()
-        assert torch.equal(remasked, dense * M[name])
-    untouched = decoder_linears(model)["model.layers.0.self_attn.k_proj"].weight
-    assert torch.equal(results["dense"]["model.layers.0.self_attn.k_proj"].weight, untouched)
-
-
-def test_zeros_of_the_three_end_states_of_lora(tiny_llama) -> None:
-    method = lora()
-    model = sparse(tiny_llama)
-    M = supports(model)
-    adapted = adapt(method, model)
-    reports = {variant: zero_report(M, finish(method, adapted, M, variant), "unstructured") for variant in VARIANTS[1:]}
-    assert reports["remasked"]["lost"] == reports["adapter"]["lost"] == 0
-    assert reports["dense"]["lost"] > 0.9 * sum(int((~M[name]).sum()) for name in M if name.endswith(tuple(TARGETS)))
+        assert ((dense[name].weight.double() - W).abs() <= bound).all()
+        assert torch.equal(remasked[name].weight, dense[name].weight * M[name])
+    lost = {variant: zero_report(M, end, "unstructured")["lost"] for variant, end in ends.items()}
+    assert lost["remasked"] == lost["adapter"] == 0
+    assert lost["dense"] > 0.9 * sum(int((~M[name]).sum()) for name in expected)
 
 
 def test_merging_leaves_the_adapted_model_as_it_was_unless_in_place(tiny_llama) -> None:
-    method = lora()
-    model = sparse(tiny_llama)
+    method, model = lora(), sparse(tiny_llama)
     M = supports(model)
     adapted = adapt(method, model)
     before = logits(adapted)
     merged = finish(method, adapted, M, "dense")
     torch.testing.assert_close(logits(merged), before, rtol=1e-4, atol=1e-5)
     assert not any("lora" in name for name, _ in merged.named_modules())
-    assert torch.equal(logits(adapted), before)
     assert torch.equal(logits(finish(method, adapted, M, "adapter")), before)
     last = finish(method, adapted, M, "dense", in_place=True)
     assert last is model
@@ -183,7 +207,7 @@ def test_bad_end_states_and_methods_are_refused(tiny_llama) -> None:
         lora(merges=["folded"])
     with pytest.raises(ValueError, match=r"method\.merges=\[\]"):
         lora(merges=[])
-    with pytest.raises(ValueError, match=r"needs method\.peft"):
+    with pytest.raises(ValueError, match=r"^trains=True: must be false for a method with neither peft nor"):
         Method(name="nothing")
     with pytest.raises(ValueError, match="no module 'somewhere'"):
         finish(lora(), adapt(lora(), model), {"somewhere": torch.ones(1)}, "remasked")

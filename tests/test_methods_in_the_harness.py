@@ -3,21 +3,20 @@ with gradient accumulation, in every precision, and activation checkpointing cha
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
+from callback_loop import with_callbacks
 from contract import method_of
 from test_train import assert_same_weights, fit, kill_at_the_last_checkpoint, recipe, without_times
 from transformers import TrainerCallback
 
 from baselines.flat_lora import FlatLoraLinear
 from baselines.geolora import GeoLoraLinear
-from baselines.xgblora import XgbLoraLinear, parameter_counts
+from baselines.xgblora import XgbLoraLinear
 
 # The recipe has 7 steps of two micro-batches and a checkpoint after every second one.
 METHODS = {
-    "rm_lora": method_of("rm_lora", "method.peft.strict=true"),
+    "rm_lora": method_of("rm_lora"),
     "flat_lora": method_of("flat_lora", "method.peft.sigma=0.5"),
     # Boosters of 4 steps, on another block each: checkpoint 4 lies between them, checkpoint 6 within the second.
     "xgblora": method_of("xgblora", "method.peft.boosters=2", "method.peft.seed=1"),
@@ -45,7 +44,7 @@ class Kill(TrainerCallback):
 def test_a_killed_run_ends_as_an_uninterrupted_one(name, killed, precision, tmp_path):
     method, cfg = METHODS[name], recipe(precision=precision)
     whole, expected = fit(method, tmp_path / "whole", cfg)
-    dying = dataclasses.replace(method, callbacks=(*method.callbacks, Kill(killed)))
+    dying = with_callbacks(method, Kill(killed))
     with pytest.raises(KeyboardInterrupt):
         fit(dying, tmp_path / "killed", cfg)
     resumed, outcome = fit(method, tmp_path / "killed", cfg)
@@ -56,7 +55,7 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(name, killed, precision, tmp_
 def boosters(model):
     """Everything about boosters that is not in the weights."""
     layers = [part for part in model.modules() if isinstance(part, XgbLoraLinear)]
-    return parameter_counts(model), [layer.at_work["default"] for layer in layers]
+    return METHODS["xgblora"].counts(model), [layer.at_work["default"] for layer in layers]
 
 
 def test_xgblora_killed_at_its_last_checkpoint_has_merged_its_last_booster(tmp_path, monkeypatch):
@@ -82,7 +81,7 @@ def test_sora_killed_at_its_last_checkpoint_still_says_its_ranks(tmp_path, monke
 def test_a_second_run_with_the_same_method_object_is_the_first_one(name, tmp_path):
     """Callbacks are shared by all runs of a method; none may carry anything over, from a run that died either."""
     method = METHODS[name]
-    dying = dataclasses.replace(method, callbacks=(*method.callbacks, Kill(3)))
+    dying = with_callbacks(method, Kill(3))
     with pytest.raises(KeyboardInterrupt):
         fit(dying, tmp_path / "dead")
     one, other = (fit(method, tmp_path / run)[0] for run in ("one", "other"))

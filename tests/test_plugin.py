@@ -6,12 +6,11 @@ import copy
 import pickle
 
 import pytest
-from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import PeftType
 
 import lors
 from lors.plugin import register
+from lors.sparse_config import MethodConfig
 
 
 def test_registered_member_behaves_like_pefts_own() -> None:
@@ -23,30 +22,25 @@ def test_registered_member_behaves_like_pefts_own() -> None:
 
 def test_registering_again_is_allowed_and_changes_nothing() -> None:
     members = list(PeftType)
-    assert register("LORS", lors.LorsConfig, lors.LorsModel, prefix="lors_") is PeftType.LORS
+    assert register("LORS", lors.LorsConfig, lors.LorsModel) is lors.LorsModel
     assert list(PeftType) == members
 
 
-class OtherConfig(PeftConfig):
+class OtherConfig(MethodConfig):
     pass
 
 
-class OtherModel(BaseTuner):
-    prefix = "lors_"
-
-
 @pytest.mark.parametrize(
-    ("name", "prefix", "message"),
+    ("name", "message"),
     [
-        ("lors_two", "lors_", "upper-case"),
-        ("LORA", "lors_", "'LORA': already the name of another PEFT method, that of peft.tuners.lora"),
-        ("LORS", "lors_", "'LORS': already the name of another PEFT method, that of lors.tuner.LorsConfig"),
-        ("NEW_METHOD", "lors_", "'lors_': another PEFT method already uses this prefix"),
-        ("NEW_METHOD", "new_", r"'new_': OtherModel.prefix is 'lors_'"),
+        ("lors_two", "upper-case"),
+        ("LORA", "'LORA': already the name of another PEFT method, that of peft.tuners.lora"),
+        ("LORS", "'LORS': already the name of another PEFT method, that of lors.tuner.LorsConfig"),
     ],
 )
-def test_conflicts_are_refused_and_leave_peft_alone(name: str, prefix: str, message: str) -> None:
+def test_conflicts_are_refused_and_leave_peft_alone(name: str, message: str) -> None:
     members = list(PeftType)
     with pytest.raises(ValueError, match=message):
-        register(name, OtherConfig, OtherModel, prefix=prefix)
+        register(name, OtherConfig, lors.LorsLinear)
     assert list(PeftType) == members
+    assert OtherConfig().peft_type is None and lors.LorsConfig().peft_type is PeftType.LORS

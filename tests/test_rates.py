@@ -58,6 +58,14 @@ def test_the_winners_reach_the_recipe_and_the_rest_of_it_stays(search, recipe, c
     assert (elsewhere / "lr.md").read_text() == (runs / "lr.md").read_text()
 
 
+def test_a_rate_at_which_one_of_the_seeds_diverged_does_not_win(search, capsys) -> None:
+    runs = search(lors=(0.7, 0.8, 0.9))
+    for rate, status in zip(RATES, ("ok", "ok", "failed"), strict=True):
+        write(runs, result("lors", seed=1, accuracy=0.7, status=status, config={"train.learning_rate": rate}))
+    assert main(["lr", str(runs)]) == 0
+    assert "| lors | 70.0 | **75.0** | diverged |" in capsys.readouterr().out
+
+
 def test_a_recipe_is_written_only_if_asked_and_whole_or_not_at_all(search, recipe, capsys, monkeypatch) -> None:
     runs, before = search(lors=(0.7, 0.8, 0.6)), recipe.read_text()
     assert main(["lr", str(runs), "--recipe", str(recipe)]) == 0

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,16 +12,23 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from harness import scoring
+from harness import log_likelihood
 from harness.errors import BadInput
-from harness.perplexity import perplexity, text_windows
-from harness.scoring import PromptSharingLM
+from harness.log_likelihood import PromptSharingLM
+from harness.perplexity import perplexity, perplexity_windows
 
 TOKENIZER = make_tokenizer()
 
 
 def tiny():
     return make_tiny_llama(vocab_size=len(TOKENIZER), initializer_range=0.3)
+
+
+def windows_of(text, folder, window=16, add_bos_token=True):
+    (folder / "text.txt").write_text(text)
+    perplexity_cfg = SimpleNamespace(text=str(folder / "text.txt"), window=window)
+    cfg = SimpleNamespace(perplexity=perplexity_cfg, data_root=None, add_bos_token=add_bos_token)
+    return perplexity_windows(TOKENIZER, cfg)
 
 
 # ---- log-likelihoods
@@ -63,7 +71,7 @@ def test_sharing_prompts_changes_no_log_likelihood(kind):
 
 @pytest.fixture(autouse=True)
 def nothing_said_yet():
-    scoring._say_once.cache_clear()
+    log_likelihood._say_once.cache_clear()
 
 
 def said(caplog):
@@ -93,7 +101,7 @@ SOON = ("mamba", "rwkv", "lfm2", "qwen3_next", "gemma4_shared")
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in SOON else pytest.mark.slow) for name in SCORED]
 )
-def test_any_architecture_is_scored_as_lm_eval_scores_it(name, caplog):
+def test_any_architecture_is_scored_as_lm_eval_scores_it(name, caplog, tmp_path):
     """Those whose state is no plain cache of keys and values the stock way, and the log says so once."""
     architecture = SCORED[name]
     model = replace(architecture, fields=architecture.fields | {"vocab_size": len(TOKENIZER)}).build()
@@ -106,7 +114,7 @@ def test_any_architecture_is_scored_as_lm_eval_scores_it(name, caplog):
     assert len(lines) <= 1
     if name in STATEFUL:
         assert f"every answer is run with its prompt; {type(model).__name__} cannot share it" in lines[0]
-    windows = text_windows(TOKENIZER, sentence(0, 40), 16, add_bos_token=True)
+    windows = windows_of(sentence(0, 40), tmp_path)
     assert math.isfinite(perplexity(model, windows, progress=False)["value"])
 
 
@@ -203,7 +211,7 @@ def test_log_probabilities_are_float32_on_a_bfloat16_model():
 
 
 @pytest.mark.parametrize("add_bos_token", [True, False])
-def test_perplexity_is_the_exponential_of_the_mean_of_window_means(add_bos_token):
+def test_perplexity_is_the_exponential_of_the_mean_of_window_means(tmp_path, add_bos_token):
     model = tiny()
     text = " ".join(sentence(i) for i in range(20))
     ids = TOKENIZER.encode(text, add_special_tokens=False)
@@ -213,7 +221,7 @@ def test_perplexity_is_the_exponential_of_the_mean_of_window_means(add_bos_token
         window = torch.tensor(ids[start : start + 16])
         logits = model(window[None]).logits[0].log_softmax(-1)
         means.append(-sum(logits[i, window[i + 1]].item() for i in range(15)) / 15)
-    result = perplexity(model, text_windows(TOKENIZER, text, 16, add_bos_token), progress=False)
+    result = perplexity(model, windows_of(text, tmp_path, add_bos_token=add_bos_token), progress=False)
     assert result["value"] == pytest.approx(math.exp(sum(means) / len(means)), rel=1e-5)
     assert result["loss"] == pytest.approx(sum(means) / len(means), rel=1e-6)
     spread = torch.tensor(means).std().item() / math.sqrt(len(means))
@@ -222,6 +230,6 @@ def test_perplexity_is_the_exponential_of_the_mean_of_window_means(add_bos_token
     assert (result["window"], result["windows"], result["tokens"]) == (16, len(means), 15 * len(means))
 
 
-def test_a_text_shorter_than_a_window_is_an_error():
+def test_a_text_shorter_than_a_window_is_an_error(tmp_path):
     with pytest.raises(BadInput, match=r"eval.perplexity.window=100: must be at most 3, the tokens of the text"):
-        text_windows(TOKENIZER, "the cat", 100, add_bos_token=True)
+        windows_of("the cat", tmp_path, 100)

@@ -53,15 +53,6 @@ def test_code_in_a_model_folder_is_not_executed(composed, tiny_checkpoint, tmp_p
     assert not (tmp_path / "executed").exists()
 
 
-def test_an_adapter_in_a_model_folder_is_not_followed(composed, tiny_checkpoint, tmp_path) -> None:
-    folder = shutil.copytree(tiny_checkpoint, tmp_path / "model")
-    (folder / "adapter_config.json").write_text(
-        json.dumps({"base_model_name_or_path": "elsewhere", "peft_type": "LORA"})
-    )
-    with pytest.raises(BadInput, match="must be a whole model"):
-        execute(composed("model=hf", f"model.path={folder}", f"cache_root={tmp_path}/c", f"runs_root={tmp_path}/r"))
-
-
 @pytest.mark.parametrize("laid", ["link", "pipe"])
 def test_the_lock_of_a_device_is_no_link_and_no_pipe(tmp_path, laid: str) -> None:
     device = torch.device("cpu")
@@ -70,10 +61,10 @@ def test_the_lock_of_a_device_is_no_link_and_no_pipe(tmp_path, laid: str) -> Non
     if laid == "link":
         with (
             pytest.raises(BadInput, match="cache_root: cannot write"),
-            device_lock(tmp_path, device, alone=True, waiting=lambda: None),
+            device_lock(tmp_path, device, alone=True),
         ):
             pass
         assert not (tmp_path / "victim").exists()
     else:
-        with device_lock(tmp_path, device, alone=True, waiting=lambda: None):
+        with device_lock(tmp_path, device, alone=True):
             pass

@@ -65,13 +65,5 @@ def test_plain_peft_loads_the_entries_and_their_values(tmp_path):
 
 def test_more_entries_than_survivors_is_one_clear_line():
     support_mask(half_sparse_linear(), 3)  # 3 x 32 = 96 of 120
-    with pytest.raises(ValueError, match=r"r=4: .* = 128 weights .* 20 -> 12 .* at most 3 here") as error:
+    with pytest.raises(ValueError, match=r"^r=4: .* = 128 weights .* 20 -> 12 .* at most 3 here$"):
         get_peft_model(two_layers(), SupportShiraConfig(r=4, target_modules=["q_proj"]))
-    assert "\n" not in str(error.value)
-
-
-def test_a_model_without_storage_can_be_wrapped():
-    with torch.device("meta"):
-        config = SupportShiraConfig(r=2, target_modules=["q_proj"])
-        model = get_peft_model(nn.ModuleDict({"q_proj": nn.Linear(IN, OUT)}), config, low_cpu_mem_usage=True)
-    assert model.get_nb_trainable_parameters()[0] == 2 * (IN + OUT)

@@ -41,6 +41,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     monkeypatch.setattr(sparse_product, "_sparse", sparse)
     monkeypatch.setattr(sparse_product, "runs", lambda T: True)
     monkeypatch.setattr(sparse_product, "_faster", {})
+    monkeypatch.setitem(usage._ran, "product", set())
     return weights
 
 
@@ -63,10 +64,11 @@ def test_the_sparse_product_gets_the_merged_weight_and_changes_no_number(stand_i
     bias = torch.linspace(-1, 1, 128)
     torch.testing.assert_close(gradients("2:4", bias), gradients("dense", bias), rtol=0, atol=0)
     (T,) = stand_in  # once: the backward pass is dense
+    assert in_use()["product"] == ["2:4"]  # a product that is plain anyway is not told
     assert follows_pattern(T, "2:4") and not torch.equal(T, problem()["weight"])
 
 
-def test_the_faster_product_is_chosen_once_for_each_shape(stand_in, scripted_times) -> None:
+def test_the_faster_product_is_chosen_once_for_each_shape(stand_in, scripted_times, monkeypatch) -> None:
     weight = problem()["weight"]
 
     def multiply(rows: int, T: Tensor = weight) -> int:
@@ -75,44 +77,17 @@ def test_the_faster_product_is_chosen_once_for_each_shape(stand_in, scripted_tim
         return len(stand_in)
 
     scripted_times += [1.0, 2.0]
+    monkeypatch.setattr(sparse_product, "capturing", lambda device: True)
+    assert multiply(5) == 0 and len(scripted_times) == 2  # nothing is measured while a graph is captured
+    assert in_use()["product"] == ["dense"]
+    monkeypatch.setattr(sparse_product, "capturing", lambda device: False)
     assert [multiply(rows) for rows in (5, 8, 6)] == [1, 2, 3]  # one measurement for 5 to 8 rows
+    assert in_use()["product"] == ["2:4", "dense"]
     scripted_times += [2.0, 1.0]
     assert [multiply(rows) for rows in (9, 16)] == [3, 3]
     scripted_times += [2.0, 2.0]  # a tie stays dense
     assert multiply(5, weight[:64]) == 3
     assert not scripted_times
-
-
-def test_nothing_is_measured_while_a_graph_is_captured(
-    stand_in, scripted_times, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    x, T = problem()["x"], problem()["weight"]
-    scripted_times += [1.0, 2.0]
-    monkeypatch.setattr(sparse_product, "capturing", lambda device: True)
-    assert torch.equal(product(x, T, None, "auto"), linear(x, T))
-    assert not stand_in and len(scripted_times) == 2
-    monkeypatch.setattr(sparse_product, "capturing", lambda device: False)
-    product(x, T, None, "auto")
-    assert len(stand_in) == 1
-
-
-def test_what_has_run_is_told(stand_in, scripted_times, monkeypatch: pytest.MonkeyPatch) -> None:
-    x, T = problem()["x"], problem()["weight"]
-    for kind, times, told in (
-        ("dense", [], []),
-        ("2:4", [], ["2:4"]),
-        ("auto", [1.0, 2.0], ["2:4"]),
-        ("auto", [2.0, 1.0], ["dense"]),
-    ):
-        monkeypatch.setattr(sparse_product, "_faster", {})
-        monkeypatch.setattr(usage, "_ran", {"product": set()})
-        scripted_times[:] = times
-        product(x, T, None, kind)
-        assert in_use()["product"] == told, kind
-    monkeypatch.setattr(usage, "_ran", {"product": set()})
-    monkeypatch.setattr(sparse_product, "runs", lambda T: False)
-    product(x, T, None, "auto")
-    assert in_use()["product"] == ["dense"]
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, AssertionError])
@@ -131,31 +106,23 @@ def test_kernels_that_fail_are_not_faster(kind, stand_in, monkeypatch: pytest.Mo
     assert in_use()["notices"][-1].startswith("no 2:4 product for (128, 64), the dense one is taken (not supported")
 
 
-def test_an_empty_input_needs_no_kernel(stand_in) -> None:
-    assert product(torch.ones(0, 64), problem()["weight"], None, "2:4").shape == (0, 128)
-    assert not stand_in
-
-
 def test_one_operator_with_the_flops_of_the_dense_product(stand_in) -> None:
     x, T = problem()["x"], problem()["weight"]
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.lors.linear_2_4.default, (x, T, None, True), test_utils=checks)
+    stand_in.clear()
     with FlopCounterMode(display=False) as counter:
         product(x, T, None, "2:4")
+        assert product(x[:0], T, None, "2:4").shape == (0, 5, 128)
     assert counter.get_total_flops() == 2 * 15 * 64 * 128
+    assert len(stand_in) == 1  # an empty input needs no kernel
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_it_compiles_into_one_graph(stand_in) -> None:
-    given = problem()
-    compiled = torch.compile(masked_linear, backend="aot_eager", fullgraph=True)
-    outputs = [each(**given, scaling=0.5, forward_product="2:4") for each in (masked_linear, compiled)]
-    torch.testing.assert_close(*outputs)
-
-
-def test_without_the_kernels_auto_is_dense_and_the_pattern_is_refused() -> None:
+def test_without_the_kernels_auto_is_dense_and_the_pattern_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     x, T = problem()["x"], problem()["weight"]
+    monkeypatch.setitem(usage._ran, "product", set())
     assert torch.equal(product(x, T, None, "auto"), linear(x, T))
+    assert in_use()["product"] == ["dense"]
     with pytest.raises(ValueError, match=r"forward_product='2:4': needs a CUDA device .* this is cpu, torch.float32"):
         product(x, T, None, "2:4")
 

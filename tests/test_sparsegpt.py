@@ -74,23 +74,6 @@ def test_sparsegpt_is_optimal_brain_surgeon(pattern, sparsity, block, zeros):
     torch.testing.assert_close(single, expected.float(), rtol=1e-3, atol=1e-4)
 
 
-def test_an_old_zero_leaves_the_best_weight_there_is():
-    """All that is pruned lies left of all that stays, so the sweep is exact: the least squares under the zeros.
-
-    The second column is an old zero that the removal of the first makes non-zero.
-    """
-    W, X = correlated(rows=5, width=8, tokens=40)
-    W[:, 0] *= 1e-3  # goes first
-    W[:, 1] = 0.0
-    gram = X.double().T @ X.double()
-    pruned = prune_sparsegpt(W.double(), gram, sparsity=2 / 8, pattern="unstructured", block_size=8)
-    H = gram + 0.01 * gram.diagonal().mean() * torch.eye(8, dtype=torch.float64)
-    # min tr (w - W) H (w - W)^T with w = 0 in the first two columns
-    best = torch.cat([torch.zeros(5, 2), W.double() @ H[:, 2:] @ torch.linalg.inv(H[2:, 2:])], dim=1)
-    torch.testing.assert_close(pruned, best, rtol=1e-9, atol=1e-9)
-    assert torch.equal(pruned == 0, best == 0)
-
-
 def test_what_is_missing_goes_evenly_over_what_is_left():
     W, X = correlated(rows=20, width=40, tokens=60)
     W[:, :10] = 0.0
@@ -101,24 +84,7 @@ def test_what_is_missing_goes_evenly_over_what_is_left():
 
 
 @REPEATABLE
-@given(
-    st.integers(1, 6),
-    st.integers(1, 30),
-    st.integers(1, 40),
-    st.floats(0, 1, exclude_max=True),
-    st.integers(1, 5),
-    st.integers(0, 99),
-)
-def test_sparsegpt_unstructured_count_is_exact(rows, width, block, sparsity, tokens, seed):
-    W, X = correlated(rows, width, tokens, seed)
-    X[:, ::3] = 0.0  # dead inputs
-    pruned = prune_sparsegpt(W, gram_matrix(X), sparsity=sparsity, pattern="unstructured", block_size=block)
-    assert int((pruned == 0).sum()) == int(W.numel() * sparsity)
-    assert pruned.isfinite().all()
-
-
-@REPEATABLE
-@given(coarse_problems(), st.integers(1, 12))
+@given(coarse_problems(), st.integers(1, 40))
 def test_sparsegpt_survives_ties_zeros_and_dead_inputs(problem, block):
     W, X, pattern, sparsity = problem
     pruned = prune_sparsegpt(W, gram_matrix(X), sparsity=sparsity, pattern=pattern, block_size=block)
@@ -126,25 +92,18 @@ def test_sparsegpt_survives_ties_zeros_and_dead_inputs(problem, block):
     assert follows_pattern(pruned, pattern)
     assert not torch.signbit(pruned[pruned == 0]).any()
     assert not pruned[W == 0].any()
-    if sparsity is not None:
-        assert int((pruned == 0).sum()) >= int(W.numel() * sparsity)
+    if sparsity is not None:  # exact
+        assert int((pruned == 0).sum()) == max(int((W == 0).sum()), int(W.numel() * sparsity))
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "2:6", "1:8"])
-def test_sparsegpt_nm_does_not_depend_on_the_block_size(pattern):
+def test_sparsegpt_nm_does_not_depend_on_the_block_size():
     W, X = correlated(rows=16, width=48, tokens=64)
-    whole = prune_sparsegpt(W, gram_matrix(X), sparsity=None, pattern=pattern, block_size=48)
-    for block in (1, 5, 8, 16, 128):
-        pruned = prune_sparsegpt(W, gram_matrix(X), sparsity=None, pattern=pattern, block_size=block)
-        assert torch.equal(pruned == 0, whole == 0)
-        torch.testing.assert_close(pruned, whole, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize(("pattern", "sparsity"), [("unstructured", 0.6), ("2:4", None)])
-def test_sparsegpt_with_uncorrelated_inputs_is_magnitude(pattern, sparsity):
-    W, _ = correlated(rows=8, width=16, tokens=1)
-    pruned = prune_sparsegpt(W, torch.eye(16), sparsity=sparsity, pattern=pattern)
-    assert torch.equal(pruned, prune_magnitude(W, sparsity=sparsity, pattern=pattern))
+    for pattern in ("2:4", "2:6", "1:8"):
+        whole = prune_sparsegpt(W, gram_matrix(X), sparsity=None, pattern=pattern, block_size=48)
+        for block in (1, 5, 16, 128):
+            pruned = prune_sparsegpt(W, gram_matrix(X), sparsity=None, pattern=pattern, block_size=block)
+            assert torch.equal(pruned == 0, whole == 0)
+            torch.testing.assert_close(pruned, whole, rtol=1e-5, atol=1e-5)
 
 
 def test_a_dead_input_goes_first_and_leaves_the_others_alone():

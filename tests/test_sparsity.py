@@ -7,19 +7,14 @@ from collections import Counter
 
 import pytest
 import torch
-from hypothesis import given, settings
+from conftest import make_tiny_llama
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
     BertConfig,
     BertLMHeadModel,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -42,33 +37,7 @@ REPEATABLE = settings(deadline=None, derandomize=True)
 PATTERNS = st.tuples(st.integers(1, 7), st.integers(2, 8)).filter(lambda p: p[0] < p[1])
 
 
-def small_llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            intermediate_size=24,
-            vocab_size=32,
-        )
-    )
-
-
 # ---- patterns
-
-
-def test_pattern_counts_the_kept_weights():
-    assert parse_pattern("unstructured") is None
-    assert parse_pattern("1:4") == (1, 4)
-    assert resolve_sparsity(None, "1:4") == 0.75  # NVIDIA's reading; the reference code would prune one of four
-
-
-@pytest.mark.parametrize("text", ["4:2", "4:4", "0:4", "2-4", "2:4 ", "", "half", "²:4", 124, None])
-def test_bad_pattern_is_named(text):
-    with pytest.raises(ValueError, match=r"pattern=.*allowed are unstructured and 'n:m'"):
-        parse_pattern(text)
 
 
 @pytest.mark.parametrize(
@@ -79,26 +48,26 @@ def test_bad_pattern_is_named(text):
         (0.7, "unstructured", 0.7),
         (0.5, "2:4", 0.5),
         (0.333, "2:3", 1 / 3),
-        (None, "3:7", 4 / 7),
+        (None, "1:4", 0.75),  # NVIDIA's reading; the reference code would prune one of four
     ],
 )
 def test_resolved_sparsity(sparsity, pattern, expected):
     assert resolve_sparsity(sparsity, pattern) == pytest.approx(expected, abs=1e-15)
 
 
-@pytest.mark.parametrize("sparsity", [-0.1, 1.0, 1.5, math.nan, math.inf, "0.5", True])
-def test_sparsity_outside_its_range(sparsity):
-    with pytest.raises(ValueError, match=r"sparsity=.*0 <= sparsity < 1"):
-        resolve_sparsity(sparsity, "unstructured")
+@pytest.mark.parametrize("text", ["4:2", "4:4", "0:4", "2-4", "2:4 ", "", "half", "²:4", 124, None])
+def test_bad_pattern_is_named(text):
+    with pytest.raises(ValueError, match=r"pattern=.*allowed are unstructured and 'n:m'"):
+        parse_pattern(text)
 
 
-@pytest.mark.parametrize("sparsity", [0.0, 0.49, 0.25])
-def test_sparsity_that_contradicts_the_pattern(sparsity):
-    with pytest.raises(ValueError, match=f"sparsity={sparsity} contradicts pattern='2:4'"):
-        resolve_sparsity(sparsity, "2:4")
-
-
-def test_width_must_hold_whole_groups():
+def test_sparsity_and_width_that_do_not_fit_are_named():
+    for sparsity in (-0.1, 1.0, 1.5, math.nan, math.inf, "0.5", True):
+        with pytest.raises(ValueError, match=r"sparsity=.*0 <= sparsity < 1"):
+            resolve_sparsity(sparsity, "unstructured")
+    for sparsity in (0.0, 0.49, 0.25):
+        with pytest.raises(ValueError, match=f"sparsity={sparsity} contradicts pattern='2:4'"):
+            resolve_sparsity(sparsity, "2:4")
     check_width("2:4", 12)
     check_width("unstructured", 7)
     with pytest.raises(ValueError, match="groups of 4 do not divide the input width 6"):
@@ -115,15 +84,15 @@ def test_lowest_is_a_stable_sort(values, data):
     first = sorted(range(len(values)), key=lambda i: values[i])[:count]  # Python's sort is stable
     chosen = lowest(torch.tensor(values, dtype=torch.float32), count)
     assert chosen.nonzero().flatten().tolist() == sorted(first)
-
-
-def test_lowest_handles_infinities_and_every_slice_alone():
+    # Infinities, and every slice alone.
     score = torch.tensor([[math.inf, math.inf, 1.0], [-math.inf, 0.0, -math.inf]])
     assert lowest(score, 2).tolist() == [[True, False, True], [True, False, True]]
 
 
 @REPEATABLE
 @given(st.integers(1, 9), st.integers(1, 40), st.floats(0, 1, exclude_max=True), st.integers(0, 2**32 - 1))
+@example(100, 200, 1e-4, 0)
+@example(100, 200, 1 - 1e-4, 0)
 def test_random_support_is_exact(rows, width, sparsity, seed):
     M = random_support((rows, width), sparsity, "unstructured", torch.Generator().manual_seed(seed))
     assert M.dtype == torch.bool
@@ -150,18 +119,11 @@ def test_random_support_is_seeded_and_uniform(pattern, sparsity):
     generator.manual_seed(3)
     once = [draw() for _ in range(3000)]
     generator.manual_seed(3)
-    assert all(torch.equal(M, draw()) for M in once)
+    assert all(torch.equal(M, draw()) for M in once[:50])
     # Two kept of six: fifteen supports, each expected 200 times with a standard deviation of 13.7.
     counts = Counter(tuple(M.nonzero().flatten().tolist()) for M in once)
     assert len(counts) == math.comb(6, 2)
     assert all(abs(count - 200) < 4 * 13.7 for count in counts.values())
-
-
-@pytest.mark.parametrize("sparsity", [1e-4, 1 - 1e-4])
-def test_random_support_at_the_extremes(sparsity):
-    for seed in range(20):
-        M = random_support((100, 200), sparsity, "unstructured", torch.Generator().manual_seed(seed))
-        assert int((~M).sum()) == int(20000 * sparsity)
 
 
 def test_pattern_of_a_weight():
@@ -194,11 +156,8 @@ def test_masked_merge_rounds_once_and_keeps_zeros(dtype, delta_dtype, seed):
     assert merged.dtype == dtype
     assert torch.equal(merged, expected)
     assert not (merged[W == 0]).any()
-
-
-def test_masked_merge_ignores_what_the_mask_hides():
-    W = torch.tensor([[0.0, -0.0, 1.0]])
-    delta = torch.tensor([[math.inf, math.nan, 2.0]])
+    # What the mask hides does not count, whatever it is.
+    W, delta = torch.tensor([[0.0, -0.0, 1.0]]), torch.tensor([[math.inf, math.nan, 2.0]])
     assert masked_merge(W, delta).tolist() == [[0.0, 0.0, 3.0]]
     with pytest.raises(ValueError, match="delta has shape"):
         masked_merge(W, delta.T)
@@ -208,7 +167,7 @@ def test_masked_merge_ignores_what_the_mask_hides():
 
 
 def test_zero_report_counts_what_a_merge_lost_and_gained():
-    model = small_llama()
+    model = make_tiny_llama()
     for linear in decoder_linears(model).values():
         linear.weight.data *= random_support(linear.weight.shape, 0.5, "2:4", torch.Generator().manual_seed(1))
     before = supports(model)
@@ -231,22 +190,19 @@ def test_zero_report_counts_what_a_merge_lost_and_gained():
 
 
 def test_supports_look_through_adapters():
-    model = small_llama()
-    model.model.layers[0].self_attn.q_proj.weight.data[:, ::2] = 0
+    model = make_tiny_llama()
     before = supports(model)
     wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], modules_to_save=["k_proj"]))
     for shell in (wrapped, wrapped.base_model, wrapped.base_model.model):
-        seen = supports(shell)
-        assert list(seen) == list(before)  # and no adapter matrix among them
-        assert all(torch.equal(seen[name], before[name]) for name in before)
-    assert not before["model.layers.0.self_attn.q_proj"][:, ::2].any()
+        assert list(supports(shell)) == list(before)  # and no adapter matrix among them
+    assert len(before) == 14
 
 
 # ---- blocks
 
 
 def test_decoder_linears_of_llama():
-    model = small_llama()
+    model = make_tiny_llama()
     name, blocks = decoder_blocks(model)
     assert name == "model.layers"
     assert blocks is model.model.layers
@@ -263,28 +219,13 @@ def test_decoder_linears_of_llama():
     assert "model.layers.0.mlp.experts.1" in decoder_linears(model)
 
 
-def test_layers_that_are_not_linear_are_refused():
-    gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=32))
-    with pytest.raises(ValueError, match=r"transformer\.h\.0\.mlp\.c_fc is of type Conv1D, .*nn\.Linear"):
-        decoder_linears(gpt2)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    mixtral = MixtralForCausalLM(MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=2, vocab_size=32))
-    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.\w+ is of type Mixtral"):
-        decoder_linears(mixtral)
-    model = small_llama()
-    packed = nn.Parameter(torch.zeros(16, 8, dtype=torch.uint8), requires_grad=False)
-    model.model.layers[1].self_attn.q_proj.weight = packed
-    with pytest.raises(ValueError, match=r"model\.layers\.1\.self_attn\.q_proj is quantised"):
-        decoder_linears(model)
-
-
 def test_models_without_one_list_of_decoder_blocks_are_refused():
     with pytest.raises(ValueError, match="Linear has no config"):
         decoder_blocks(nn.Linear(2, 2))
     t5 = T5ForConditionalGeneration(T5Config(d_model=16, d_ff=16, num_layers=1, num_heads=2, vocab_size=32))
     with pytest.raises(ValueError, match="encoder-decoder"):
         decoder_blocks(t5)
-    model = small_llama()
+    model = make_tiny_llama()
     model.config.num_hidden_layers = 3
     with pytest.raises(ValueError, match=r"cannot tell its list of 3 decoder blocks \(candidates: none\)"):
         decoder_blocks(model)

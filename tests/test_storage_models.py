@@ -2,66 +2,67 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import copy
 
-import peft
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import (
+    get_base_model_state_dict,
+    get_peft_model,
+    set_base_model_state_dict,
+)
 from pruned_models import IDS, KINDS, adapted_model, logits, lors_layers, pruned_model, weights
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 import lors
-from harness.live_tensors import LiveTensors
+from harness.live_memory import LiveTensors
 from lors.blocks import decoder_linears
 from lors.sparsity import sparsity_of
 from lors.storage import CompressedLinear, count_weights
 
-
-def test_storage_must_be_known() -> None:
-    with pytest.raises(ValueError, match="storage='zip': must be one of dense, bitmap, n:m, auto"):
-        lors.LorsConfig(storage="zip")
-    with pytest.raises(ValueError, match="storage='zip': must be one of"):
-        lors.compress(adapted_model(), "zip")
+EITHER = pytest.mark.parametrize("storage", KINDS)
 
 
-def test_a_model_that_cannot_be_compressed_is_refused() -> None:
-    with pytest.raises(ValueError, match="has no LoRS layer"):
-        lors.compress(pruned_model())
-    model = adapted_model()
-    model.merge_adapter()
-    with pytest.raises(ValueError, match="q_proj: has a merged adapter"):
-        lors.compress(model)
+def pruned_for(storage: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    return pruned_model(dtype, KINDS[storage])
+
+
+def compressed_layers(model: nn.Module) -> list[CompressedLinear]:
+    return [part for part in model.modules() if isinstance(part, CompressedLinear)]
+
+
+def test_what_cannot_be_compressed_is_refused() -> None:
+    merged = adapted_model()
+    merged.merge_adapter()
     with torch.device("meta"):
         empty = get_peft_model(pruned_model(), lors.LorsConfig(r=4, storage="bitmap"))
-    with pytest.raises(ValueError, match="sparsity=None: needed for a weight on the meta device"):
-        lors.compress(empty)
+    for call, message in (
+        (lambda: lors.LorsConfig(storage="zip"), "storage='zip': must be one of dense, bitmap, n:m, auto"),
+        (lambda: lors.compress(adapted_model(), "zip"), "storage='zip': must be one of"),
+        (lambda: lors.compress(pruned_model()), "has no LoRS layer"),
+        (lambda: lors.compress(merged), "q_proj: has a merged adapter"),
+        (lambda: lors.compress(empty), "sparsity=None: needed for a weight on the meta device"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
     lors.compress(empty, "bitmap", sparsity=0.5)
-    assert all(isinstance(layer.base_layer, CompressedLinear) for layer in lors_layers(empty).values())
+    assert len(compressed_layers(empty)) == 14
 
 
-def test_a_pattern_that_one_layer_breaks_is_refused_before_anything_changes() -> None:
-    model = pruned_model(pattern="2:4")
-    model.model.layers[1].mlp.up_proj.weight.data.fill_(1.0)
-    before = [type(module) for module in model.modules()]
-    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj: storage='n:m': the weight"):
-        get_peft_model(model, lors.LorsConfig(r=4, target_modules=["q_proj", "up_proj"], storage="n:m"))
-    assert [type(module) for module in model.modules()] == before
-
-
+@EITHER
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("storage", KINDS)
 def test_outputs_and_gradients_are_those_of_dense_weights(storage: str, dtype: torch.dtype) -> None:
     """Bit for bit, adapters on or off, whether compressed at once or later."""
-    dense = adapted_model(pruned_model(dtype, KINDS[storage]))
-    at_once = adapted_model(pruned_model(dtype, KINDS[storage]), storage=storage)
-    later = lors.compress(adapted_model(pruned_model(dtype, KINDS[storage])), storage)
+    dense = adapted_model(pruned_for(storage, dtype))
+    at_once = adapted_model(pruned_for(storage, dtype), storage=storage)
+    later = lors.compress(adapted_model(pruned_for(storage, dtype)), storage)
     for model in (at_once, later):
-        assert len([part for part in model.modules() if isinstance(part, CompressedLinear)]) == 14
+        assert len(compressed_layers(model)) == 14
         assert torch.equal(logits(model), logits(dense))
         with model.disable_adapter(), dense.disable_adapter():
             assert torch.equal(logits(model), logits(dense))
+    found, expected = (model.generate(IDS, max_new_tokens=4, do_sample=False) for model in (later, dense))
+    assert torch.equal(found, expected)
     for model in (dense, later):
         model(input_ids=IDS, labels=IDS).loss.backward()
     for one, two in zip(lors_layers(dense).values(), lors_layers(later).values(), strict=True):
@@ -69,109 +70,47 @@ def test_outputs_and_gradients_are_those_of_dense_weights(storage: str, dtype: t
         assert torch.equal(one.lors_B["default"].grad, two.lors_B["default"].grad)
 
 
-def test_the_weights_of_a_model_take_the_bytes_of_their_layout() -> None:
-    """As the harness counts them: 9/16 of dense for 2:4 in bfloat16; the number of weights stays what it was."""
-    dense, packed = (
-        pruned_model(torch.bfloat16, "2:4"),
-        adapted_model(pruned_model(torch.bfloat16, "2:4"), storage="n:m"),
-    )
-    total = count_weights(get_peft_model(pruned_model(), lors.LorsConfig(r=4)))
-    assert count_weights(packed) == total
-    bases = [layer.base_layer for layer in lors_layers(packed).values()]
-    live = LiveTensors()
-    live.count((part for base in bases for part in (*base.parameters(), *base.buffers())), "weights")
-    assert live.now == sum(W.nbytes for W in weights(dense).values()) * 9 / 16
-
-
-@pytest.mark.parametrize("storage", KINDS)
-def test_merge_unmerge_and_unload(storage: str, tmp_path: Path) -> None:
-    """A merge keeps the layer compressed; what is unloaded is a plain model that transformers can load."""
-    dense = adapted_model(pruned_model(torch.bfloat16, KINDS[storage]))
-    model = adapted_model(pruned_model(torch.bfloat16, KINDS[storage]), storage=storage)
-    adapted = logits(model)
+@EITHER
+def test_a_merge_keeps_it_compressed_and_what_is_unloaded_is_a_plain_model(storage: str) -> None:
+    dense = adapted_model(pruned_for(storage, torch.bfloat16))
+    model = adapted_model(pruned_for(storage, torch.bfloat16), storage=storage)
     model.merge_adapter()
     dense.merge_adapter()
-    assert all(isinstance(layer.base_layer, CompressedLinear) for layer in lors_layers(model).values())
+    assert len(compressed_layers(model)) == 14
     assert torch.equal(logits(model), logits(dense))
     model.unmerge_adapter()
-    assert torch.equal(logits(model), adapted)
-    merged, expected = model.merge_and_unload(), dense.merge_and_unload()
-    assert list(merged.state_dict()) == list(expected.state_dict())
-    assert {type(layer) for layer in decoder_linears(merged).values()} == {nn.Linear}
-    assert all(torch.equal(W, weights(expected)[name]) for name, W in weights(merged).items())
-    merged.save_pretrained(tmp_path)
-    loaded = weights(AutoModelForCausalLM.from_pretrained(tmp_path))
-    assert all(torch.equal(W, weights(expected)[name]) for name, W in loaded.items())
+    unloaded, merged, expected = copy.deepcopy(model).unload(), model.merge_and_unload(), dense.get_base_model()
+    assert {type(layer) for each in (merged, unloaded) for layer in decoder_linears(each).values()} == {nn.Linear}
+    for found, wanted in ((unloaded, pruned_for(storage, torch.bfloat16)), (merged, expected)):
+        assert all(torch.equal(W, weights(wanted)[name]) for name, W in weights(found).items())
 
 
-def test_unloading_without_a_merge_gives_the_pruned_model_back() -> None:
-    before = pruned_model()
-    after = adapted_model(storage="bitmap").unload()
-    assert {type(layer) for layer in decoder_linears(after).values()} == {nn.Linear}
-    assert all(torch.equal(W, weights(before)[name]) for name, W in weights(after).items())
-
-
-def test_saved_adapters_load_with_their_storage(tmp_path: Path) -> None:
-    base, adapter = str(tmp_path / "base"), str(tmp_path / "adapter")
-    pruned_model().save_pretrained(base)
-    model = adapted_model(AutoModelForCausalLM.from_pretrained(base), storage="bitmap", modules_to_save=["lm_head"])
-    model.base_model.model.lm_head.modules_to_save["default"].weight.data.add_(0.1)
-    model.save_pretrained(adapter)
-    loads = (
-        lambda: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter),
-        lambda: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter, low_cpu_mem_usage=True),
-        lambda: peft.AutoPeftModelForCausalLM.from_pretrained(adapter),
-    )
-    for load in loads:
-        loaded = load().eval()
-        assert len([part for part in loaded.modules() if isinstance(part, CompressedLinear)]) == 14
-        assert torch.equal(logits(loaded), logits(model))
-
-
-def test_two_adapters_share_the_compressed_weight() -> None:
-    """The second one's own storage changes nothing, and both are right."""
-    dense = adapted_model()
-    model = adapted_model(storage="bitmap")
-    for each in (dense, model):
-        other = lors.LorsConfig(r=3, lora_alpha=8, target_modules=["up_proj", "down_proj"], init="kaiming")
-        torch.manual_seed(3)
-        each.add_adapter("other", other)
-        for layer in lors_layers(each).values():
-            if "other" in layer.lors_B:
-                layer.lors_B["other"].data.normal_(generator=torch.Generator().manual_seed(4))
-        each.base_model.set_adapter(["default", "other"])
-    assert torch.equal(logits(model), logits(dense))
-    assert len([part for part in model.modules() if isinstance(part, CompressedLinear)]) == 14
-    one, two = (each.merge_and_unload(adapter_names=["default", "other"]) for each in (model, dense))
-    assert all(torch.equal(W, weights(two)[name]) for name, W in weights(one).items())
-
-
-def test_generation() -> None:
-    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
-    outputs = [model.generate(input_ids=IDS, **options) for model in (adapted_model(), adapted_model(storage="auto"))]
-    assert torch.equal(*outputs)
-
-
-@pytest.mark.parametrize("storage", KINDS)
+@EITHER
 def test_gradient_initialisation(storage: str) -> None:
     """The same start as with dense weights, and nothing is left behind."""
-    batches = [{"input_ids": IDS, "labels": IDS}]
-    models = [
-        lors.initialize(
-            get_peft_model(pruned_model(pattern=KINDS[storage]), lors.LorsConfig(r=4, storage=kind)), batches
-        )
-        for kind in ("dense", storage)
-    ]
+    models = [get_peft_model(pruned_for(storage), lors.LorsConfig(r=4, storage=kind)) for kind in ("dense", storage)]
+    for model in models:
+        lors.initialize(model, [{"input_ids": IDS, "labels": IDS}])
     for one, two in zip(*(lors_layers(model).values() for model in models), strict=True):
         torch.testing.assert_close(one.lors_A["default"], two.lors_A["default"])
         assert two.base_layer._like_weight is None
         assert two.base_layer.values.grad is None
 
 
-def test_sparsity_is_seen_through_the_compression() -> None:
-    model = pruned_model()
-    before = sparsity_of(model)
-    assert sparsity_of(adapted_model(model, storage="bitmap")) == before
+# ---- memory
+
+
+def test_the_weights_of_a_model_take_the_bytes_of_their_layout() -> None:
+    """As the harness counts them: 9/16 of dense for 2:4 in bfloat16; number and sparsity stay what they were."""
+    dense = pruned_for("n:m", torch.bfloat16)
+    packed = adapted_model(pruned_for("n:m", torch.bfloat16), storage="n:m")
+    assert count_weights(packed) == count_weights(get_peft_model(pruned_model(), lors.LorsConfig(r=4)))
+    assert sparsity_of(packed) == sparsity_of(dense) == 0.5
+    live = LiveTensors()
+    live.count(
+        (part for base in compressed_layers(packed) for part in (*base.parameters(), *base.buffers())), "weights"
+    )
+    assert live.now == sum(W.nbytes for W in weights(dense).values()) * 9 / 16
 
 
 def test_training_needs_the_dense_weight_of_one_layer_only() -> None:
@@ -192,3 +131,52 @@ def test_training_needs_the_dense_weight_of_one_layer_only() -> None:
     dense = 4 * size * size
     assert held < 0.65 * depth * dense
     assert live.peak - held < 2 * dense
+
+
+# ---- beside the tools of others
+
+
+@EITHER
+def test_the_base_state_dict_is_that_of_the_dense_model(storage: str) -> None:
+    plain, model = pruned_for(storage), adapted_model(pruned_for(storage), storage=storage)
+    found, expected = get_base_model_state_dict(model), plain.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(value, expected[key]) for key, value in found.items())
+
+
+@EITHER
+def test_another_base_can_be_loaded_into_it(storage: str) -> None:
+    """With zeros in other places, and another number of them."""
+    model, other = adapted_model(pruned_for(storage), storage=storage), pruned_for(storage)
+    for name, parameter in other.named_parameters():
+        if name.endswith("proj.weight"):
+            parameter.data = -parameter.data.flip(1)
+            parameter.data[0] = 0
+    expected = adapted_model(copy.deepcopy(other), storage="dense")
+    set_base_model_state_dict(model, other.state_dict())
+    torch.testing.assert_close(logits(model), logits(expected))
+    assert len(compressed_layers(model)) == 14
+    with pytest.raises(RuntimeError, match="Missing key"):
+        set_base_model_state_dict(model, {})
+    if storage == "n:m":
+        with pytest.raises((ValueError, RuntimeError), match="does not follow"):
+            set_base_model_state_dict(model, pruned_model().state_dict())
+
+
+@EITHER
+def test_saving_the_adapter_decodes_no_weight(storage: str, monkeypatch, tmp_path) -> None:
+    model = adapted_model(pruned_for(storage), storage=storage)
+    monkeypatch.setattr(CompressedLinear, "weight", property(lambda self: pytest.fail("decoded")))
+    model.save_pretrained(tmp_path)
+    model.load_state_dict(model.state_dict())
+
+
+def test_values_are_a_parameter_and_places_are_buffers_that_ddp_does_not_send() -> None:
+    """FSDP1 cannot flatten whole numbers, and DDP would send all buffers before every pass."""
+    model = adapted_model(pruned_model(torch.bfloat16), storage="bitmap")
+    assert all(parameter.is_floating_point() for parameter in model.parameters())
+    places = {name for name, _ in model.named_buffers() if name.endswith((".bits", ".offsets"))}
+    assert len(places) == 2 * 14
+    assert set(model._ddp_params_and_buffers_to_ignore) == places
+    copied = copy.deepcopy(model).double()
+    assert compressed_layers(copied)[0].bits.dtype == torch.uint8

@@ -6,7 +6,6 @@ import errno
 import math
 import os
 import secrets
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,21 +21,23 @@ from harness.identity import run_key
 from harness.store import (
     Busy,
     RunStore,
-    cache_directory,
     check_writable,
     write_json,
     write_text,
 )
 
 ROOT = Path(__file__).parents[1]
+FORCED = OmegaConf.create({"force": True})
 
 
-def test_cache_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_is_that_of_the_user_unless_it_is_given(
+    composed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_directory(OmegaConf.create({"cache_root": None})) == tmp_path / "lors"
+    assert Path(resolve(composed()).cache_root) == tmp_path / "lors"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache_directory(OmegaConf.create({"cache_root": None})) == Path.home() / ".cache" / "lors"
-    assert cache_directory(OmegaConf.create({"cache_root": "here"})) == Path.cwd() / "here"
+    assert Path(resolve(composed()).cache_root) == Path.home() / ".cache" / "lors"
+    assert Path(resolve(composed("cache_root=here")).cache_root) == Path.cwd() / "here"
 
 
 def test_results_are_strict_json_and_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,17 +86,11 @@ def test_a_result_from_before_digests_is_read(tmp_path: Path) -> None:
     assert RunStore(tmp_path / "run").result() == {"key": "run", "status": "ok"}
 
 
-def test_a_result_of_another_run_is_not_taken_for_this_one(tmp_path: Path) -> None:
-    RunStore(tmp_path / "run").write({"status": "ok"})
-    shutil.copytree(tmp_path / "run", tmp_path / "copy")
-    assert RunStore(tmp_path / "copy").result() is None
-
-
-@pytest.mark.parametrize("damage", ["cut", "empty", "object", "list", "deep", "changed"])
+@pytest.mark.parametrize("damage", ["cut", "changed"])
 def test_a_damaged_part_is_computed_again(tmp_path: Path, damage: str) -> None:
     store = RunStore(tmp_path)
     assert store.once("part", lambda: {"value": 0.5}) == {"value": 0.5}
-    file = store.parts / "part.json"
+    file = store.parts / "part.sealed"
     file.write_text(DAMAGE[damage](file.read_text()))
     assert store.once("part", lambda: {"value": 0.7}) == {"value": 0.7}
 
@@ -105,14 +100,14 @@ def test_a_good_result_gives_way_only_to_a_good_one(tmp_path: Path) -> None:
     store.write({"status": "ok", "round": 1, "artifacts": {"adapter": "adapter", "merged": "merged"}})
     for name in ("adapter/weights", "merged/weights", "log.txt"):
         write_text(store.directory / name, "first")
-    attempt = store.attempt(force=True)
+    attempt = store.attempt(FORCED)
     assert attempt.directory != store.directory
     attempt.once("memory", lambda: 7)
-    assert store.attempt(force=True).once("memory", lambda: 8) == 7, "an interrupted repetition is continued"
+    assert store.attempt(FORCED).once("memory", lambda: 8) == 7, "an interrupted repetition is continued"
     attempt.write({"status": "failed", "round": 2})
     store.accept(attempt)
     assert store.result()["round"] == 1
-    attempt = store.attempt(force=True)
+    attempt = store.attempt(FORCED)
     assert attempt.once("memory", lambda: 8) == 8, "a failed one is not"
     attempt.write({"status": "ok", "round": 3, "artifacts": {"adapter": "adapter", "merged": None}})
     write_text(attempt.directory / "adapter" / "weights", "third")
@@ -126,7 +121,7 @@ def test_a_good_result_gives_way_only_to_a_good_one(tmp_path: Path) -> None:
 def test_a_kill_while_a_good_result_replaces_another_leaves_a_good_one(tmp_path: Path, monkeypatch, moves: int) -> None:
     store = RunStore(tmp_path / "run")
     store.write({"status": "ok", "round": 1, "artifacts": {"adapter": "adapter"}})
-    attempt = store.attempt(force=True)
+    attempt = store.attempt(FORCED)
     for name in ("adapter/weights", "log.txt"):
         write_text(attempt.directory / name, "second")
     attempt.write({"status": "ok", "round": 2, "artifacts": {"adapter": "adapter", "log": "log.txt"}})
@@ -154,9 +149,9 @@ def test_what_kills_have_left_goes_and_links_are_not_followed(tmp_path: Path) ->
     write_text(store.directory / ".result.json.0123.tmp", "half")
     (store.directory / "checkpoint-abc").symlink_to(outside)
     (store.directory / "checkpoint-5").write_text("a file")
-    assert store.attempt(force=False).directory == store.directory
+    assert store.attempt(OmegaConf.create({"force": False})).directory == store.directory
     store.drop_progress()
-    assert [entry.name for entry in store.directory.iterdir()] == []
+    assert [entry.name for entry in store.directory.iterdir()] == ["config.yaml"]
     (store.directory / "adapter").symlink_to(outside)
     store.clear()
     assert (outside / "file").read_text() == "keep me"
@@ -241,7 +236,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_files(tmp_path: Path, monkey
 
 def test_clear_keeps_the_lock_and_drop_progress_keeps_the_results(tmp_path: Path) -> None:
     store = RunStore(tmp_path)
-    for name in ("result.json", "steps.jsonl", "adapter/weights", "checkpoint-50/state", "parts/memory.json"):
+    for name in ("result.json", "steps.jsonl", "adapter/weights", "checkpoint-50/state", "parts/memory.sealed"):
         write_text(tmp_path / name, "x")
     store.drop_progress()
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["adapter", "result.json", "steps.jsonl"]

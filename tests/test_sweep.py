@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from harness import sweep
 from harness.device_lock import device_lock
 from harness.errors import BadInput
-from harness.sweep import BUSY, FAILED, OK, Job, begin, look, plan
+from harness.sweep import BUSY, FAILED, OK, Job, begin, exit_code_without_run, plan
 
 
 class Table:
@@ -54,14 +54,14 @@ class Table:
         return sweep.run(jobs, self.launcher(jobs, since), since)
 
     def launcher(self, jobs: Sequence[Job], since: int) -> sweep.Launch:
-        """Runs jobs one by one, as ``run.py`` does: only where ``look`` finds nothing."""
+        """Runs jobs one by one, as ``run.py`` does: only where ``exit_code_without_run`` finds nothing."""
         by_overrides = {tuple(job.overrides): job for job in jobs}
 
         def launch(overrides: Sequence[Sequence[str]]) -> list[int]:
             codes = []
             for one in overrides:
                 job = by_overrides[tuple(one)]
-                code = look(job.cfg, since)
+                code = exit_code_without_run(job.cfg, since)
                 codes.append(self.work(job) if code is None else code)
             return codes
 
@@ -149,42 +149,47 @@ def test_a_second_sweep_takes_other_jobs_and_repeats_none_of_the_first(table, co
 def test_a_job_that_others_are_at_or_have_done_needs_no_process(table) -> None:
     [job] = table.jobs(seeds=(0,))
     since = table.begin()
-    assert look(job.cfg, since) is None
+    assert exit_code_without_run(job.cfg, since) is None
     with job.store.lock(waiting=lambda: None):
-        assert look(job.cfg, since) == BUSY
+        assert exit_code_without_run(job.cfg, since) == BUSY
     table.outcomes = {0: "failed"}
     table.work(job)
-    assert look(job.cfg, since) == FAILED, "another sweep has just tried"
+    assert exit_code_without_run(job.cfg, since) == FAILED, "another sweep has just tried"
     os.utime(job.store.result_file, ns=(since - 1, since - 1))
-    assert look(job.cfg, since) is None, "it failed before this sweep began"
+    assert exit_code_without_run(job.cfg, since) is None, "it failed before this sweep began"
     table.outcomes = {}
     table.work(job)
     os.utime(job.store.result_file, ns=(since - 1, since - 1))
-    assert look(job.cfg, since) == OK
+    assert exit_code_without_run(job.cfg, since) == OK
 
 
 # ---- the device
 
 
-def test_a_profile_has_the_device_alone_and_the_others_share_it(tmp_path) -> None:
+def test_a_profile_has_the_device_alone_and_the_others_share_it(tmp_path, capsys) -> None:
     import torch
 
     cpu, order = torch.device("cpu"), []
-    alone, shared = ({"alone": flag, "waiting": lambda: order.append("waits")} for flag in (True, False))
-    with device_lock(tmp_path, cpu, **shared), device_lock(tmp_path, cpu, **shared):
-        profile = threading.Thread(target=lambda: _enter(device_lock(tmp_path, cpu, **alone), order, "profile"))
-        profile.start()
-        _wait_for(lambda: order)
+
+    def enter(alone: bool, name: str) -> threading.Thread:
+        """Ask for the device in a thread, and wait until it says why it waits."""
+        thread = threading.Thread(target=lambda: _enter(device_lock(tmp_path, cpu, alone=alone), order, name))
+        thread.start()
+        said = []
+        _wait_for(lambda: said.append(capsys.readouterr().out) or "".join(said))
+        reason = "timings want the device alone" if alone else "a profile has the device for itself"
+        assert "".join(said) == f"cpu: used by another run; waiting, because {reason}\n"
+        return thread
+
+    with device_lock(tmp_path, cpu, alone=False), device_lock(tmp_path, cpu, alone=False):
+        profile = enter(True, "profile")
         order.append("shared ends")
     profile.join(timeout=60)
-    assert order == ["waits", "shared ends", "profile"]
-    with device_lock(tmp_path, cpu, **alone):
-        other = threading.Thread(target=lambda: _enter(device_lock(tmp_path, cpu, **shared), order, "other"))
-        other.start()
-        _wait_for(lambda: len(order) > 3)
+    with device_lock(tmp_path, cpu, alone=True):
+        other = enter(False, "other")
         order.append("profile ends")
     other.join(timeout=60)
-    assert order[3:] == ["waits", "profile ends", "other"]
+    assert order == ["shared ends", "profile", "profile ends", "other"]
 
 
 def _wait_for(condition: Callable[[], object]) -> None:

@@ -1,8 +1,8 @@
-"""The Triton kernels: on a GPU if there is one, else in Triton's interpreter, in a process of its own.
+"""The Triton kernels: whether they are taken, and that they can be built.
 
-The interpreter has to be chosen before Triton is imported for the first time, so without a GPU this file runs
-itself again with TRITON_INTERPRET=1. It shows that the kernels compute the right thing; that they can be built for
-a GPU is shown by compiling them for one, which needs none.
+Their numbers are tested with those of the other implementations in test_kernels: on a GPU if there is one, else in
+Triton's interpreter. That has to be chosen before Triton is imported for the first time, so without a GPU both files
+run again in a process of their own with TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
@@ -12,30 +12,20 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
-from test_kernels import PATTERNS, SCALING, assert_one_rounding, bits, every_number, problem
+from test_kernels import GPU, INTERPRETED, SCALING, on_triton, problem
 from torch import Tensor
 
 from lors import kernels
-from lors.kernels import PackedWeight, check, decode, eager, forced, implementation, merge, pack
+from lors.kernels import PackedWeight, check, eager, forced, implementation, merge, pack
 from lors.kernels.check import milliseconds
-from lors.kernels.layout import bits_of, group_shape
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'lors[triton]'")
-GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# The interpreter cuts digits off where the hardware rounds to the nearest bfloat16: one unit instead of half of one.
-SLOPPY = {torch.bfloat16: 1.0 if INTERPRETED else 0.5}
-on_triton = (
-    pytest.mark.gpu
-    if GPU
-    else pytest.mark.skipif(not INTERPRETED, reason="runs in the process that test_in_the_interpreter starts")
-)
 
 
 def run(code_or_test: list[str], **environment: str) -> subprocess.CompletedProcess:
@@ -44,85 +34,12 @@ def run(code_or_test: list[str], **environment: str) -> subprocess.CompletedProc
     )
 
 
-@pytest.mark.skipif(GPU or INTERPRETED, reason="the other tests of this file run here")
+@pytest.mark.skipif(GPU or INTERPRETED, reason="the other tests run here")
 def test_in_the_interpreter() -> None:
-    result = run(["-m", "pytest", "-n", "0", "-p", "no:cacheprovider", __file__], TRITON_INTERPRET="1")
+    files = [__file__, str(Path(__file__).with_name("test_kernels.py"))]
+    result = run(["-m", "pytest", "-n", "0", "-k", "triton", "-p", "no:cacheprovider", *files], TRITON_INTERPRET="1")
     assert result.returncode == 0, result.stdout[-4000:]
     assert " passed" in result.stdout
-
-
-@on_triton
-@pytest.mark.parametrize("width", [1072, 176])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", PATTERNS)
-def test_merge_and_decode(kind: str, dtype: torch.dtype, width: int) -> None:
-    """More than one program and more than one tile in both directions, no side a multiple of a tile."""
-    if INTERPRETED and width > 1024 and (dtype is not torch.float32 or kind in ("1:4", "3:8")):
-        pytest.skip("one type and one pattern of a kind are enough at the interpreter's speed")
-    W, A, B = (tensor.to(DEVICE) for tensor in problem(37, width, 20, dtype, PATTERNS[kind]))
-    packed = pack(W, kind)
-    with forced("triton"):
-        T = merge(packed, A, B, SCALING, dtype)
-        assert torch.equal(decode(packed), W)
-    assert T.dtype is dtype
-    assert_one_rounding(T, W, A, B, SLOPPY.get(dtype, 0.5))
-
-
-@on_triton
-@pytest.mark.parametrize(("height", "width", "r"), [(1, 1, 1), (5, 7, 1), (3, 130, 256), (70, 9, 17), (0, 8, 2)])
-@pytest.mark.parametrize("kind", ["dense", "bitmap"])
-def test_any_shape_and_rank(kind: str, height: int, width: int, r: int) -> None:
-    W, A, B = (tensor.to(DEVICE) for tensor in problem(height, width, r))
-    with forced("triton"):
-        assert_one_rounding(merge(pack(W, kind), A, B, SCALING, torch.float32), W, A, B)
-
-
-@on_triton
-def test_factors_of_sixteen_bits_lose_nothing() -> None:
-    """Their products are exact, so a float32 T of bfloat16 operands has the digits of float32."""
-    for dtype in (torch.bfloat16, torch.float16):
-        W, A, B = (tensor.to(DEVICE, dtype) for tensor in problem(33, 140, 5))
-        with forced("triton"):
-            assert_one_rounding(merge(pack(W, "bitmap"), A, B, SCALING, torch.float32), W, A, B)
-
-
-@on_triton
-def test_what_is_not_a_number_stays_where_the_weight_is() -> None:
-    W = torch.tensor([[0.0, -0.0, 1.0, 1.0, float("nan")]], device=DEVICE)
-    A, B = (
-        torch.tensor([[float("inf"), float("nan"), 2.0, float("inf"), 1.0]], device=DEVICE),
-        torch.ones(1, 1).to(DEVICE),
-    )
-    for kind in ("dense", "bitmap"):
-        with forced("triton"):
-            T = merge(pack(W, kind), A, B, 1.0, torch.float32)
-            without_rank = merge(pack(W, kind), A[:0], B[:, :0], 1.0, torch.float32)
-        assert T[0, :4].tolist() == [0.0, 0.0, 3.0, float("inf")]
-        assert T[0, 4].isnan()
-        assert without_rank[0, :4].tolist() == [0.0, 0.0, 1.0, 1.0]
-        assert not torch.signbit(T[0, :2]).any() and not torch.signbit(without_rank[0, :4]).any()
-
-
-@on_triton
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", ["bitmap", "2:4", "3:8"])
-def test_every_number_comes_back_bit_for_bit(kind: str, dtype: torch.dtype) -> None:
-    """And a merge with an update of nothing leaves a NaN what it is, and nothing else."""
-    W = every_number(dtype, *(group_shape(kind)[:2] if ":" in kind else ())).to(DEVICE)
-    packed = pack(W, kind)
-    with forced("triton"):
-        assert torch.equal(bits_of(decode(packed)), bits(W))
-        T = merge(packed, torch.ones(1, 256, device=DEVICE), torch.zeros(len(W), 1, device=DEVICE), 1.0, dtype)
-    assert torch.equal(T.isnan(), W.isnan())
-
-
-@on_triton
-def test_strides_do_not_matter() -> None:
-    W, A, B = (tensor.to(DEVICE) for tensor in problem(24, 40, 3))
-    views = W.t().contiguous().t(), A.t().contiguous().t(), B.repeat(1, 2)[:, :3]
-    with forced("triton"):
-        T = merge(pack(views[0], "dense"), *views[1:], SCALING, torch.float32)
-    torch.testing.assert_close(T, eager.merge(pack(W, "dense"), A, B, SCALING, torch.float32))
 
 
 # The choice. Of the interpreter too all is real but the times, which are those of a GPU: 1 ms instead of 2 ms.
@@ -149,7 +66,7 @@ def times(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def assert_refused(reason: str, *types: torch.dtype) -> None:
-    """With a notice that names device and reason; from then on for all types, and in silence."""
+    """With a notice that names device and reason; from then on for all types, in silence."""
     with pytest.warns(UserWarning, match=f"lors: no Triton on {DEVICE}.*, the eager merge is taken .*{reason}") as said:
         assert not check.triton_passes(CHECKED_ON, *types)
     assert len(said) == 1
@@ -177,14 +94,7 @@ def wrapped(monkeypatch: pytest.MonkeyPatch, name: str, change: Callable[[Tensor
 @on_triton
 @pytest.mark.parametrize(
     "types",
-    [
-        *((dtype,) * 4 for dtype in TYPES),
-        MERGE,
-        (torch.float32, torch.float32, torch.float32, torch.bfloat16),
-        (torch.float32, torch.bfloat16, torch.bfloat16, torch.float32),
-        (torch.bfloat16, torch.float16, torch.float32, torch.float16),
-        *((dtype,) for dtype in TYPES),
-    ],
+    [*((each,) * 4 for each in TYPES), MERGE, (torch.bfloat16, torch.float16, torch.float32, torch.float16), TYPES[:1]],
 )
 def test_correct_kernels_are_taken_and_checked_once(times, types, monkeypatch: pytest.MonkeyPatch) -> None:
     layouts = wrapped(monkeypatch, "merge" if len(types) > 1 else "decode", lambda T, layout: T)
@@ -207,28 +117,22 @@ def less_precise(T: Tensor) -> Tensor:
 
 
 @on_triton
-@pytest.mark.parametrize("layout", ["dense", "bitmap", "2:4"])
 @pytest.mark.parametrize(
-    ("types", "change"),
+    ("layout", "types", "change"),
     [
-        (MERGE, off_by_two_units),
-        ((torch.float32,) * 4, off_by_two_units),
-        ((torch.float32,) * 4, less_precise),
-        (MERGE, torch.Tensor.neg),
-        (MERGE, lambda T: T.masked_fill(T == 0, -0.0)),
-        (MERGE, lambda T: T.masked_fill(T.max() == T, float("nan"))),
-        (MERGE, torch.zeros_like),
+        *((layout, MERGE, off_by_two_units) for layout in ("dense", "bitmap", "2:4")),
+        ("bitmap", (torch.float32,) * 4, off_by_two_units),
+        ("dense", (torch.float32,) * 4, less_precise),
+        ("dense", MERGE, torch.Tensor.neg),
+        ("bitmap", MERGE, lambda T: T.masked_fill(T == 0, -0.0)),
+        ("2:4", MERGE, lambda T: T.masked_fill(T.max() == T, float("nan"))),
+        ("dense", MERGE, torch.zeros_like),
+        ("2:4", (torch.bfloat16,), off_by_two_units),
     ],
 )
-def test_a_wrong_merge_is_refused(times, layout: str, types, change, monkeypatch: pytest.MonkeyPatch) -> None:
-    wrapped(monkeypatch, "merge", lambda T, of: change(T) if of == layout else T)
+def test_wrong_numbers_are_refused(times, layout: str, types, change, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrapped(monkeypatch, "merge" if len(types) > 1 else "decode", lambda T, of: change(T) if of == layout else T)
     assert_refused(f"computes something else here: {layout}, ", *types)
-
-
-@on_triton
-def test_a_wrong_decoding_is_refused(times, monkeypatch: pytest.MonkeyPatch) -> None:
-    wrapped(monkeypatch, "decode", lambda W, layout: off_by_two_units(W) if layout == "2:4" else W)
-    assert_refused("computes something else here: 2:4, bfloat16", torch.bfloat16)
 
 
 @on_triton
@@ -273,16 +177,6 @@ def test_nothing_is_checked_while_a_graph_is_captured(times, monkeypatch: pytest
         assert check.triton_passes(CHECKED_ON, *MERGE)
         monkeypatch.setattr(check, "capturing", lambda device: True)
         assert check.triton_passes(CHECKED_ON, *MERGE)
-
-
-def test_whether_a_graph_is_captured_is_asked_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[torch.device] = []
-    monkeypatch.setattr(torch.cuda, "device", lambda device: asked.append(device) or nullcontext())
-    for answer in (True, False):
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda answer=answer: answer)
-        assert check.capturing(torch.device("cuda", 1)) is answer
-        assert not check.capturing(torch.device("cpu"))
-    assert asked == [torch.device("cuda", 1)] * 2
 
 
 @pytest.mark.parametrize("verdict", [True, False])

@@ -1,7 +1,7 @@
 """Time of LoRS and its rivals, as a linear, a decoder block and a whole step, with ratios, GFLOP/s and GB/s.
 
 Measures in this process, see `cases` for what and `measure` for how, and writes ``bench.csv``, a row for each level and
-variant. ``python -m analysis bench FOLDER`` makes the tables and the roofline from it.
+variant. ``python -m analysis bench FOLDER`` makes the tables from it.
 
     python -m harness.bench --width 2048 --tokens 1024 --output runs/bench
     python -m harness.bench --model llama2_7b --tokens 2048 --pattern 2:4 --layers 4      on a GPU
@@ -21,9 +21,8 @@ import pandas as pd
 
 from harness.bench.cases import FROZEN, LEVELS, METHODS, VARIANTS, Case, Setting, build, shape_of
 from harness.bench.measure import Roofs, roofs, sample, work_of
-from harness.environment import environment
+from harness.environment import default_device, environment
 from harness.method import PRECISIONS
-from harness.models import default_device
 from lors.sparsity import UNSTRUCTURED, resolve_sparsity
 
 __all__ = ["main", "measure"]
@@ -85,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
         table = pd.concat(measured, ignore_index=True)
         table.to_csv(options.output / "bench.csv", index=False)  # a level is not lost with the next one
     print(table[["level", "variant", "ms", "to_lora", "to_frozen", "gflops", "gbs"]].to_string(index=False, na_rep="-"))
-    print(f"\ntables and roofline: python -m analysis bench {options.output}")
+    print(f"\ntables: python -m analysis bench {options.output}")
     return 0
 
 

@@ -40,9 +40,9 @@ from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 
 import lors.functional
 from harness.bench.training import Training
-from harness.loss import batch_loss
-from harness.method import PRECISIONS, Method, adapt, without_values
-from harness.models import random_model
+from harness.method import PRECISIONS, Method, adapt
+from harness.recipe import batch_loss
+from harness.weights import random_model
 from lors.blocks import decoder_blocks
 from lors.kernels import AUTO, SEMI_STRUCTURED, PackedWeight, decode
 from lors.storage import CompressedLinear
@@ -168,7 +168,7 @@ def three_pass_merge(weight: PackedWeight, A: Tensor, B: Tensor, scaling: float,
 def _adapted(base: nn.Module, setting: Setting, variant: str) -> Training:
     """The training of a copy of the model that shares its weights, wrapped."""
     name, options = VARIANTS.get(variant, (variant, {}))
-    method = without_values(_method(name, setting.r, options))
+    method = _method(name, setting.r, options)
     shared = {} if method.peft is None and method.trains else {id(weight): weight for weight in base.parameters()}
     adapted = adapt(method, copy.deepcopy(base, shared), precision=setting.precision)
     generator = torch.Generator().manual_seed(0)

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
 
 from harness.bench.cases import Case
-from harness.meter import flop_formulas
+from harness.flops import flop_formulas
 
 __all__ = ["Roofs", "Work", "roofs", "sample", "work_of"]
 

@@ -9,10 +9,9 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from harness.live_step import training_step
-from harness.live_tensors import LiveTensors
+from harness.live_memory import LiveTensors, training_step
 from harness.method import Method
-from harness.recipe import gradient_clipping, make_optimizer
+from harness.recipe import gradient_clipping
 
 __all__ = ["Training"]
 
@@ -33,6 +32,7 @@ class Training:
 
     def __init__(self, method: Method, model: nn.Module) -> None:
         self.method, self.model = method, model
+        self._callbacks = method.callbacks()
         self._optimizer: torch.optim.Optimizer | None = None
         self._arguments = TrainingArguments(output_dir=".", seed=0, report_to="none")
         # Not at a round number, where a booster of XGBLoRA would begin, with a factor of zeros.
@@ -41,7 +41,7 @@ class Training:
 
     def make_optimizer(self) -> None:
         """Make the optimizer, around whose updates the callbacks are called; must precede the first `step`."""
-        self._optimizer = make_optimizer(self.model, RECIPE, self.method)
+        self._optimizer = self.method.optimizer(self.model, RECIPE)
         self._optimizer.register_step_pre_hook(lambda *_: self._tell("on_pre_optimizer_step"))
         self._optimizer.register_step_post_hook(lambda *_: self._tell("on_optimizer_step"))
 
@@ -63,5 +63,5 @@ class Training:
 
     def _tell(self, event: str) -> None:
         seen = {"model": self.model, "optimizer": self._optimizer}
-        for callback in self.method.callbacks:
+        for callback in self._callbacks:
             getattr(callback, event)(self._arguments, self._state, TrainerControl(), **seen)

@@ -36,6 +36,7 @@ def scores_of(folder: Path) -> dict[str, Any]:
     from transformers import AutoTokenizer
 
     from harness.evaluate import evaluate
+    from harness.perplexity import perplexity_windows
     from harness.weights import load_weights
 
     settings = SimpleNamespace(
@@ -47,7 +48,8 @@ def scores_of(folder: Path) -> dict[str, Any]:
         perplexity=SimpleNamespace(text="microworld", window=128),
     )
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    return evaluate(load_weights(str(folder), shown=str(folder)), tokenizer, settings)
+    model, windows = load_weights(str(folder), shown=str(folder)), perplexity_windows(tokenizer, settings)
+    return evaluate(model, tokenizer, settings, windows)
 
 
 def card(record: dict[str, Any], scores: dict[str, Any]) -> str:

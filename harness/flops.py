@@ -1,0 +1,82 @@
+"""FLOPs, counted operation by operation; a multiply-add is two.
+
+Counted: matrix products and attention, wherever they run (custom autograd functions and recomputation included);
+attention counts in full although half of it is masked. Not counted: elementwise work, clipping and the optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from harness.recipe import batch_loss, state_kept
+
+__all__ = ["count_flops", "count_inference_flops", "flop_formulas"]
+
+
+def count_flops(
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    *,
+    penalty: Callable[[nn.Module], Tensor | None] | None = None,
+    autocast: bool = False,
+) -> int:
+    """FLOPs of the forward and backward pass of one micro-batch. The model is afterwards what it was."""
+    device = next(model.parameters()).device
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    with state_kept(model):
+        model.train()
+        with _flop_counter() as counter:
+            batch_loss(model, batch, penalty=penalty, autocast=autocast).backward()
+    return counter.get_total_flops()
+
+
+def flop_formulas() -> Mapping[Any, Callable[..., int]]:
+    """FLOPs of an operation from its arguments and its result ``out_val``; operations not listed count nothing."""
+    return _flop_counter().flop_registry
+
+
+def count_inference_flops(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
+    """FLOPs of one forward pass without gradients, counted likewise."""
+    device = next(model.parameters()).device
+    inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask") if name in batch}
+    with state_kept(model), torch.no_grad():
+        model.eval()
+        with _flop_counter() as counter:
+            model(**inputs, use_cache=False)
+    return counter.get_total_flops()
+
+
+def _flop_counter() -> FlopCounterMode:
+    return FlopCounterMode(display=False, custom_mapping=_ATTENTION)
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """Scores and their product with the values: query B x H x n x d, key and value with H or fewer heads."""
+    return _scores_flops(query, key, query[-1]) + _scores_flops(query, key, value[-1])
+
+
+def _attention_backward_flops(grad_out: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """The scores again, then the gradients of queries and keys, of scores and values."""
+    return 3 * _scores_flops(query, key, query[-1]) + 2 * _scores_flops(query, key, value[-1])
+
+
+def _scores_flops(query: Any, key: Any, width: int) -> int:
+    """One product between every query and every key, of inner size `width`, in each of the query's heads."""
+    batch, heads, queries, _ = query
+    return 2 * batch * heads * queries * key[-2] * width
+
+
+# torch has no formula for the attention kernel of CPUs, and 2.11 fails where keys have fewer heads than queries.
+_KERNELS = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
+_ATTENTION = {
+    **{getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}"): _attention_flops for kernel in _KERNELS},
+    **{
+        getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}_backward"): _attention_backward_flops
+        for kernel in _KERNELS
+    },
+}

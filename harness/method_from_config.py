@@ -1,0 +1,87 @@
+"""A method built from its config: every argument checked by name and type before anything is made.
+
+``method._target_`` names a class, ``method.peft._target_`` that of its PEFT config, and the other keys are the
+arguments of the two (Hydra's instantiate). A misspelt one is refused with the name that is nearest, one of another type
+with the type that the class itself declares. What a class says of an argument is passed on with the key that the
+argument has in the config.
+"""
+
+from __future__ import annotations
+
+import inspect
+import pydoc
+from dataclasses import fields, is_dataclass
+from typing import Any, get_type_hints
+
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from peft import PeftConfig
+
+from harness.config import check_options, method_refusal, refusal
+from harness.errors import BadInput, one_line
+from harness.method import Method
+
+__all__ = ["build_method"]
+
+VARIABLE = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+
+
+def build_method(cfg: DictConfig) -> Method:
+    """The method of a resolved config.
+
+    Raises:
+        BadInput: It has no such argument, one of another type, or a value that its class does not accept.
+    """
+    method = OmegaConf.to_container(cfg.method)
+    for key, node, kind in (("method", method, Method), ("method.peft", method.get("peft"), PeftConfig)):
+        if node is None:
+            continue
+        name = node.pop("_target_")
+        target = _class(key, name)
+        known = _arguments(target) if target is not None and issubclass(target, kind) else None
+        if known is None:
+            raise refusal(
+                f"{key}._target_", name, f"the name of a class derived from {kind.__module__}.{kind.__name__}"
+            )
+        check_options(key, node, known)
+    try:
+        return instantiate(cfg.method, _convert_="all")
+    except Exception as error:  # whatever a class raises at such a value
+        reason = error.__cause__ or error if isinstance(error, InstantiationException) else error
+        raise method_refusal(cfg, reason) from error
+
+
+def _class(key: str, name: Any) -> type | None:
+    """The class of a dotted name, None if there is none.
+
+    Raises:
+        BadInput: Its module cannot be imported.
+    """
+    try:
+        found = pydoc.locate(name) if isinstance(name, str) else None
+    except pydoc.ErrorDuringImport as error:
+        raise BadInput(f"{key}._target_={name}: cannot be imported ({one_line(error)})") from error
+    return found if inspect.isclass(found) else None
+
+
+def _arguments(target: type) -> dict[str, Any]:
+    """The arguments of a class with their types; ``**common`` stands for those of its base class."""
+    if is_dataclass(target):
+        hints = _hints(target)
+        return {field.name: hints.get(field.name, Any) for field in fields(target) if field.init}
+    known: dict[str, Any] = {}
+    for base in target.__mro__:
+        hints, parameters = _hints(base.__init__), list(inspect.signature(base.__init__).parameters.values())[1:]
+        names = [parameter.name for parameter in parameters if parameter.kind not in VARIABLE]
+        known = {name: hints.get(name, Any) for name in names} | known
+        if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+            break
+    return known
+
+
+def _hints(target: Any) -> dict[str, Any]:
+    try:
+        return get_type_hints(target)
+    except (NameError, TypeError):  # a type that exists for type checkers only
+        return {}
