@@ -75,14 +75,16 @@ COLUMNS = ("input_ids", "labels")  # of a row that is kept
 CALIBRATION_POOL = 10_000  # calibration samples are drawn from so many documents, the first of the source
 
 
-def training_rows(cfg: DictConfig, sources: Mapping[str, Any], tokenizer: Tokenizer, vocabulary: int) -> list[Row]:
+def training_rows(
+    cfg: DictConfig, fingerprinted: Mapping[str, Any], tokenizer: Tokenizer, vocabulary: int
+) -> list[Row]:
     """The training rows of a resolved config, tokenised once for all methods and seeds.
 
     They are shuffled by ``seed``, so that the first ones, which an initialisation reads, are a random sample.
 
     Args:
         cfg: The resolved config.
-        sources: The same with fingerprints, see `identity.with_fingerprints`.
+        fingerprinted: The same with fingerprints in place of paths, see `identity.with_fingerprints`.
         tokenizer: The model's.
         vocabulary: Tokens that the model knows.
 
@@ -96,7 +98,7 @@ def training_rows(cfg: DictConfig, sources: Mapping[str, Any], tokenizer: Tokeni
     train = cfg.train
     # No more text is read than the steps need, so that their number is part of what the rows are.
     needed = [train.steps, train.batch_size, train.gradient_accumulation] if cfg.data.kind == "text" else None
-    key = digest([_origin(sources, "data"), train.sequence_length, needed])
+    key = digest([_origin(fingerprinted, "data"), train.sequence_length, needed])
     file = Path(cfg.cache_root, "tokens", f"{key}.sealed")
     rows = computed_once(file, make, _rows_to_bytes, _rows_from_bytes)
     check_token_ids((max(row["input_ids"]) for row in rows), tokenizer, vocabulary, "the training rows")
@@ -105,7 +107,7 @@ def training_rows(cfg: DictConfig, sources: Mapping[str, Any], tokenizer: Tokeni
 
 
 def calibration_samples(
-    cfg: DictConfig, sources: Mapping[str, Any], tokenizer: Tokenizer, vocabulary: int
+    cfg: DictConfig, fingerprinted: Mapping[str, Any], tokenizer: Tokenizer, vocabulary: int
 ) -> LongTensor:
     """The calibration samples of a resolved config, N x L token ids; arguments as for `training_rows`.
 
@@ -117,7 +119,7 @@ def calibration_samples(
         return calibration_tokens(cfg.prune, tokenizer, cfg.prune.seed)
 
     prune = {name: cfg.prune[name] for name in ("samples", "sequence_length", "seed")}
-    key = digest([_origin(sources, "prune.text"), prune])
+    key = digest([_origin(fingerprinted, "prune.text"), prune])
     samples = computed_once(
         Path(cfg.cache_root, "tokens", f"{key}.sealed"),
         make,
@@ -336,9 +338,9 @@ def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
         yield chunk
 
 
-def _origin(sources: Mapping[str, Any], source: str) -> list[Any]:
+def _origin(fingerprinted: Mapping[str, Any], source: str) -> list[Any]:
     """What tokens come from: the source (a key of the config), the tokenizer, and the code."""
-    content, model = sources, sources["model"]
+    content, model = fingerprinted, fingerprinted["model"]
     for name in source.split("."):
         content = content[name]
     code = [fingerprint(file) for file in MAKERS]

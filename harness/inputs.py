@@ -56,7 +56,7 @@ class Inputs:
 
     Attributes:
         shape: The config of the model.
-        sources: The config with fingerprints, see `identity.with_fingerprints`.
+        fingerprinted: The config with fingerprints in place of paths, see `identity.with_fingerprints`.
         source: Where the model is.
         tokenizer: None outside of mode=run, without text.
         rows: Training rows: ``input_ids`` and ``labels``.
@@ -67,7 +67,7 @@ class Inputs:
     """
 
     shape: PretrainedConfig
-    sources: dict[str, Any]
+    fingerprinted: dict[str, Any]
     source: Source
     tokenizer: Tokenizer | None = None
     rows: Sequence[Row] = ()
@@ -83,31 +83,31 @@ def read_inputs(cfg: DictConfig, method: Method) -> Inputs:
     Raises:
         BadInput: Anything that is missing, empty, malformed, or does not fit the shape of the model or the memory.
     """
-    sources, folder = with_fingerprints(cfg), local_path(cfg.model.path)
+    fingerprinted, folder = with_fingerprints(cfg), local_path(cfg.model.path)
     source = _source(cfg, folder)
     shape = _read_shape(cfg, source)
     check_fit(cfg, method, shape)
     train = cfg.train
     if cfg.mode == "simulate":
-        return Inputs(shape, sources, source)
+        return Inputs(shape, fingerprinted, source)
     if cfg.mode == "profile":
         check_memory(cfg, method, shape, train.steps * train.batch_size * train.gradient_accumulation)
         rows = random_data(shape.get_text_config().vocab_size, train, cfg.seed)
-        return Inputs(shape, sources, source, None, rows, *batches_of(rows, train, None))
+        return Inputs(shape, fingerprinted, source, None, rows, *batches_of(rows, train, None))
     _check_caches(cfg)
     tokenizer = _read_tokenizer(source, shape)
     _check_weights(source)
     vocabulary = shape.get_text_config().vocab_size
     try:
         windows = check_tasks(cfg.eval, tokenizer, vocabulary)
-        rows = training_rows(cfg, sources, tokenizer, vocabulary)
+        rows = training_rows(cfg, fingerprinted, tokenizer, vocabulary)
         calibrated = needs_calibration(cfg.prune.name)
-        calibration = calibration_samples(cfg, sources, tokenizer, vocabulary) if calibrated else None
+        calibration = calibration_samples(cfg, fingerprinted, tokenizer, vocabulary) if calibrated else None
         batches = batches_of(rows, train, tokenizer)
         check_memory(cfg, method, shape, len(rows))
     except (ValueError, OSError) as error:
         raise BadInput(one_line(error)) from error
-    return Inputs(shape, sources, source, tokenizer, rows, *batches, calibration, windows)
+    return Inputs(shape, fingerprinted, source, tokenizer, rows, *batches, calibration, windows)
 
 
 def check_inputs(jobs: Iterable[tuple[Sequence[str], DictConfig]]) -> None:

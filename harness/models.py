@@ -79,8 +79,8 @@ class Models:
     def _scores(self, which: str, load: Callable[[], PreTrainedModel]) -> dict[str, Any]:
         """Scores of the ``dense`` or the ``pruned`` model, from the cache if they were ever computed with this
         config."""
-        sources = self.inputs.sources["eval"]
-        settings = {key: value for key, value in sources.items() if key not in ("name", "baselines")}
+        fingerprinted = self.inputs.fingerprinted["eval"]
+        settings = {key: value for key, value in fingerprinted.items() if key not in ("name", "baselines")}
         key = digest(
             {
                 "stages": {stage: version_of(stage) for stage in ("evaluate", "microworld")},
@@ -100,7 +100,7 @@ class Models:
 
     @cached_property
     def dense_key(self) -> str:
-        return digest([self.inputs.sources["model"]["path"], self.inputs.sources["model"]["revision"]])
+        return digest([self.inputs.fingerprinted["model"]["path"], self.inputs.fingerprinted["model"]["revision"]])
 
     @cached_property
     def pruned_key(self) -> str:

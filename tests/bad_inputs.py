@@ -117,7 +117,7 @@ VALUES = [
         }
     ),
     *entries(
-        ("train.tuned.sqft=0", "train.tuned.sqft=0: must be a number > 0"),
+        ("train.tuned.sqft=0", "train.tuned=", "must be a mapping, or null"),
         ("sparsity=1", "sparsity=1: allowed is a number with 0 <= sparsity < 1"),
         ("sparsity=half", "sparsity='half': allowed is a number with 0 <= sparsity < 1"),
         ("pattern=4:2", "pattern='4:2': allowed are unstructured and 'n:m'"),

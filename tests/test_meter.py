@@ -14,7 +14,7 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 from harness.data import collator, random_data
-from harness.meter import CudaPeak, Meter, cuda_peak, process_rss_peak
+from harness.meter import CudaPeak, Meter, cuda_peak, parts_of_peak, process_rss_peak
 from harness.method import Method, adapt
 from harness.train import train
 
@@ -160,6 +160,13 @@ def test_the_peak_is_that_of_all_processes_of_a_run(monkeypatch):
     second.load_state_dict(state)
     assert second.peak() == CudaPeak(70, 90)
     assert Meter().peak() == CudaPeak()
+
+
+def test_a_breakdown_never_contradicts_its_peak() -> None:
+    parts = {"weights": 60, "activations": 30}
+    assert parts_of_peak(parts, 100) == {"weights": 60, "activations": 30, "allocator": 10}
+    assert parts_of_peak(parts, 80) is None, "full rows were counted, and the training had none"
+    assert parts_of_peak(None, 80) is None
 
 
 def test_percentiles_and_rates():

@@ -1,4 +1,4 @@
-"""Sweeps as processes: what kills, a second sweep beside the first and joblib leave behind. Slow."""
+"""Sweeps and launchers as processes: failed jobs, kills, a second sweep beside the first, joblib."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from test_harness_run import NO_SCORES, numbers, tiny_overrides
 
 from harness.store import read_result
 
-pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 
 
@@ -31,6 +30,7 @@ def results_in(folder: Path) -> dict[str, dict]:
     return {file.parent.name: read_result(file) for file in folder.rglob("result.json")}
 
 
+@pytest.mark.slow
 def test_killed_sweeps_end_with_the_numbers_of_an_undisturbed_one(tiny_checkpoint, tiny_sources, tmp_path) -> None:
     """SIGKILL of the sweep, of everything, and Ctrl-C, at random moments; a finished run is never made again."""
     settings = ["method=lora,lors", "eval.tasks=[rte]", "train.steps=6"]
@@ -67,6 +67,7 @@ def test_killed_sweeps_end_with_the_numbers_of_an_undisturbed_one(tiny_checkpoin
         assert file.stat().st_mtime_ns == written
 
 
+@pytest.mark.slow
 def test_two_sweeps_at_once_share_the_jobs(tiny_checkpoint, tiny_sources, tmp_path) -> None:
     arguments = [*tiny_overrides(tiny_checkpoint, tiny_sources, tmp_path), *NO_SCORES, "seed=0,1,2,3"]
     both = [run_py(arguments) for _ in range(2)]
@@ -79,6 +80,7 @@ def test_two_sweeps_at_once_share_the_jobs(tiny_checkpoint, tiny_sources, tmp_pa
     assert [log.count("train ...") for log in logs] == [1] * 4
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("hydra_plugins.hydra_joblib_launcher") is None, reason="needs .[parallel]")
 def test_jobs_in_parallel_share_what_is_computed_once(tiny_checkpoint, tiny_sources, tmp_path) -> None:
     """The numbers are those of a run on its own; pruned model, tokens and scores exist once and were made once."""
@@ -97,3 +99,30 @@ def test_jobs_in_parallel_share_what_is_computed_once(tiny_checkpoint, tiny_sour
     assert run_py([*alone, "method=lors"]).wait() == 0
     [(key, result)] = results_in(tmp_path / "alone").items()
     assert numbers(result) == numbers(results[key])
+
+
+@pytest.mark.dist
+def test_a_sweep_runs_each_job_in_its_own_process_and_survives_a_failed_one(
+    tiny_checkpoint, tiny_sources, tmp_path
+) -> None:
+    """Two jobs, of which one diverges: the other is finished, and the exit code says that not all went well."""
+    overrides = [*tiny_overrides(tiny_checkpoint, tiny_sources, tmp_path), *NO_SCORES, "train.max_grad_norm=null"]
+    process = run_py([*overrides, "method=lora", "train.steps=2", "train.learning_rate=1e30,1e-3"])
+    output = process.communicate()[0]
+    assert process.returncode == 1, output
+    statuses = {
+        result["config"]["train"]["learning_rate"]: result["status"] for result in results_in(tmp_path).values()
+    }
+    assert statuses == {1e30: "failed", 1e-3: "ok"}
+    assert "NonFiniteLoss" in output and "the sweep is over" in output
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("launch", ["torchrun", "accelerate"])
+def test_a_run_through_a_launcher(tiny_checkpoint, tiny_sources, tmp_path, launch) -> None:
+    overrides = tiny_overrides(tiny_checkpoint, tiny_sources, tmp_path)
+    command = [sys.executable, "run.py", *overrides, *NO_SCORES, "train.steps=1", f"launch={launch}"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    [result] = results_in(tmp_path).values()
+    assert result["status"] == "ok"
