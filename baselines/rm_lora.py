@@ -31,6 +31,7 @@ from transformers import TrainerCallback, TrainerState
 
 from harness.method import Method
 from lors.checks import number, one_of, option
+from lors.functional import without_autocast
 from lors.low_rank import LowRankConfig, LowRankLinear
 from lors.plugin import register
 from lors.randomness import generator_of
@@ -154,7 +155,7 @@ class RmLoraMethod(Method):
         sums = []  # of the two factors of a layer
         for layer, name in active_layers(model, RmLoraLinear):
             A, B = layer.factors(name)
-            with torch.autocast(A.device.type, enabled=False):
+            with without_autocast(A.device.type):
                 A, B = (rows.to(torch.promote_types(rows.dtype, torch.float32)) for rows in (A, B.t()))
                 sums.append(distance(A) + distance(B))
         return self.peft.penalty_weight * sum(sums) / (2 * len(sums))

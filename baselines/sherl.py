@@ -35,6 +35,7 @@ from torch.nn.functional import dropout, linear
 
 from lors.blocks import decoder_blocks
 from lors.checks import number, option, whole
+from lors.functional import without_autocast
 from lors.plugin import register
 from lors.sparse_config import MethodConfig
 
@@ -216,7 +217,7 @@ class SherlBlock(SherlPart):
         """
         z = [self._sensed(f.detach(), k, name) for k, f in enumerate(features)]
         v, c = self.sherl_score_weight[name], self.sherl_score_bias[name]
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             exact = torch.promote_types(v.dtype, torch.float32)
             shallow = torch.stack(z[:-1], dim=-2).to(exact)  # [..., K - 1, h]
             g = aggregated(shallow, z[-1].to(exact), v.to(exact), c.to(exact))

@@ -38,7 +38,7 @@ from transformers import TrainerCallback, TrainerState
 
 from harness.method import Method
 from lors.checks import number, option, whole
-from lors.functional import masked_linear
+from lors.functional import masked_linear, without_autocast
 from lors.low_rank import LowRankConfig, LowRankLinear
 from lors.placement import execution_device
 from lors.plugin import register
@@ -152,7 +152,7 @@ class XgbLoraLinear(LowRankLinear):
         state = (*names, W.device, W.dtype, *(tensor._version for tensor in (W, *slots)))
         before, of, boosted = self._boosted or (None, [], None)
         if before != state or any(slot is not old for slot, old in zip(slots, of, strict=True)):
-            with torch.autocast(W.device.type, enabled=False):
+            with without_autocast(W.device.type):
                 precise = W.to(torch.promote_types(W.dtype, torch.float32))
                 delta = sum(self._finished_update(name, precise.dtype) for name in names)
                 if self.options[names[0]].keep_zeros:

@@ -3,30 +3,30 @@ Face Hub.
 
 Local files are read here, not by `datasets`, so that a malformed line is reported with its file and number
 and nothing is copied into a cache. Formats: ``.json`` (a list of objects), JSON lines under any name, and any
-other file as one document of plain text. JSON is what RFC 8259 calls interoperable: no NaN, no name twice in an
-object, no half of a surrogate pair. A name that is no file and has at most one slash is taken for a Hub name,
-``owner/name`` or ``owner/name:config``; from there only the rows that are asked for are downloaded, and no code is.
+other file as one document of plain text. JSON is strict: no NaN, no half of a surrogate pair. A name that is no file
+and has at most one slash is taken for a Hub name, ``owner/name`` or ``owner/name:config``; from there only the rows
+that are asked for are downloaded, and no code is.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import reprlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from pydantic_core import from_json
+
+from harness import microworld
 from harness.errors import BadInput, one_line
 
 __all__ = ["has_splits", "instructions", "read_rows", "texts", "wikitext_rows"]
 
 JSON_SUFFIXES = (".json", ".jsonl")
 FILE_SUFFIXES = (*JSON_SUFFIXES, ".txt", ".raw", ".md")
-# Columns that hold a document, in order of preference; `page` is the name in document-level WikiText.
-TEXT_COLUMNS = ("text", "page")
 MICROWORLD = "microworld"
 # Short names for the corpora of the papers: Hub name, config, split, and whether all of it is downloaded and kept.
 WELL_KNOWN = {
@@ -72,17 +72,15 @@ def texts(source: str, *, split: str = "train", limit: int | None = None, key: s
     Raises:
         BadInput: No such source, a malformed line, or no column that holds text.
     """
+    if source == MICROWORLD:
+        return islice(microworld.texts(split), limit)
     if source in WELL_KNOWN and not os.path.exists(source):
-        documents = _documents(_hub_rows(*WELL_KNOWN[source], source, key), source, key)
-    elif source != MICROWORLD and not (_is_local(source) and Path(source).suffix not in JSON_SUFFIXES):
-        documents = _documents(read_rows(source, split=split, key=key), source, key)
-    elif source != MICROWORLD:
-        documents = iter([_read(_existing_file(source, key), key)])
+        rows = _hub_rows(*WELL_KNOWN[source], source, key)
+    elif _is_local(source) and Path(source).suffix not in JSON_SUFFIXES:
+        return iter([_read(_existing_file(source, key), key)])
     else:
-        from harness import microworld
-
-        documents = microworld.texts(split)
-    return islice(documents, limit)
+        rows = read_rows(source, split=split, key=key)
+    return islice(_documents(rows, source, key), limit)
 
 
 def instructions(data_cfg: Any) -> Iterator[tuple[str, str, str]]:
@@ -95,17 +93,14 @@ def instructions(data_cfg: Any) -> Iterator[tuple[str, str, str]]:
         BadInput: No such source, a malformed line, or a column that is missing or holds no text.
     """
     if data_cfg.kind == MICROWORLD:
-        from harness import microworld
-
-        if data_cfg.split != "train":
-            raise BadInput(f"data.split={data_cfg.split}: must be train for data.kind={MICROWORLD}")
         source, rows = MICROWORLD, islice(microworld.instruction_rows(), data_cfg.limit)
     else:
         source, rows = data_cfg.path, read_rows(data_cfg.path, split=data_cfg.split, limit=data_cfg.limit)
     for number, row in enumerate(rows, start=1):
-        instruction = require_text(row, "instruction", number, source, "data.path")
-        answer = require_text(row, "output", number, source, "data.path")
-        context = require_text(row, "input", number, source, "data.path") if row.get("input") else ""
+        row = {**row, "input": row.get("input") or ""}
+        instruction, context, answer = (
+            require_text(row, column, number, source, "data.path") for column in ("instruction", "input", "output")
+        )
         yield instruction, context, answer
 
 
@@ -145,12 +140,10 @@ def _is_local(path: str) -> bool:
 def _existing_file(path: str, key: str) -> Path:
     # os.path, because it takes whatever cannot be looked at (no home, no permission, a name too long) for missing.
     file = os.path.expanduser(path)
-    if os.path.isdir(file):
-        raise BadInput(f"{key}={path}: is a folder; must be a file")
     if not os.path.exists(file):
         raise BadInput(f"{key}={path}: no such file")
     if not os.path.isfile(file):  # reading a pipe could wait for ever, a device have no end
-        raise BadInput(f"{key}={path}: is no regular file")
+        raise BadInput(f"{key}={path}: must be a regular file")
     return Path(file)
 
 
@@ -159,10 +152,8 @@ def _reading(file: Path, key: str) -> Iterator[None]:
     """Names the file in what goes wrong while it is read."""
     try:
         yield
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{key}={file}: not UTF-8 text ({one_line(error)})") from error
-    except OSError as error:
-        raise BadInput(f"{key}={file}: cannot be read ({error.strerror})") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{key}={file}: cannot be read ({one_line(error)})") from error
 
 
 def _read(file: Path, key: str) -> str:
@@ -174,57 +165,28 @@ def _read(file: Path, key: str) -> str:
 
 
 def _json_rows(file: Path, key: str) -> Iterator[dict[str, Any]]:
-    """A list if the first character is a bracket, else one object per line; blank lines are skipped."""
-    first = True
-    with _reading(file, key), file.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            if first and line.lstrip().startswith("["):
-                yield from _json_list(file, key)
-                return
-            first = False
-            yield _object(_parsed(line, f"{key}: {file}", number), f"{key}: {file}:{number}:")
+    """The objects of a list if the first character is a bracket, else one a line; blank lines are skipped."""
+    place = f"{key}: {file}"
+    with _reading(file, key), file.open(encoding="utf-8-sig") as stream:
+        first = next((line for line in stream if line.strip()), "")
+        stream.seek(0)
+        if first.lstrip().startswith("["):
+            values = enumerate(_parsed(stream.read(), place), start=1)
+        else:
+            lines = ((number, line) for number, line in enumerate(stream, start=1) if line.strip())
+            values = ((number, _parsed(line, f"{place}:{number}")) for number, line in lines)
+        for number, value in values:
+            if not isinstance(value, dict):
+                raise BadInput(f"{place}: line or entry {number} must be a JSON object, not {type(value).__name__}")
+            yield value
 
 
-def _json_list(file: Path, key: str) -> Iterator[dict[str, Any]]:
-    for number, row in enumerate(_parsed(_read(file, key), f"{key}: {file}"), start=1):
-        yield _object(row, f"{key}: {file}: entry {number}")
-
-
-def _object(row: Any, place: str) -> dict[str, Any]:
-    if not isinstance(row, dict):
-        raise BadInput(f"{place} must be a JSON object, not {type(row).__name__}")
-    return row
-
-
-def _parsed(text: str, place: str, first_line: int = 1) -> Any:
-    """The JSON value that a text holds, which begins in line `first_line`; strict, see the module's text."""
+def _parsed(text: str, place: str) -> Any:
     try:
-        value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique)
-        if "\\u" in text:  # the only way to half of a surrogate pair
-            json.dumps(value, ensure_ascii=False).encode()
-        return value
-    except json.JSONDecodeError as error:
-        line, reason = first_line + error.lineno - 1, f"{error.msg} at column {error.colno}"
-    except UnicodeEncodeError:
-        line, reason = first_line, "half of a surrogate pair"
-    except RecursionError:
-        line, reason = first_line, "nested too deeply"
-    except ValueError as error:  # of this module; or of Python, for a number of thousands of digits
-        line, reason = first_line, one_line(error)
-    raise BadInput(f"{place}:{line}: not valid JSON ({reason})")
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON number")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        raise ValueError(f"an object with a name twice, among {reprlib.repr(sorted(name for name, _ in pairs))}")
-    return row
+        return from_json(text, allow_inf_nan=False)
+    except ValueError as error:
+        reason = str(error).replace("line 1 ", "")
+        raise BadInput(f"{place}: not valid JSON ({reason})") from None
 
 
 def _hub_rows(
@@ -247,5 +209,5 @@ def _hub_rows(
 
 def _documents(rows: Iterable[dict[str, Any]], source: str, key: str) -> Iterator[str]:
     for number, row in enumerate(rows, start=1):
-        column = next((name for name in TEXT_COLUMNS if name in row), TEXT_COLUMNS[0])
+        column = "page" if "page" in row and "text" not in row else "text"  # `page` in document-level WikiText
         yield require_text(row, column, number, source, key)

@@ -23,16 +23,15 @@ Tokens are made once for all runs with the same source, tokenizer, lengths and c
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
-from io import BytesIO
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from omegaconf import DictConfig
 from torch import LongTensor, Tensor
@@ -71,7 +70,6 @@ HERE = Path(__file__).parent
 MAKERS = [*(HERE / f"{name}.py" for name in ("alpaca", "corpora", "data")), *sorted(HERE.glob("microworld/*.py"))]
 IGNORED = -100  # a label that is no target; torch's and transformers' convention
 ENCODED_AT_ONCE = 512  # texts per call of the tokenizer
-COLUMNS = ("input_ids", "labels")  # of a row that is kept
 CALIBRATION_POOL = 10_000  # calibration samples are drawn from so many documents, the first of the source
 
 
@@ -91,16 +89,11 @@ def training_rows(
     Raises:
         BadInput: See `tokenised_rows`; or a token that the model does not know.
     """
-
-    def make() -> list[Row]:
-        return tokenised_rows(cfg.data, cfg.train, tokenizer)
-
     train = cfg.train
     # No more text is read than the steps need, so that their number is part of what the rows are.
     needed = [train.steps, train.batch_size, train.gradient_accumulation] if cfg.data.kind == "text" else None
-    key = digest([_origin(fingerprinted, "data"), train.sequence_length, needed])
-    file = Path(cfg.cache_root, "tokens", f"{key}.sealed")
-    rows = computed_once(file, make, _rows_to_bytes, _rows_from_bytes)
+    chosen = [fingerprinted["data"], train.sequence_length, needed]
+    rows = _made_once(cfg, fingerprinted, chosen, lambda: tokenised_rows(cfg.data, train, tokenizer))
     check_token_ids((max(row["input_ids"]) for row in rows), tokenizer, vocabulary, "the training rows")
     random.Random(cfg.seed).shuffle(rows)
     return rows
@@ -114,20 +107,13 @@ def calibration_samples(
     Raises:
         BadInput: See `calibration_tokens`; or a token that the model does not know.
     """
-
-    def make() -> LongTensor:
-        return calibration_tokens(cfg.prune, tokenizer, cfg.prune.seed)
-
-    prune = {name: cfg.prune[name] for name in ("samples", "sequence_length", "seed")}
-    key = digest([_origin(fingerprinted, "prune.text"), prune])
-    samples = computed_once(
-        Path(cfg.cache_root, "tokens", f"{key}.sealed"),
-        make,
-        lambda tokens: _to_bytes(tokens=tokens.numpy()),
-        lambda content: torch.from_numpy(_from_bytes(content, tokens=2)["tokens"]),
+    prune = cfg.prune
+    chosen = [fingerprinted["prune"]["text"], prune.samples, prune.sequence_length, prune.seed]
+    samples = _made_once(
+        cfg, fingerprinted, chosen, lambda: calibration_tokens(prune, tokenizer, prune.seed).tolist()
     )
-    check_token_ids((int(sample.max()) for sample in samples), tokenizer, vocabulary, "prune.text")
-    return samples
+    check_token_ids(map(max, samples), tokenizer, vocabulary, "prune.text")
+    return torch.tensor(samples)
 
 
 def tokenised_rows(data_cfg: Any, train_cfg: Any, tokenizer: Tokenizer) -> list[Row]:
@@ -146,15 +132,15 @@ def tokenised_rows(data_cfg: Any, train_cfg: Any, tokenizer: Tokenizer) -> list[
     Raises:
         BadInput: Missing file, malformed line (with its number), missing column, or no row left to train on.
     """
-    if data_cfg.path is not None and data_cfg.split != "train" and not has_splits(data_cfg.path):
-        raise BadInput(f"data.split={data_cfg.split}: must be train for data.path={data_cfg.path}, which has no others")
-    running, path = data_cfg.kind == "text", data_cfg.path
-    split = "pretrain" if path == MICROWORLD else data_cfg.split
-    source = instructions(data_cfg) if not running else texts(path, split=split, limit=data_cfg.limit)
-    encode = _text_rows if running else _instruction_rows
-    rows = encode(source, data_cfg, train_cfg, tokenizer)
+    source = data_cfg.path or MICROWORLD
+    if data_cfg.split != "train" and not has_splits(source):
+        raise BadInput(f"data.split={data_cfg.split}: must be train, the only split of {source}")
+    if data_cfg.kind == "text":
+        split = "pretrain" if source == MICROWORLD else data_cfg.split
+        return _text_rows(texts(source, split=split, limit=data_cfg.limit), source, train_cfg, tokenizer)
+    rows = _instruction_rows(instructions(data_cfg), data_cfg, train_cfg, tokenizer)
     if not rows:
-        raise BadInput(f"data.path={data_cfg.path}: no row to train on; the data set is empty")
+        raise BadInput(f"data.path={source}: no row to train on; the data set is empty")
     return rows
 
 
@@ -202,7 +188,7 @@ def calibration_tokens(prune_cfg: Any, tokenizer: Tokenizer, seed: int) -> LongT
         BadInput: No such source, or less text than one sample.
     """
     N, L = prune_cfg.samples, prune_cfg.sequence_length
-    bos = _bos(tokenizer)
+    bos = _if_any(tokenizer.bos_token_id)
     width = L - len(bos)
     split = "calibration" if prune_cfg.text == MICROWORLD else "train"
     documents = list(texts(prune_cfg.text, split=split, limit=CALIBRATION_POOL, key="prune.text"))
@@ -280,7 +266,7 @@ def _encode_rows(
     answer_only = loss_on == "answer"
     joined = [prompt + answer for prompt, answer in pairs]
     encoding = tokenizer(joined, add_special_tokens=False, return_offsets_mapping=answer_only, verbose=False)
-    bos, eos = _bos(tokenizer), _eos(tokenizer)
+    bos, eos = _if_any(tokenizer.bos_token_id), _if_any(tokenizer.eos_token_id)
     for i, ids in enumerate(encoding["input_ids"]):
         labels = ids
         if answer_only:
@@ -292,25 +278,22 @@ def _encode_rows(
         yield row
 
 
-def _text_rows(documents: Iterable[str], data_cfg: Any, train_cfg: Any, tokenizer: Tokenizer) -> list[Row]:
-    bos = _bos(tokenizer)
+def _text_rows(documents: Iterable[str], source: str, train_cfg: Any, tokenizer: Tokenizer) -> list[Row]:
+    bos, length = _if_any(tokenizer.bos_token_id), train_cfg.sequence_length
     needed = None
     if train_cfg.steps is not None:
         needed = train_cfg.steps * train_cfg.batch_size * train_cfg.gradient_accumulation
-    width = train_cfg.sequence_length - len(bos)
-    pieces = _chunks(_token_stream(documents, tokenizer), width)
-    blocks = [bos + piece for piece in islice(pieces, needed) if len(piece) == width]  # the tail is dropped
-    if not blocks:
-        raise BadInput(
-            f"data.path={data_cfg.path}: less text than one block of train.sequence_length={width + len(bos)}"
-        )
-    return [_all_targets(block) for block in blocks]
+    pieces = (bos + piece for piece in _chunks(_token_stream(documents, tokenizer), length - len(bos)))
+    rows = [_all_targets(piece) for piece in islice(pieces, needed) if len(piece) == length]  # the tail is dropped
+    if not rows:
+        raise BadInput(f"data.path={source}: less text than one block of train.sequence_length={length}")
+    return rows
 
 
 def _token_stream(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[int]:
     """The tokens of all documents, each between BOS and EOS but for the very first BOS, which the first piece
     brings; empty documents leave no trace."""
-    bos, eos = _bos(tokenizer), _eos(tokenizer)
+    bos, eos = _if_any(tokenizer.bos_token_id), _if_any(tokenizer.eos_token_id)
     boundary: list[int] = []
     for chunk in _chunks((document for document in documents if document.strip()), ENCODED_AT_ONCE):
         for ids in tokenizer(chunk, add_special_tokens=False, verbose=False)["input_ids"]:
@@ -324,12 +307,8 @@ def _all_targets(tokens: list[int]) -> Row:
     return {"input_ids": tokens, "labels": [IGNORED, *tokens[1:]]}
 
 
-def _bos(tokenizer: Tokenizer) -> list[int]:
-    return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-
-
-def _eos(tokenizer: Tokenizer) -> list[int]:
-    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+def _if_any(token: int | None) -> list[int]:
+    return [] if token is None else [token]
 
 
 def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
@@ -338,45 +317,12 @@ def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
         yield chunk
 
 
-def _origin(fingerprinted: Mapping[str, Any], source: str) -> list[Any]:
-    """What tokens come from: the source (a key of the config), the tokenizer, and the code."""
-    content, model = fingerprinted, fingerprinted["model"]
-    for name in source.split("."):
-        content = content[name]
-    code = [fingerprint(file) for file in MAKERS]
-    return [source, content, model["path"], model["revision"], version("tokenizers"), version("transformers"), code]
-
-
-def _rows_to_bytes(rows: list[Row]) -> bytes:
-    """All rows behind one another, and the length of each."""
-    columns = {name: np.concatenate([np.asarray(row[name], np.int32) for row in rows]) for name in COLUMNS}
-    return _to_bytes(lengths=np.array([len(row["input_ids"]) for row in rows]), **columns)
-
-
-def _rows_from_bytes(content: bytes) -> list[Row]:
-    arrays = _from_bytes(content, lengths=1, **dict.fromkeys(COLUMNS, 1))
-    ends = np.cumsum(arrays.pop("lengths")).tolist()
-    columns = {name: tokens.tolist() for name, tokens in arrays.items()}
-    if any(len(tokens) != ends[-1] for tokens in columns.values()):
-        raise ValueError("the rows are longer or shorter than their lengths")
-    return [
-        {name: tokens[start:end] for name, tokens in columns.items()}
-        for start, end in zip([0, *ends[:-1]], ends, strict=True)
-    ]
-
-
-def _to_bytes(**arrays: np.ndarray) -> bytes:
-    stream = BytesIO()
-    np.savez(stream, **arrays)
-    return stream.getvalue()
-
-
-def _from_bytes(content: bytes, **dimensions: int) -> dict[str, np.ndarray]:
-    """Arrays of whole numbers, of these names and numbers of dimensions."""
-    with np.load(BytesIO(content), allow_pickle=False) as stored:
-        arrays = dict(stored)
-    if {name: array.ndim for name, array in arrays.items()} != dimensions:
-        raise ValueError(f"other arrays than {', '.join(dimensions)}")
-    if any(array.dtype.kind != "i" for array in arrays.values()):
-        raise ValueError("no whole numbers")
-    return arrays
+def _made_once(
+    cfg: DictConfig, fingerprinted: Mapping[str, Any], chosen: list[Any], make: Callable[[], list[Any]]
+) -> list[Any]:
+    """Tokens from the cache, of a source and lengths that were chosen, by this tokenizer and code."""
+    model, code = fingerprinted["model"], [fingerprint(file) for file in MAKERS]
+    versions = [version("tokenizers"), version("transformers")]
+    key = digest([chosen, model["path"], model["revision"], versions, code])
+    file = Path(cfg.cache_root, "tokens", f"{key}.sealed")
+    return computed_once(file, make, lambda tokens: json.dumps(tokens).encode())

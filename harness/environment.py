@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -24,23 +25,23 @@ def default_device() -> torch.device:
 def environment(device: torch.device) -> dict[str, Any]:
     """What the numbers are measured on: code, versions, device, driver, threads. ``start`` is now."""
     cuda = device.type == "cuda"
+    git = ("git", "-C", str(Path(__file__).parents[1]))
+    changes = _output(*git, "status", "--porcelain")
+    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else None
     return {
-        **_git_state(),
+        "git_commit": _output(*git, "rev-parse", "HEAD"),
+        "git_dirty": None if changes is None else bool(changes),
         "python": platform.python_version(),
         **{name: _version(name) for name in ("lors", "torch", "transformers", "peft", "lm_eval", "datasets")},
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device) if cuda else _cpu_name(),
-        "driver": _driver() if cuda else None,
+        "driver": driver and driver.split()[0],
         "cuda": torch.version.cuda if cuda else None,
         "threads": torch.get_num_threads(),
-        "command": _command(),
+        # What composes this config again; in a sweep the overrides of this job.
+        "command": ["run.py", *HydraConfig.get().overrides.task] if HydraConfig.initialized() else sys.argv,
         "start": now(),
     }
-
-
-def _command() -> list[str]:
-    """What composes this config again; in a sweep the overrides of this job."""
-    return ["run.py", *HydraConfig.get().overrides.task] if HydraConfig.initialized() else sys.argv
 
 
 def now() -> str:
@@ -48,19 +49,12 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _git_state() -> dict[str, Any]:
-    """Commit of this checkout, and whether the files differ from it; nulls where there is no git."""
-    repository = Path(__file__).parents[1]
-
-    def git(*arguments: str) -> str | None:
-        try:
-            run = subprocess.run(["git", "-C", repository, *arguments], capture_output=True, text=True, check=True)
-        except (OSError, subprocess.CalledProcessError):
-            return None
-        return run.stdout.strip()
-
-    changes = git("status", "--porcelain")
-    return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": None if changes is None else bool(changes)}
+def _output(*command: str) -> str | None:
+    """What a program prints; None where there is none or it fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _version(package: str) -> str | None:
@@ -71,17 +65,8 @@ def _version(package: str) -> str | None:
 
 
 def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _driver() -> str | None:
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError):
-        return None
+    file = Path("/proc/cpuinfo")
+    found = (
+        re.search(r"^model name\s*: (.+)", file.read_text(encoding="utf-8"), re.MULTILINE) if file.exists() else None
+    )
+    return found[1].strip() if found else platform.processor() or platform.machine()

@@ -19,17 +19,15 @@ Scores do not depend on random numbers, and the random state of the process is l
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import math
 import os
-import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from functools import lru_cache, partial
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import cache, lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import LongTensor
@@ -48,7 +46,6 @@ __all__ = ["ZERO_SHOT", "check_scoring", "check_tasks", "evaluate"]
 MICROWORLD_TASKS = {f"microworld_{task}": task for task in microworld.TASKS}
 MICROWORLD_FOLDER = Path(microworld.__file__).parent / "tasks"
 BOOTSTRAP = 1000  # draws for the standard error of a metric that is no mean; that of a mean is exact
-NEVER = "which is never run here"
 FEWSHOT_SEED = 1234  # lm-eval's default; for tasks that bring examples, which none of the seven does
 
 
@@ -74,22 +71,13 @@ def check_tasks(eval_cfg: Any, tokenizer: Tokenizer, vocabulary: int) -> LongTen
     root = eval_cfg.data_root
     if root is not None and not os.path.isdir(os.path.expanduser(root)):
         raise BadInput(f"eval.data_root={root}: no such folder")
-    others = [task for task in eval_cfg.tasks if task not in MICROWORLD_TASKS and task not in ZERO_SHOT]
-    if others:
-        known = _task_manager(tuple(others)).task_index
-        for task in others:
-            if task not in known:
-                near = ", ".join([*MICROWORLD_TASKS, *ZERO_SHOT])
-                raise BadInput(f"eval.tasks: unknown task {task!r}; must be a task of lm-eval, or one of {near}")
     if not set(eval_cfg.tasks) <= MICROWORLD_TASKS.keys():
-        with _loaded_tasks(eval_cfg):
-            pass
-    windows = None if eval_cfg.perplexity is None else perplexity_windows(tokenizer, eval_cfg)
-    tokens = _task_tokens(eval_cfg, tokenizer)
-    check_token_ids(tokens, tokenizer, vocabulary, "eval.tasks")
-    check_token_ids(
-        (int(row.max()) for row in (() if windows is None else windows)), tokenizer, vocabulary, "eval.perplexity.text"
-    )
+        _load_tasks(eval_cfg)
+    check_token_ids(_task_tokens(eval_cfg, tokenizer), tokenizer, vocabulary, "eval.tasks")
+    if eval_cfg.perplexity is None:
+        return None
+    windows = perplexity_windows(tokenizer, eval_cfg)
+    check_token_ids([int(windows.max())], tokenizer, vocabulary, "eval.perplexity.text")
     return windows
 
 
@@ -107,8 +95,7 @@ def check_scoring(model: PreTrainedModel, tokenizer: Tokenizer, eval_cfg: Any) -
     with modes_kept(model):
         model.eval()
         if eval_cfg.tasks:
-            with _lean_lm_eval():
-                _language_model(model, tokenizer, eval_cfg, progress=False)
+            _language_model(model, tokenizer, eval_cfg, progress=False)
         if eval_cfg.perplexity is not None:
             perplexity(model, torch.tensor([[0, 1]]), progress=False)
 
@@ -143,32 +130,34 @@ def evaluate(
         text = None
         if windows is not None:
             text = {"text": eval_cfg.perplexity.text, **perplexity(model, windows, progress=progress)}
+    return {"tasks": tasks, "average": _average(tasks), "perplexity": text}
+
+
+def _average(tasks: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
     averaged = {name: score for name, score in tasks.items() if score["metric"] == "acc"}
     if not averaged:
-        return {"tasks": tasks, "average": None, "perplexity": text}
+        return None
     errors = [score["stderr"] for score in averaged.values()]
-    known = all(error is not None for error in errors)
-    average = {
+    return {
         "metric": "acc",
         "value": math.fsum(score["value"] for score in averaged.values()) / len(averaged),
-        "stderr": math.sqrt(math.fsum(error**2 for error in errors)) / len(averaged) if known else None,
+        "stderr": None if None in errors else math.sqrt(math.fsum(error**2 for error in errors)) / len(averaged),
         "tasks": list(averaged),
     }
-    return {"tasks": tasks, "average": average, "perplexity": text}
 
 
+@random_state_kept()
 def _zero_shot(
     model: PreTrainedModel, tokenizer: Tokenizer, eval_cfg: Any, progress: bool
 ) -> dict[str, dict[str, Any]]:
-    with _loaded_tasks(eval_cfg) as loaded:
-        import lm_eval
-
-        lm = _language_model(model, tokenizer, eval_cfg, progress)
-        scores = lm_eval.evaluate(lm, loaded, limit=eval_cfg.limit, bootstrap_iters=BOOTSTRAP, log_samples=True)
+    loaded = _load_tasks(eval_cfg)
+    lm = _language_model(model, tokenizer, eval_cfg, progress)
+    scores = _lm_eval().evaluate(lm, loaded, limit=eval_cfg.limit, bootstrap_iters=BOOTSTRAP, log_samples=True)
     return {name: _score(scores, name) for name in loaded["tasks"]}
 
 
 def _language_model(model: PreTrainedModel, tokenizer: Tokenizer, eval_cfg: Any, progress: bool) -> Any:
+    _lm_eval()
     from harness.log_likelihood import PromptSharingLM
 
     return PromptSharingLM(
@@ -180,111 +169,84 @@ def _language_model(model: PreTrainedModel, tokenizer: Tokenizer, eval_cfg: Any,
     )
 
 
-@contextmanager
-def _loaded_tasks(eval_cfg: Any) -> Iterator[dict[str, Any]]:
+@random_state_kept()
+def _load_tasks(eval_cfg: Any) -> dict[str, Any]:
     """The tasks of a config as lm-eval takes them, with their data sets.
 
     Raises:
-        BadInput: They cannot be loaded, or run code that is not part of lm-eval.
+        BadInput: They are unknown, cannot be loaded, or run code that is not part of lm-eval.
     """
-    folder = tempfile.TemporaryDirectory(prefix="lors-eval-")
-    with folder, _lean_lm_eval(), random_state_kept(), _no_metric_code(eval_cfg.tasks) as refused:
-        manager = _task_manager(tuple(eval_cfg.tasks))
-        specifications = _specifications(eval_cfg, Path(folder.name))
-        shown = f"eval.tasks={','.join(eval_cfg.tasks)}"
+    shown = f"eval.tasks={','.join(eval_cfg.tasks)}"
+    own = [*MICROWORLD_TASKS, *ZERO_SHOT]
+    others = [task for task in eval_cfg.tasks if task not in own]
+    manager = _task_manager(bool(others))
+    for task in others:
+        if task not in manager.task_index:
+            near = ", ".join(own)
+            raise BadInput(f"eval.tasks: unknown task {task!r}; must be a task of lm-eval, or one of {near}")
+    specifications = [_specification(name, eval_cfg) for name in eval_cfg.tasks]
+    with _no_metric_code() if others else nullcontext() as refused:
         try:
-            loaded = manager.load(specifications)
+            # An override of a stock task works only inside a group's list.
+            loaded = manager.load([{"group": "lors", "task": specifications}])
         except Exception as error:  # of any of five libraries
             if not refused:
-                works = "a copy of the data set in the cache of datasets works without a network"
-                if eval_cfg.data_root is None and set(eval_cfg.tasks) <= {*MICROWORLD_TASKS, *ZERO_SHOT}:
-                    works = f"eval.data_root=FOLDER, or {works}"
+                works = "without a network a copy of the data set in the cache of datasets works"
+                works += ", for the seven tasks of the papers eval.data_root=FOLDER too"
                 raise BadInput(f"{shown}: cannot be loaded ({one_line(error)}); {works}") from error
-        if refused:  # some tasks fail without their metric, some would only later
-            raise BadInput(f"{shown}: runs the code of a metric from the Hub ({refused[0]}), {NEVER}")
-        for name, task in loaded["tasks"].items():
-            if getattr(task, "UNSAFE_CODE", False):
-                raise BadInput(f"{shown}: {name} runs code that the model writes, {NEVER}")
-            if task.get_config("num_fewshot") is None:
-                task.set_config(key="num_fewshot", value=0)
-            task.set_fewshot_seed(seed=FEWSHOT_SEED)
-        yield loaded
+    if refused:  # some tasks fail without their metric, some would only later
+        raise BadInput(f"{shown}: runs the code of a metric from the Hub ({refused[0]}), which is never run here")
+    for name, task in loaded["tasks"].items():
+        if getattr(task, "UNSAFE_CODE", False):
+            raise BadInput(f"{shown}: {name} runs code that the model writes, which is never run here")
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=FEWSHOT_SEED)
+    return loaded
 
 
 def _task_tokens(eval_cfg: Any, tokenizer: Tokenizer) -> Iterator[int]:
     """The tokens of everything that the tasks ask."""
-    if not eval_cfg.tasks:
-        return
-    with _loaded_tasks(eval_cfg) as loaded:
-        for task in loaded["tasks"].values():
-            task.build_all_requests(limit=eval_cfg.limit)
-            for request in task.instances:
-                # Prompt, then prompt and answer, as they are encoded.
-                for text in accumulate(part for part in request.args if isinstance(part, str)):
-                    yield from tokenizer.encode(text, add_special_tokens=False, verbose=False)
+    for task in _load_tasks(eval_cfg)["tasks"].values() if eval_cfg.tasks else ():
+        task.build_all_requests(limit=eval_cfg.limit)
+        for request in task.instances:
+            # Prompt, then prompt and answer, as they are encoded.
+            for text in accumulate(part for part in request.args if isinstance(part, str)):
+                yield from tokenizer.encode(text, add_special_tokens=False, verbose=False)
 
 
-def _specifications(eval_cfg: Any, folder: Path) -> list[Any]:
-    """The tasks as lm-eval loads them: plain names, and one group of stock tasks whose data set is a local
-    file.
+def _specification(name: str, eval_cfg: Any) -> str | dict[str, Any]:
+    """A task as lm-eval loads it: its name, with the items unless lm-eval itself knows where they are."""
+    import datasets
 
-    An override of a stock task works only inside a group's list. `folder` holds what has to be written.
-    """
-    local: list[dict[str, Any]] = []
-    plain: list[str] = []
-    for name in eval_cfg.tasks:
-        if name in MICROWORLD_TASKS:
-            split, keys = "test", {}
-            items = microworld.task_rows(MICROWORLD_TASKS[name], getattr(eval_cfg, "split", "test"))
-        elif name in ZERO_SHOT and eval_cfg.data_root is not None:
-            # Every split that the task would look for has to be named, or be null.
-            split = ZERO_SHOT[name].split
-            splits = {"training_split": None, "validation_split": None, "test_split": None, f"{split}_split": split}
-            keys = {"dataset_path": "json", "dataset_name": None, **splits}
-            items = local_items(eval_cfg.data_root, name)
-        else:
-            plain.append(name)
-            continue
-        file = folder / f"{name}.jsonl"
-        file.write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
-        # Its cache is of our own too.
-        files = {"data_files": {split: str(file.resolve())}, "cache_dir": str(folder / "cache")}
-        local.append({"task": name, **keys, "dataset_kwargs": files})
-    return [*plain, {"group": "lors_local", "task": local}] if local else plain
+    if name in MICROWORLD_TASKS:
+        split = "test"
+        items = microworld.task_rows(MICROWORLD_TASKS[name], getattr(eval_cfg, "split", "test"))
+    elif name in ZERO_SHOT and eval_cfg.data_root is not None:
+        split = ZERO_SHOT[name].split
+        items = local_items(eval_cfg.data_root, name)
+    else:
+        return name
+    # Every split that the task would look for has to be named, or be null.
+    splits = {f"{other}_split": other if other == split else None for other in ("training", "validation", "test")}
+    return {"task": name, **splits, "custom_dataset": lambda **_: {split: datasets.Dataset.from_list(items)}}
 
 
-def _task_manager(tasks: tuple[str, ...]) -> Any:
-    """An index of the task files that are needed; of all of them only for a task that is not known here."""
-    import lm_eval
-
-    stock = Path(lm_eval.__file__).parent / "tasks"
-    folders = {stock / ZERO_SHOT[task].folder for task in tasks if task in ZERO_SHOT}
-    known = all(task in MICROWORLD_TASKS or task in ZERO_SHOT for task in tasks)
-    return _index(tuple(sorted(folders)) if known and all(folder.is_dir() for folder in folders) else None)
-
-
-@lru_cache
-def _index(folders: tuple[Path, ...] | None) -> Any:
-    """lm-eval's index of the microworld and of the tasks in some folders; None: of all, which takes seconds."""
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager(include_defaults=folders is None, include_path=[MICROWORLD_FOLDER, *(folders or ())])
+@cache
+def _task_manager(every: bool) -> Any:
+    """lm-eval's index of the microworld's tasks and the seven of the papers, or of all, which takes seconds."""
+    stock = Path(_lm_eval().__file__).parent / "tasks"
+    folders = {stock / task.folder for task in ZERO_SHOT.values()}
+    return _lm_eval().tasks.TaskManager(include_defaults=every, include_path=[MICROWORLD_FOLDER, *sorted(folders)])
 
 
 @contextmanager
-def _no_metric_code(tasks: Iterable[str]) -> Iterator[list[str]]:
+def _no_metric_code() -> Iterator[list[str]]:
     """Refuse metrics that the library `evaluate` gets from the Hub as code; gives the list of those refused."""
-    refused: list[str] = []
-    if all(task in MICROWORLD_TASKS or task in ZERO_SHOT for task in tasks):  # which need none, nor that library
-        yield refused
-        return
     import evaluate as metrics
 
-    def refuse(path: str, *_: Any, **__: Any) -> NoReturn:
-        refused.append(path)
-        raise PermissionError(f"the metric {path} is code from the Hub, {NEVER}")
-
-    load, metrics.load = metrics.load, refuse
+    refused: list[str] = []
+    load, metrics.load = metrics.load, lambda path, *_, **__: refused.append(path)
     try:
         yield refused
     finally:
@@ -324,30 +286,17 @@ def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and not math.isnan(value) else None
 
 
-@contextmanager
-def _lean_lm_eval() -> Iterator[None]:
-    """lm-eval and datasets without their bars and notices, and each prompt template compiled once."""
+@cache
+def _lm_eval() -> Any:
+    """lm-eval, it and datasets without their bars and notices, and each prompt template compiled once."""
     import datasets
     import lm_eval.api.task
-    import lm_eval.utils
+    import lm_eval.tasks
 
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets")]
-    levels = [logger.level for logger in loggers]
-    bars = datasets.utils.are_progress_bars_disabled()
-    bar = lm_eval.api.task.tqdm
-    environment = lm_eval.utils.env
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    for name in ("lm_eval", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     datasets.utils.disable_progress_bars()
-    lm_eval.api.task.tqdm = partial(bar, disable=True)
+    lm_eval.api.task.tqdm = partial(lm_eval.api.task.tqdm, disable=True)
     # A quarter of the time of an evaluation of a small model goes into compiling the same few templates.
-    environment.from_string = lru_cache(environment.from_string)
-    try:
-        yield
-    finally:
-        del environment.from_string
-        lm_eval.api.task.tqdm = bar
-        if not bars:
-            datasets.utils.enable_progress_bars()
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    lm_eval.utils.env.from_string = lru_cache(lm_eval.utils.env.from_string)
+    return lm_eval

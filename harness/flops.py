@@ -7,15 +7,40 @@ attention counts in full although half of it is masked. Not counted: elementwise
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from harness.recipe import batch_loss, state_kept
 
-__all__ = ["count_flops", "count_inference_flops", "flop_formulas"]
+__all__ = ["CountFlops", "count_flops", "count_inference_flops", "inference_pass"]
+
+
+class CountFlops(TorchDispatchMode):
+    """Adds up the FLOPs of what runs while it is entered.
+
+    PyTorch's own `FlopCounterMode` has hooks that hold gradients for longer than a training does.
+
+    Attributes:
+        total: FLOPs so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+        self._formulas = FlopCounterMode(display=False, custom_mapping=_ATTENTION).flop_registry
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        formula = self._formulas.get(func._overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **kwargs, out_val=result)
+        return result
 
 
 def count_flops(
@@ -30,29 +55,26 @@ def count_flops(
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
     with state_kept(model):
         model.train()
-        with _flop_counter() as counter:
+        with CountFlops() as flops:
             batch_loss(model, batch, penalty=penalty, autocast=autocast).backward()
-    return counter.get_total_flops()
-
-
-def flop_formulas() -> Mapping[Any, Callable[..., int]]:
-    """FLOPs of an operation from its arguments and its result ``out_val``; operations not listed count nothing."""
-    return _flop_counter().flop_registry
+    return flops.total
 
 
 def count_inference_flops(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
-    """FLOPs of one forward pass without gradients, counted likewise."""
+    """FLOPs of one forward pass without gradients."""
+    flops = CountFlops()
+    inference_pass(model, batch, flops)
+    return flops.total
+
+
+def inference_pass(model: nn.Module, batch: Mapping[str, Tensor], measured: AbstractContextManager) -> None:
+    """One forward pass without gradients inside of ``measured``. The model is afterwards what it was."""
     device = next(model.parameters()).device
-    inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask") if name in batch}
+    inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
     with state_kept(model), torch.no_grad():
         model.eval()
-        with _flop_counter() as counter:
+        with measured:
             model(**inputs, use_cache=False)
-    return counter.get_total_flops()
-
-
-def _flop_counter() -> FlopCounterMode:
-    return FlopCounterMode(display=False, custom_mapping=_ATTENTION)
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
@@ -72,11 +94,7 @@ def _scores_flops(query: Any, key: Any, width: int) -> int:
 
 
 # torch has no formula for the attention kernel of CPUs, and 2.11 fails where keys have fewer heads than queries.
-_KERNELS = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
-_ATTENTION = {
-    **{getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}"): _attention_flops for kernel in _KERNELS},
-    **{
-        getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}_backward"): _attention_backward_flops
-        for kernel in _KERNELS
-    },
-}
+_ATTENTION = {}
+for _kernel in ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention"):
+    _ATTENTION[getattr(torch.ops.aten, f"_scaled_dot_product_{_kernel}")] = _attention_flops
+    _ATTENTION[getattr(torch.ops.aten, f"_scaled_dot_product_{_kernel}_backward")] = _attention_backward_flops

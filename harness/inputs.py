@@ -93,7 +93,8 @@ def read_inputs(cfg: DictConfig, method: Method) -> Inputs:
     if cfg.mode == "profile":
         check_memory(cfg, method, shape, train.steps * train.batch_size * train.gradient_accumulation)
         rows = random_data(shape.get_text_config().vocab_size, train, cfg.seed)
-        return Inputs(shape, fingerprinted, source, None, rows, *batches_of(rows, train, None))
+        pad, longest = batches_of(rows, train, None)
+        return Inputs(shape, fingerprinted, source, rows=rows, pad=pad, longest=longest)
     _check_caches(cfg)
     tokenizer = _read_tokenizer(source, shape)
     _check_weights(source)
@@ -103,11 +104,11 @@ def read_inputs(cfg: DictConfig, method: Method) -> Inputs:
         rows = training_rows(cfg, fingerprinted, tokenizer, vocabulary)
         calibrated = needs_calibration(cfg.prune.name)
         calibration = calibration_samples(cfg, fingerprinted, tokenizer, vocabulary) if calibrated else None
-        batches = batches_of(rows, train, tokenizer)
         check_memory(cfg, method, shape, len(rows))
+        pad, longest = batches_of(rows, train, tokenizer)
     except (ValueError, OSError) as error:
         raise BadInput(one_line(error)) from error
-    return Inputs(shape, fingerprinted, source, tokenizer, rows, *batches, calibration, windows)
+    return Inputs(shape, fingerprinted, source, tokenizer, rows, pad, longest, calibration, windows)
 
 
 def check_inputs(jobs: Iterable[tuple[Sequence[str], DictConfig]]) -> None:

@@ -9,7 +9,7 @@ them, so the same ledger serves `simulate`.
 
 Counted: every tensor that an operation returns. Not counted: what a kernel allocates and frees within one
 operation (scratch space of a matrix product, say) and Python objects. Slow, so it runs in a step of its own
-(`step_memory`), never in a timed one; the model is afterwards what it was.
+(`step_memory`), never in a timed one.
 
 Every storage belongs to one category:
 
@@ -30,8 +30,8 @@ from __future__ import annotations
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -41,15 +41,16 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from harness.recipe import batch_loss, state_kept
+from harness.flops import inference_pass
+from harness.method import PRECISIONS, Method
+from harness.recipe import batch_loss, gradient_clipping, state_kept
 
 __all__ = [
     "CATEGORIES",
     "LiveTensors",
     "Peak",
     "Sharding",
-    "count_model",
-    "count_optimizer",
+    "count_step",
     "forward_memory",
     "gradients_counted",
     "step_memory",
@@ -57,6 +58,17 @@ __all__ = [
 ]
 
 CATEGORIES = ("weights", "adapters", "gradients", "optimizer", "activations", "transients", "other")
+
+
+@dataclass(eq=False)
+class _Storage:
+    """A storage in the ledger. Where it belongs may be decided after it is gone."""
+
+    category: str
+    module: str
+    reference: weakref.ref
+    sharded: bool = False
+    bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -70,7 +82,17 @@ class Sharding:
     """
 
     shards: int = 1
-    whole: Callable[[str, str], int] = field(default=lambda phase, module: 0)
+    whole: Callable[[str, str], int] = lambda phase, module: 0
+
+    def share(self, storage: _Storage, change: int) -> int:
+        """What a change in the bytes of a storage means on one device."""
+        if not storage.sharded:
+            return change
+        share = -(-abs(change) // self.shards)
+        return share if change > 0 else -share
+
+
+ONE_DEVICE = Sharding()
 
 
 @dataclass(frozen=True)
@@ -97,15 +119,6 @@ class Peak:
         return sums
 
 
-@dataclass
-class _Storage:
-    """Where a storage belongs; what follows from it may be decided after it is gone."""
-
-    category: str
-    module: str
-    sharded: bool = False
-
-
 class LiveTensors(TorchDispatchMode):
     """Counts the bytes of live tensor storages while it is entered; see the module's text.
 
@@ -124,135 +137,96 @@ class LiveTensors(TorchDispatchMode):
         self.category = "transients"
         self._block = block
         self._running = running
-        self._storages: list[_Storage] = []  # by serial number
-        # Address of a storage -> serial number, bytes, reference.
-        self._alive: dict[int, tuple[int, int, weakref.ref]] = {}
-        self._ledger: list[tuple[int, int, str, str]] = []  # serial number, change in bytes, phase, module
+        self._alive: dict[int, _Storage] = {}  # by address
+        self._ledger: list[tuple[_Storage, int, str, str]] = []  # change in bytes, phase, module
 
-    def count(self, tensors: Iterable[Tensor], category: str, *, module: str = "", sharded: bool = False) -> None:
+    def count(self, tensors: Iterable[Any], category: str, *, module: str = "", sharded: bool = False) -> None:
         """Count tensors that exist already, or move counted ones to another category.
 
         Args:
-            tensors: Any tensors; those that share a storage count once.
+            tensors: Tensors, or dicts and lists of them; those that share a storage count once.
             category: One of ``CATEGORIES``.
-            module: The module that they belong to.
+            module: The module that they belong to; by default the one that made them.
             sharded: Whether they are divided among the devices of a sharded training.
         """
-        for tensor in tensors:
-            for storage in _storages(tensor):
-                serial = self._see(storage, category)
-                if serial is not None:
-                    # A gradient stays with the module that made it.
-                    self._storages[serial] = _Storage(category, module or self._storages[serial].module, sharded)
+        for known in self._see(tensors, category):
+            known.category, known.module, known.sharded = category, module or known.module, sharded
 
     def forward_ends(self) -> int:
         """Everything made since the last call and still alive is kept for the backward pass; bytes of it all."""
-        for serial, _, _ in self._alive.values():
-            if self._storages[serial].category == "transients":
-                self._storages[serial].category = "activations"
-        return self._at(len(self._ledger)).by_category()["activations"]
+        for storage in self._alive.values():
+            if storage.category == "transients":
+                storage.category = "activations"
+        return sum(storage.bytes for storage in self._alive.values() if storage.category == "activations")
 
     @property
     def now(self) -> int:
         """Live bytes at this moment."""
-        return sum(size for _, size, _ in self._alive.values())
+        return sum(storage.bytes for storage in self._alive.values())
 
     @property
     def peak(self) -> int:
         """Highest number of live bytes so far."""
         return self.at_peak().bytes
 
-    def at_peak(self, sharding: Sharding | None = None) -> Peak:
+    def at_peak(self, sharding: Sharding = ONE_DEVICE) -> Peak:
         """The highest point so far, the first of several equal ones; on one of several devices if asked for."""
-        sharding = sharding or Sharding()
         total = peak = lines = 0
-        for number, (serial, change, phase, module) in enumerate(self._ledger, start=1):
-            total += self._share(serial, change, sharding)
+        for number, (storage, change, phase, module) in enumerate(self._ledger, start=1):
+            total += sharding.share(storage, change)
             height = total + sharding.whole(phase, module)
             if height > peak:
                 peak, lines = height, number
-        return self._at(lines, sharding)
+        parts: dict[tuple[str, str], int] = defaultdict(int)
+        phase = module = ""
+        for storage, change, phase, module in self._ledger[:lines]:  # noqa: B007 - those of the last line
+            parts[storage.category, storage.module] += sharding.share(storage, change)
+        parts["transients", module] += sharding.whole(phase, module)
+        return Peak(peak, phase, module, {part: size for part, size in parts.items() if size})
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         # An input that was never seen (a constant, a tensor that a module holds) counts from its first use on.
-        self._see_all((args, kwargs), "other")
+        self._see((args, kwargs), "other")
         result = func(*args, **kwargs)
-        self._see_all(result, self.category)
+        self._see([result], self.category)
         return result
 
-    def _see_all(self, tree: Any, category: str) -> None:
-        for leaf in tree_leaves(tree):
-            if isinstance(leaf, Tensor):
-                for storage in _storages(leaf):
-                    self._see(storage, category)
+    def _see(self, trees: Iterable[Any], category: str) -> list[_Storage]:
+        """Enter all storages, or their new sizes, into the ledger."""
+        storages = (storage for tree in trees for storage in _storages(tree))
+        return [known for storage in storages if (known := self._enter(storage, category)) is not None]
 
-    def _see(self, storage: torch.UntypedStorage, category: str) -> int | None:
-        """Enter a storage, or its new size, into the ledger; its serial number, None if it has no bytes."""
+    def _enter(self, storage: torch.UntypedStorage, category: str) -> _Storage | None:
         address, size = storage._cdata, -(-storage.nbytes() // self._block) * self._block
-        known = self._alive.get(address)
-        if known is None:
+        if address not in self._alive:
             if size == 0:
                 return None
-            serial, before = len(self._storages), 0
-            self._storages.append(_Storage(category, self._running()))
             # The Python object of a storage lives exactly as long as the storage itself, wherever it is held.
-            reference = weakref.ref(storage, lambda _: self._free(address))
-        else:
-            serial, before, reference = known
-            if before == size:
-                return serial
-        self._alive[address] = (serial, size, reference)
-        self._write(serial, size - before)
-        return serial
+            reference = weakref.ref(storage, lambda _: self._write(self._alive.pop(address), 0))
+            self._alive[address] = _Storage(category, self._running(), reference)
+        known = self._alive[address]
+        if known.bytes != size:
+            self._write(known, size)
+        return known
 
-    def _free(self, address: int) -> None:
-        serial, size, _ = self._alive.pop(address)
-        self._write(serial, -size)
-
-    def _write(self, serial: int, change: int) -> None:
-        self._ledger.append((serial, change, self.phase, self._running()))
-
-    def _share(self, serial: int, change: int, sharding: Sharding) -> int:
-        """What a change in the bytes of a storage means on one device."""
-        if not self._storages[serial].sharded:
-            return change
-        share = -(-abs(change) // sharding.shards)
-        return share if change > 0 else -share
-
-    def _at(self, lines: int, sharding: Sharding | None = None) -> Peak:
-        """The state after so many lines of the ledger."""
-        sharding = sharding or Sharding()
-        parts: dict[tuple[str, str], int] = defaultdict(int)
-        phase = module = ""
-        for serial, change, phase, module in self._ledger[:lines]:  # noqa: B007 - those of the last line
-            storage = self._storages[serial]
-            parts[storage.category, storage.module] += self._share(serial, change, sharding)
-        whole = sharding.whole(phase, module)
-        if whole:
-            parts["transients", module] += whole
-        parts = {part: size for part, size in parts.items() if size}
-        return Peak(sum(parts.values()), phase, module, parts)
+    def _write(self, storage: _Storage, size: int) -> None:
+        self._ledger.append((storage, size - storage.bytes, self.phase, self._running()))
+        storage.bytes = size
 
 
-def _storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
-    if tensor.layout is torch.strided:
-        yield tensor.untyped_storage()
-    elif tensor.layout is torch.sparse_coo:
-        yield tensor._indices().untyped_storage()
-        yield tensor._values().untyped_storage()
+def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
+    for leaf in tree_leaves(tree):
+        if not isinstance(leaf, Tensor):
+            continue
+        if leaf.layout is torch.strided:
+            yield leaf.untyped_storage()
+        elif leaf.layout is torch.sparse_coo:
+            yield leaf._indices().untyped_storage()
+            yield leaf._values().untyped_storage()
 
 
-def step_memory(
-    model: nn.Module,
-    batch: Mapping[str, Tensor],
-    optimizer_factory: Callable[[nn.Module], torch.optim.Optimizer],
-    *,
-    penalty: Callable[[nn.Module], Tensor | None] | None = None,
-    accumulation: int = 1,
-    max_grad_norm: float | None = None,
-    autocast: bool = False,
-) -> dict[str, Any]:
+def step_memory(model: nn.Module, batch: Mapping[str, Tensor], method: Method, train_cfg: Any) -> dict[str, Any]:
     """Peak memory of one training step: forward, backward, clipping and update, as in training.
 
     One step is made before the one that is counted, so that the optimizer holds its state, as it does from
@@ -262,11 +236,8 @@ def step_memory(
     Args:
         model: The adapted model; a copy of what is trained exists, uncounted, for the time of the call.
         batch: One batch, see `data.collator`.
-        optimizer_factory: Makes the optimizer of the training.
-        penalty: Added to the loss, as in `method.Method`.
-        accumulation: Micro-batches per update; from 2 on gradients are alive during a forward pass.
-        max_grad_norm: Gradients are clipped to this norm; None: not clipped.
-        autocast: Forward in bfloat16 autocast.
+        method: Gives optimizer, penalty and the step that needs most.
+        train_cfg: The recipe: precision, accumulation, clipping, optimizer.
 
     Returns:
         ``kind`` (live_tensors), ``train_peak`` (bytes), ``breakdown`` (bytes by category at that peak),
@@ -275,24 +246,12 @@ def step_memory(
     """
     device = next(model.parameters()).device
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
-    with state_kept(model):
-        model.train()
-        optimizer = optimizer_factory(model)
-        step = partial(
-            training_step,
-            model=model,
-            batch=batch,
-            optimizer=optimizer,
-            penalty=penalty,
-            micro_batches=min(accumulation, 2),  # a third one adds nothing
-            max_grad_norm=max_grad_norm,
-            autocast=autocast,
-        )
-        step(LiveTensors())  # uncounted: gives the optimizer its state
-        live = LiveTensors()
-        count_model(live, model)
-        count_optimizer(live, optimizer)
-        live.count(batch.values(), "other")
+    live = LiveTensors()
+    with method.largest_step(model) or nullcontext(), state_kept(model):
+        optimizer = method.optimizer(model.train(), train_cfg)
+        step = partial(training_step, model, batch, optimizer, method, train_cfg)
+        step(LiveTensors())  # not entered, so it counts nothing: gives the optimizer its state
+        count_step(live, model, batch, optimizer)
         with gradients_counted(live, model), live:
             saved = step(live)
     peak = live.at_peak()
@@ -306,71 +265,74 @@ def step_memory(
 
 
 def forward_memory(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
-    """Peak live bytes of one forward pass without gradients: model, batch, activations and logits."""
-    device = next(model.parameters()).device
-    inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask") if name in batch}
+    """Peak live bytes of one forward pass without gradients on a CPU: model, batch, activations and logits."""
     live = LiveTensors()
-    with state_kept(model), torch.no_grad():
-        model.eval()
-        count_model(live, model)
-        live.count(inputs.values(), "other")
-        with live:
-            model(**inputs, use_cache=False)
+    _count_model(live, model)
+    live.count((batch["input_ids"], batch["attention_mask"]), "other")
+    inference_pass(model, batch, live)
     return live.peak
 
 
 def training_step(
-    live: LiveTensors,
-    *,
     model: nn.Module,
     batch: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
-    penalty: Callable[[nn.Module], Tensor | None] | None,
-    micro_batches: int,
-    max_grad_norm: float | None,
-    autocast: bool,
+    method: Method,
+    train_cfg: Any,
+    live: LiveTensors,
+    flops: AbstractContextManager | None = None,
 ) -> int:
-    """One step that tells `live` what it is doing; bytes of activations at the end of the last forward."""
-    for _ in range(micro_batches):
-        live.phase = "forward"
-        loss = batch_loss(model, batch, micro_batches=micro_batches, penalty=penalty, autocast=autocast)
-        saved = live.forward_ends()
-        live.phase = "backward"
-        loss.backward()
+    """One step that tells `live` what it is doing, forward and backward passes inside of `flops`.
+
+    Returns:
+        Bytes of activations at the end of the last forward.
+    """
+    autocast, clipping = PRECISIONS[train_cfg.precision].autocast, gradient_clipping(train_cfg, method)
+    micro_batches = min(train_cfg.gradient_accumulation, 2)  # with a third one the peak is the same
+    with flops or nullcontext():
+        for _ in range(micro_batches):
+            live.phase = "forward"
+            loss = batch_loss(model, batch, micro_batches=micro_batches, penalty=method.penalty, autocast=autocast)
+            saved = live.forward_ends()
+            live.phase = "backward"
+            loss.backward()
     live.phase, live.category = "optimizer", "other"
-    if max_grad_norm is not None:
-        nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], max_grad_norm)
+    if clipping is not None:
+        nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], clipping)
     optimizer.step()
     model.zero_grad(set_to_none=True)
     return saved
 
 
-def count_model(live: LiveTensors, model: nn.Module, names: Mapping[nn.Module, str] | None = None) -> None:
-    """Count what a model holds: parameters (sharded), buffers, tensors in plain attributes (on every device).
+def count_step(
+    live: LiveTensors,
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    names: Mapping[nn.Module, str] | None = None,
+) -> None:
+    """Count what exists before a step. The state of the optimizer is sharded like the parameters; the batch is not.
 
     Args:
-        live: The ledger.
-        model: The model.
-        names: What the ledger calls its modules; by default nothing.
+        names: What the ledger calls the modules of the model; by default nothing.
     """
-    names = names or {}
-    modules = [(module, names.get(module, "")) for module in model.modules()]
+    _count_model(live, model, names)
+    live.count(optimizer.state.values(), "optimizer", sharded=True)
+    live.count(batch.values(), "other")
+
+
+def _count_model(live: LiveTensors, model: nn.Module, names: Mapping[nn.Module, str] | None = None) -> None:
+    """Parameters (sharded), buffers, tensors in plain attributes such as index lists (on every device)."""
+    modules = [(module, (names or {}).get(module, "")) for module in model.modules()]
     for module, name in modules:
-        live.count(_attributes(module), "other", module=name)
+        registered = ("_parameters", "_buffers", "_modules")
+        held = [value for attribute, value in vars(module).items() if attribute not in registered]
+        live.count(held, "other", module=name)
     for module, name in modules:
-        live.count(module.parameters(recurse=False), "weights", module=name, sharded=True)
+        for parameter in module.parameters(recurse=False):
+            adapter = isinstance(model, PeftModel) and parameter.requires_grad
+            live.count([parameter], "adapters" if adapter else "weights", module=name, sharded=True)
         live.count(module.buffers(recurse=False), "weights", module=name)
-    if isinstance(model, PeftModel):
-        for module, name in modules:
-            trained = (parameter for parameter in module.parameters(recurse=False) if parameter.requires_grad)
-            live.count(trained, "adapters", module=name, sharded=True)
-
-
-def count_optimizer(live: LiveTensors, optimizer: torch.optim.Optimizer) -> None:
-    """Count the state of an optimizer; it is sharded like the parameters that it belongs to."""
-    live.count(
-        (leaf for leaf in tree_leaves(list(optimizer.state.values())) if _is_tensor(leaf)), "optimizer", sharded=True
-    )
 
 
 @contextmanager
@@ -386,15 +348,3 @@ def gradients_counted(live: LiveTensors, model: nn.Module) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _attributes(module: nn.Module) -> list[Tensor]:
-    """Tensors that a module holds without registering them, directly or in a dict or list (index lists,
-    masks)."""
-    registered = ("_parameters", "_buffers", "_modules")
-    held = {name: value for name, value in vars(module).items() if name not in registered}
-    return [leaf for leaf in tree_leaves(held) if _is_tensor(leaf)]
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor)

@@ -14,7 +14,7 @@ ends:
 On a CPU the marks are clock readings; on a GPU they are events in its own queue, read after the step, so that
 telling the spans apart makes no step slower.
 
-Memory. On a GPU the allocator's peak, reset per phase (`cuda_peak`); on a CPU exact live bytes
+Memory. On a GPU the allocator's peak, reset per phase (`Phases`); on a CPU exact live bytes
 (`live_memory`) of one separate step. FLOPs are counted, not estimated (`flops`).
 """
 
@@ -25,8 +25,9 @@ import logging
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +39,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from harness.flops import count_flops
 from harness.live_memory import LiveTensors, step_memory
 from harness.method import PRECISIONS, Method, adapt
-from harness.recipe import enable_activation_checkpointing, gradient_clipping
+from harness.recipe import enable_activation_checkpointing
 
 __all__ = [
     "CudaPeak",
     "Meter",
     "Phases",
     "StepTime",
-    "cuda_peak",
     "initialization_memory",
     "parts_of_peak",
     "process_rss_peak",
@@ -67,6 +67,14 @@ class StepTime:
     warmup: bool
 
 
+@dataclass
+class CudaPeak:
+    """Peaks of the CUDA allocator in bytes; None on a device without one, and until the phase is over."""
+
+    allocated: int | None = None
+    reserved: int | None = None
+
+
 class Meter(TrainerCallback):
     """Measures every step of a training; see the module's text.
 
@@ -78,7 +86,7 @@ class Meter(TrainerCallback):
         """Drop the first `warmup_steps` steps of this process; at least one step is always left to report."""
         self.warmup_steps = warmup_steps
         self.steps: list[StepTime] = []
-        self._warmup_left = warmup_steps
+        self._first_timed = warmup_steps
         self._device = torch.device("cpu")
         self._marks: list[tuple[str, Any]] = []
         self._tokens: list[Tensor] = []
@@ -87,7 +95,7 @@ class Meter(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._device = args.device
-        self._warmup_left = max(0, min(self.warmup_steps, state.max_steps - state.global_step - 1))
+        self._first_timed = len(self.steps) + min(self.warmup_steps, state.max_steps - state.global_step - 1)
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         self._tokens = []
@@ -107,7 +115,9 @@ class Meter(TrainerCallback):
         self.mark("optimizer")
         self._synchronise()
         ms = (time.perf_counter() - self._begin) * 1e3
-        spans = self._spans()
+        spans = dict.fromkeys(("", "forward", "backward", "optimizer"), 0.0)
+        for (_, begin), (span, end) in pairwise(self._marks):
+            spans[span] += begin.elapsed_time(end) if self._device.type == "cuda" else (end - begin) * 1e3
         self.steps.append(
             StepTime(
                 ms=ms,
@@ -115,10 +125,9 @@ class Meter(TrainerCallback):
                 backward_ms=spans["backward"],
                 optimizer_ms=spans["optimizer"],
                 tokens=sum(int(count) for count in self._tokens),
-                warmup=self._warmup_left > 0,
+                warmup=len(self.steps) < self._first_timed,
             )
         )
-        self._warmup_left = max(0, self._warmup_left - 1)
 
     def peak(self) -> CudaPeak:
         """Peaks of the allocator over all processes of the run, in this one since its statistics were reset."""
@@ -133,7 +142,7 @@ class Meter(TrainerCallback):
         return {"steps": [asdict(step) for step in self.steps], "peak": asdict(self.peak())}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what earlier processes of the same run have measured."""
+        """Take over what earlier processes of the same run have measured; before the training begins."""
         self.steps = [StepTime(**step) for step in state["steps"]]
         self._peak_before = CudaPeak(**state["peak"])
 
@@ -159,15 +168,16 @@ class Meter(TrainerCallback):
             "warmup_steps": len(self.steps) - len(timed),
             "steps": len(timed),
             "step_ms": {"p10": float(p10), "p50": float(p50), "p90": float(p90)},
-            "forward_ms": float(np.median([step.forward_ms for step in timed])),
-            "backward_ms": float(np.median([step.backward_ms for step in timed])),
-            "optimizer_ms": float(np.median([step.optimizer_ms for step in timed])),
+            **{
+                name: float(np.median([getattr(step, name) for step in timed]))
+                for name in ("forward_ms", "backward_ms", "optimizer_ms")
+            },
             "tokens_per_second": sum(step.tokens for step in timed) / sum(step.ms for step in timed) * 1e3,
         }
 
     def _synchronise(self) -> None:
-        if self._device.type != "cpu":
-            torch.accelerator.synchronize(self._device)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
     def _now(self) -> Any:
         if self._device.type != "cuda":
@@ -176,42 +186,9 @@ class Meter(TrainerCallback):
         event.record()
         return event
 
-    def _spans(self) -> dict[str, float]:
-        """Milliseconds by name of span, summed over the micro-batches."""
-        sums = {"": 0.0, "forward": 0.0, "backward": 0.0, "optimizer": 0.0}
-        for (_, begin), (span, end) in zip(self._marks, self._marks[1:], strict=False):
-            on_gpu = self._device.type == "cuda"
-            sums[span] += begin.elapsed_time(end) if on_gpu else (end - begin) * 1e3
-        return sums
-
-
-@dataclass
-class CudaPeak:
-    """Peaks of the CUDA allocator in bytes; None on a device without one, and until the phase is over."""
-
-    allocated: int | None = None
-    reserved: int | None = None
-
-
-@contextmanager
-def cuda_peak(device: torch.device) -> Iterator[CudaPeak]:
-    """Measure the peak of one phase: statistics are reset when it begins and read when it ends."""
-    peak = CudaPeak()
-    if device.type != "cuda":
-        yield peak
-        return
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    try:
-        yield peak
-    finally:
-        torch.cuda.synchronize(device)
-        peak.allocated = torch.cuda.max_memory_allocated(device)
-        peak.reserved = torch.cuda.max_memory_reserved(device)
-
 
 class Phases:
-    """Time of the phases of a run.
+    """Time and peaks of the phases of a run.
 
     Attributes:
         seconds: By name of the phase.
@@ -223,11 +200,18 @@ class Phases:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[CudaPeak]:
-        """Time a phase, which may come in several parts, and measure its peak on a GPU."""
+        """Time a phase, which may come in several parts; the peak is that of this part."""
         log.info("%s ...", name)
         start = time.perf_counter()
-        with cuda_peak(self._device) as peak:
-            yield peak
+        peak, device = CudaPeak(), self._device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+        yield peak
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            peak.allocated = torch.cuda.max_memory_allocated(device)
+            peak.reserved = torch.cuda.max_memory_reserved(device)
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
@@ -264,19 +248,10 @@ def training_cost(
     """
     if train_cfg.activation_checkpointing:
         enable_activation_checkpointing(model)
-    autocast, accumulation = PRECISIONS[train_cfg.precision].autocast, train_cfg.gradient_accumulation
-    with method.largest_step(model) or nullcontext():
-        memory = step_memory(
-            model,
-            batch,
-            lambda model: method.optimizer(model, train_cfg),
-            penalty=method.penalty,
-            accumulation=accumulation,
-            max_grad_norm=gradient_clipping(train_cfg, method),
-            autocast=autocast,
-        )
+    memory = step_memory(model, batch, method, train_cfg)
+    autocast = PRECISIONS[train_cfg.precision].autocast
     flops = count_flops(model, batch, penalty=method.penalty, autocast=autocast)
-    return {"memory": memory, "flops": {"per_step": accumulation * flops}}
+    return {"memory": memory, "flops": {"per_step": train_cfg.gradient_accumulation * flops}}
 
 
 def parts_of_peak(breakdown: Mapping[str, int] | None, peak: int) -> dict[str, int] | None:

@@ -54,15 +54,15 @@ class ModuleTrace:
 
     def _enter(self, name: str) -> None:
         self._stack.append(name)
-        self._note(name)
+        self._note()
 
     def _leave(self) -> None:
         self._stack.pop()
-        self._note(self._stack[-1] if self._stack else "")
+        self._note()
 
-    def _note(self, name: str) -> None:
+    def _note(self) -> None:
         self._numbers.append(torch.autograd._get_sequence_nr())
-        self._makers.append(name)
+        self._makers.append(self._stack[-1] if self._stack else "")
 
 
 def module_names(model: nn.Module) -> dict[nn.Module, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -50,44 +50,32 @@ def blank_result(cfg: DictConfig, key: str, stages: Mapping[str, int], device: t
         "eval": None,
         "baselines": {"dense": None, "pruned": None},
         "variants": {},
-        "artifacts": {
-            "config": "config.yaml",
-            "log": "log.txt",
-            "steps": None,
-            "adapter": None,
-            "merged": None,
-        },
+        "artifacts": {"config": "config.yaml", "log": "log.txt", **dict.fromkeys(("steps", "adapter", "merged"))},
     }
 
 
 def count_parameters(model: nn.Module) -> dict[str, int | float | None]:
     """Numbers in the model and trainable ones, the bytes of the trainable ones as they are saved, and the share of the
     weights of the decoder's linear layers that adapters of such layers are on; None without any."""
-    idle = {id(factor) for factor in _idle_factors(model)}
-    share = _adapted_share(model)
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in idle]
-    return {
-        "total": count_weights(model),
-        "trainable": sum(parameter.numel() for parameter in trainable),
-        "adapter_bytes": sum(parameter.numel() * parameter.element_size() for parameter in trainable),
-        "adapted_share": share,
+    # Factors of layers that a method does not train now, though they may ask for a gradient.
+    idle = {
+        id(getattr(layer, part)[name])
+        for layer in model.modules()
+        if isinstance(layer, SparseLinear)
+        for name in layer.r
+        if not layer.expects_gradient(name)
+        for part in layer.adapter_layer_names
     }
-
-
-def _idle_factors(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Factors of layers that a method does not train now, though they may ask for a gradient."""
-    for layer in model.modules():
-        if isinstance(layer, SparseLinear):
-            for name in layer.r:
-                if not layer.expects_gradient(name):
-                    yield from (getattr(layer, part)[name] for part in layer.adapter_layer_names)
-
-
-def _adapted_share(model: nn.Module) -> float | None:
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in idle]
     layers = [part.get_base_layer() for part in model.modules() if isinstance(part, BaseTunerLayer)]
     adapted = {id(layer) for layer in layers if isinstance(layer, nn.Linear)}
     sizes = {id(layer): layer.in_features * layer.out_features for layer in decoder_linears(model).values()}
-    return sum(sizes[key] for key in adapted & sizes.keys()) / sum(sizes.values()) if adapted else None
+    return {
+        "total": count_weights(model),
+        "trainable": sum(parameter.numel() for parameter in trainable),
+        "adapter_bytes": sum(parameter.nbytes for parameter in trainable),
+        "adapted_share": sum(sizes[key] for key in adapted & sizes.keys()) / sum(sizes.values()) if adapted else None,
+    }
 
 
 def held_out_loss(scores: Mapping[str, Any] | None) -> float | None:

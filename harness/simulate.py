@@ -30,7 +30,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,19 +42,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from harness.flops import flop_formulas
-from harness.live_memory import (
-    LiveTensors,
-    Peak,
-    Sharding,
-    count_model,
-    count_optimizer,
-    gradients_counted,
-    training_step,
-)
+from harness.flops import CountFlops
+from harness.live_memory import LiveTensors, Peak, Sharding, count_step, gradients_counted, training_step
 from harness.method import PRECISIONS, Method, wrap
 from harness.module_trace import ModuleTrace, module_names, without_index
-from harness.recipe import enable_activation_checkpointing, gradient_clipping
+from harness.recipe import enable_activation_checkpointing
 from harness.result import count_parameters
 from lors import compress
 from lors.blocks import decoder_blocks
@@ -90,37 +83,19 @@ def simulate(cfg: DictConfig, method: Method, shape: PretrainedConfig) -> dict[s
     names = module_names(model)
     with mode, _ReadsAsOne():
         optimizer = _with_state(method.optimizer(model, train), on_lists=device == "cuda")
-        batch = _full_rows(train.batch_size, train.sequence_length)
-        sharding = Sharding(shards, _gathered(model, names, shards))
-        count_model(live, model, names)
-        count_optimizer(live, optimizer)
-        live.count(batch.values(), "other")
-        micro_batches = min(train.gradient_accumulation, 2)  # a third one adds nothing
-
-        def step(live: LiveTensors) -> int:
-            return training_step(
-                live,
-                model=model,
-                batch=batch,
-                optimizer=optimizer,
-                penalty=method.penalty,
-                micro_batches=micro_batches,
-                max_grad_norm=gradient_clipping(train, method),
-                autocast=PRECISIONS[train.precision].autocast,
-            )
-
-        with ExitStack() as contexts:
-            largest = method.largest_step(model)
-            if largest is not None:
-                with _Flops(apart := LiveTensors()) as flops:  # not entered, it only knows the phase
-                    step(apart)
-                contexts.enter_context(largest)
-            for context in (trace.of(names), gradients_counted(live, model), live):
-                contexts.enter_context(context)
-            if largest is None:
-                flops = contexts.enter_context(_Flops(live))
-            saved = step(live)
-    peak = live.at_peak(sharding)
+        # Without padding: three int64 tensors of B x T.
+        batch = {
+            name: torch.ones(train.batch_size, train.sequence_length, dtype=torch.int64)
+            for name in ("input_ids", "attention_mask", "labels")
+        }
+        count_step(live, model, batch, optimizer, names)
+        step = partial(training_step, model, batch, optimizer, method, train)
+        flops, largest = CountFlops(), method.largest_step(model)
+        if largest is not None:
+            step(LiveTensors(), flops)  # not entered, so it counts nothing
+        with largest or nullcontext(), trace.of(names), gradients_counted(live, model), live:
+            saved = step(live, flops if largest is None else None)
+    peak = live.at_peak(Sharding(shards, _gathered(model, names, shards)))
     memory = {
         "kind": "simulated",
         "device": device,
@@ -132,7 +107,7 @@ def simulate(cfg: DictConfig, method: Method, shape: PretrainedConfig) -> dict[s
         "peak_module": peak.module or _outside(peak.phase),
         "saved_for_backward": saved,
     }
-    per_step = flops.total // micro_batches * train.gradient_accumulation
+    per_step = flops.total * train.gradient_accumulation // min(train.gradient_accumulation, 2)
     return {"memory": memory, "flops": {"per_step": per_step}, "parameters": count_parameters(model)}
 
 
@@ -181,14 +156,6 @@ def _materialise(model: nn.Module) -> None:
             for name, tensor in held.items():
                 if tensor is not None and tensor.is_meta:
                     held[name] = fake(tensor)
-
-
-def _full_rows(batch_size: int, sequence_length: int) -> dict[str, Tensor]:
-    """A batch without padding: three int64 tensors of B x T."""
-    return {
-        name: torch.ones(batch_size, sequence_length, dtype=torch.int64)
-        for name in ("input_ids", "attention_mask", "labels")
-    }
 
 
 def _with_state(optimizer: torch.optim.Optimizer, *, on_lists: bool) -> torch.optim.Optimizer:
@@ -259,20 +226,3 @@ class _ReadsAsOne(TorchDispatchMode):
                 return 1
             raise RuntimeError("the step reads a whole number off a tensor, which has no value in a simulation")
         return func(*args, **(kwargs or {}))
-
-
-class _Flops(TorchDispatchMode):
-    """Counts as `flops.count_flops` does, without its hooks, which hold gradients for longer than a training does."""
-
-    def __init__(self, live: LiveTensors) -> None:
-        super().__init__()
-        self.total = 0
-        self._live = live
-        self._formulas = flop_formulas()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        formula = self._formulas.get(func._overloadpacket)
-        if formula is not None and self._live.phase != "optimizer":
-            self.total += formula(*args, **(kwargs or {}), out_val=result)
-        return result

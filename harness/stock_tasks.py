@@ -4,114 +4,92 @@ from __future__ import annotations
 
 import os
 import reprlib
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal, NamedTuple
+
+import pydantic
+from pydantic import AfterValidator, BaseModel, Field, StringConstraints, ValidationInfo
 
 from harness.corpora import read_rows
 from harness.errors import BadInput
 
-__all__ = ["ZERO_SHOT", "Item", "local_items"]
-
-Item = dict[str, Any]
+__all__ = ["ZERO_SHOT", "local_items"]
 
 
-@dataclass(frozen=True)
-class Column:
-    """What a column of an item may hold: in words, and as a test of its value and of the item."""
-
-    allowed: str
-    holds: Callable[[Any, Item], bool]
-
-
-@dataclass(frozen=True)
-class StockTask:
-    """What has to be known of one of lm-eval's own tasks.
-
-    Attributes:
-        split: The split that lm-eval scores.
-        folder: Where lm-eval keeps the task; naming it spares an index of its ten thousand task files.
-        columns: Columns that its prompt and its answer read; each test relies on those before it.
-    """
+class StockTask(NamedTuple):
+    """The split of a task that lm-eval scores, its folder in lm-eval, and the columns that prompt and answer read."""
 
     split: str
     folder: str
-    columns: dict[str, Column]
+    item: type[BaseModel]
 
 
-def _are_answers(value: Any) -> bool:
-    """Two or more texts that are not blank."""
-    return isinstance(value, list) and len(value) > 1 and all(isinstance(text, str) and text.strip() for text in value)
+class Choices(BaseModel, extra="forbid", strict=True):
+    """Answers and their labels."""
+
+    text: Answers
+    label: Answers
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> Choices:
+        if not len(self.text) == len(self.label) == len(set(self.label)):
+            raise ValueError("must have a label for each text, all different")
+        return self
 
 
-def _are_choices(value: Any) -> bool:
-    if not isinstance(value, dict) or value.keys() != {"text", "label"}:
-        return False
-    label = value["label"]
-    return _are_answers(value["text"]) and _are_answers(label) and len(value["text"]) == len(label) == len(set(label))
+def _is_label(key: str, info: ValidationInfo) -> str:
+    if "choices" in info.data and key not in info.data["choices"].label:
+        raise ValueError("must be one of choices.label")
+    return key
 
 
-TEXT = Column("text", lambda value, item: isinstance(value, str))
-ANSWER = Column("text that is not blank", lambda value, item: isinstance(value, str) and value.strip() != "")
-GAPPED = Column("text with a _ for the answer", lambda value, item: isinstance(value, str) and "_" in value)
-YES_OR_NO = Column("0 or 1", lambda value, item: type(value) is int and value in (0, 1))
-ONE_OR_TWO = Column('"1" or "2"', lambda value, item: value in ("1", "2"))
-ENDINGS = Column("two or more texts that are not blank", lambda value, item: _are_answers(value))
-ENDING = Column(
-    "the number of an ending, from 0",
-    lambda value, item: type(value) in (int, str) and str(value) in map(str, range(len(item["endings"]))),
-)
-CHOICES = Column(
-    "a mapping of text and label, each two or more texts that are not blank, all labels different",
-    lambda value, item: _are_choices(value),
-)
-CHOICE = Column("one of choices.label", lambda value, item: value in item["choices"]["label"])
-PADDED_CHOICE = Column(  # the real test set of OpenBookQA has such keys
-    "one of choices.label, behind blanks at most",
-    lambda value, item: isinstance(value, str) and value.lstrip() in item["choices"]["label"],
-)
-ARC_COLUMNS = {"question": TEXT, "choices": CHOICES, "answerKey": CHOICE}
+def _is_ending(label: Any, info: ValidationInfo) -> str:
+    if "endings" in info.data and str(label) not in map(str, range(len(info.data["endings"]))):
+        raise ValueError("must be the number of an ending, from 0")
+    return str(label)
+
+
+def _task(split: str, folder: str, **columns: Any) -> StockTask:
+    return StockTask(split, folder, pydantic.create_model("Item", __config__={"strict": True}, **columns))
+
+
+Answer = Annotated[str, Field(pattern=r"\S")]
+Answers = Annotated[list[Answer], Field(min_length=2)]
+Gapped = Annotated[str, Field(pattern="_")]
+Ending = Annotated[Any, AfterValidator(_is_ending)]
+Label = Annotated[str, AfterValidator(_is_label)]
+PaddedLabel = Annotated[str, StringConstraints(strip_whitespace=True), AfterValidator(_is_label)]  # as the Hub has them
 ZERO_SHOT = {
-    "boolq": StockTask("validation", "super_glue/boolq", {"question": TEXT, "passage": TEXT, "label": YES_OR_NO}),
-    "rte": StockTask("validation", "glue/rte", {"sentence1": TEXT, "sentence2": TEXT, "label": YES_OR_NO}),
-    "hellaswag": StockTask(
-        "validation",
-        "hellaswag",
-        {"activity_label": TEXT, "ctx_a": TEXT, "ctx_b": TEXT, "endings": ENDINGS, "label": ENDING},
+    "boolq": _task("validation", "super_glue/boolq", question=str, passage=str, label=Literal[0, 1]),
+    "rte": _task("validation", "glue/rte", sentence1=str, sentence2=str, label=Literal[0, 1]),
+    "hellaswag": _task(
+        "validation", "hellaswag", activity_label=str, ctx_a=str, ctx_b=str, endings=Answers, label=Ending
     ),
-    "winogrande": StockTask(
-        "validation", "winogrande", {"sentence": GAPPED, "option1": ANSWER, "option2": ANSWER, "answer": ONE_OR_TWO}
+    "winogrande": _task(
+        "validation", "winogrande", sentence=Gapped, option1=Answer, option2=Answer, answer=Literal["1", "2"]
     ),
-    "arc_easy": StockTask("test", "arc", ARC_COLUMNS),
-    "arc_challenge": StockTask("test", "arc", ARC_COLUMNS),
-    "openbookqa": StockTask(
-        "test", "openbookqa", {"question_stem": TEXT, "choices": CHOICES, "answerKey": PADDED_CHOICE}
-    ),
+    "arc_easy": _task("test", "arc", question=str, choices=Choices, answerKey=Label),
+    "arc_challenge": _task("test", "arc", question=str, choices=Choices, answerKey=Label),
+    "openbookqa": _task("test", "openbookqa", question_stem=str, choices=Choices, answerKey=PaddedLabel),
 }
 
 
-def local_items(root: str, task: str) -> list[Item]:
+def local_items(root: str, task: str) -> list[dict[str, Any]]:
     """The items of a stock task in a folder, with the columns that it reads.
 
     Raises:
         BadInput: No such file, a malformed line, a missing column, or one that holds something else.
     """
-    columns = ZERO_SHOT[task].columns
-    file = os.path.join(root, task, f"{ZERO_SHOT[task].split}.jsonl")
-    items: list[Item] = []
+    split, _, item = ZERO_SHOT[task]
+    file = os.path.join(root, task, f"{split}.jsonl")
+    items = []
     for number, row in enumerate(read_rows(file, key="eval.data_root"), start=1):
-        for name, column in columns.items():
-            if name not in row:
-                raise BadInput(f"eval.data_root: row {number} of {file} has no column {name!r}")
-            allowed = None if column.holds(row[name], row) else column.allowed
-            if items and type(row[name]) is not type(items[0][name]):
-                allowed = allowed or "of the same type in all rows"
-            if allowed:
-                shown = reprlib.repr(row[name])
-                raise BadInput(
-                    f"eval.data_root: column {name!r} of row {number} of {file} must be {allowed}, not {shown}"
-                )
-        items.append({name: row[name] for name in columns})
+        try:
+            items.append(item.model_validate(row).model_dump())
+        except pydantic.ValidationError as invalid:
+            error = invalid.errors()[0]
+            column, reason = ".".join(map(str, error["loc"])), error["msg"].removeprefix("Value error, ")
+            place = f"eval.data_root: column {column} of row {number} of {file}"
+            raise BadInput(f"{place}: {reason} (found {reprlib.repr(error['input'])})") from None
     if not items:
         raise BadInput(f"eval.data_root: {file} is empty")
     return items

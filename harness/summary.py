@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+import pandas as pd
 
 __all__ = ["summary"]
 
 MEBIBYTE = 2**20
+MEMORY = {"live_tensors": "live tensors, exact", "cuda": "CUDA allocator", "simulated": "simulated"}
 # Headers of the end states; a single merged model needs no more than "fine-tuned".
 TUNED = {"adapter": "with adapter", "remasked": "re-masked", "dense": "zeros lost"}
 
@@ -21,14 +23,21 @@ def summary(result: dict[str, Any], file: Path) -> str:
         result: Content of ``result.json``.
         file: Its path.
     """
-    lines = [_title(result), ""]
-    if result["status"] != "ok":
-        lines.append(f"error      {result['error']['type']}: {' '.join(result['error']['message'].split())}")
-    lines += _zeros(result) + _memory(result["memory"]) + _time(result) + _loss(result["loss"])
+    error = result["error"]
+    sections = {
+        "error": [] if result["status"] == "ok" else [f"{error['type']}: {' '.join(error['message'].split())}"],
+        "zeros": _zeros(result),
+        "memory": _memory(result["memory"]),
+        "time": _time(result),
+        "loss": _loss(result["loss"]),
+    }
+    lines = ["", _title(result), ""]
+    for name, texts in sections.items():
+        lines += [f"{name if text is texts[0] else '':<11}{text}" for text in texts]
     table = _scores(result)
-    if table:
-        lines += ["", *table]
-    return "\n".join(["", *lines, "", f"result     {file}"])
+    if not table.empty:
+        lines += ["", table.to_string()]
+    return "\n".join([*lines, "", f"result     {file}"])
 
 
 def _title(result: dict[str, Any]) -> str:
@@ -39,16 +48,16 @@ def _title(result: dict[str, Any]) -> str:
     return f"{result['method']} · {result['model']} · {pruned} · seed {result['seed']} · {result['status']}"
 
 
+def _end_states(result: dict[str, Any], field: str) -> dict[str, Any]:
+    """A field of the row itself and of its variants, where it is known."""
+    states = {result["end_state"]: result, **result["variants"]}
+    return {name: row[field] for name, row in states.items() if row[field] is not None}
+
+
 def _zeros(result: dict[str, Any]) -> list[str]:
-    states = {
-        result["end_state"]: result["zeros"],
-        **{name: row["zeros"] for name, row in result["variants"].items()},
-    }
     lines = []
-    for name, zeros in states.items():
-        if zeros is None:
-            continue
-        text = f"zeros      {zeros['after_prune']:.2%} after pruning"
+    for name, zeros in _end_states(result, "zeros").items():
+        text = f"{zeros['after_prune']:.2%} after pruning"
         if name == "adapter":
             text += ", adapter beside the weights: nothing merged"
         else:
@@ -61,100 +70,68 @@ def _zeros(result: dict[str, Any]) -> list[str]:
 
 
 def _memory(memory: dict[str, Any]) -> list[str]:
-    lines = []
-    if memory["train_peak"] is not None:
-        kinds = {"live_tensors": "live tensors, exact", "cuda": "CUDA allocator", "simulated": "simulated"}
-        kind = kinds[memory["kind"]]
-        lines.append(f"memory     {_size(memory['train_peak'])} at the peak of a training step ({kind})")
+    if memory["train_peak"] is None:
+        return []
+    lines = [f"{_size(memory['train_peak'])} at the peak of a training step ({MEMORY[memory['kind']]})"]
     if memory["breakdown"] is not None:
-        parts = ", ".join(f"{name} {_size(size)}" for name, size in memory["breakdown"].items())
-        lines.append(f"           {parts}")
+        lines.append(", ".join(f"{name} {_size(size)}" for name, size in memory["breakdown"].items()))
     if memory["kind"] == "simulated":
         devices = f"each of {memory['shards']} sharded devices" if memory["shards"] > 1 else "one device"
-        lines.append(f"           on {devices} ({memory['device']}), {memory['peak_phase']}: {memory['peak_module']}")
-    others = [
-        f"{name} {_size(memory[key])}"
-        for name, key in (("init", "init_peak"), ("evaluation", "eval_peak"), ("process", "process_rss_peak"))
-        if memory.get(key) is not None
-    ]
-    return [*lines, f"           peaks of the other phases: {', '.join(others)}"] if lines and others else lines
+        lines.append(f"on {devices} ({memory['device']}), {memory['peak_phase']}: {memory['peak_module']}")
+    others = {"init": "init_peak", "evaluation": "eval_peak", "process": "process_rss_peak"}
+    known = [f"{name} {_size(memory[key])}" for name, key in others.items() if memory.get(key) is not None]
+    return [*lines, f"peaks of the other phases: {', '.join(known)}"] if known else lines
 
 
 def _time(result: dict[str, Any]) -> list[str]:
-    time = result["time"]
+    time, flops = result["time"], result["flops"]["per_step"]
     lines = []
     if time["step_ms"] is not None:
         step = time["step_ms"]
         spans = ", ".join(f"{name} {time[f'{name}_ms']:.1f}" for name in ("forward", "backward", "optimizer"))
-        lines.append(f"step time  {step['p50']:.1f} ms (p10 {step['p10']:.1f}, p90 {step['p90']:.1f}; {spans})")
+        lines.append(f"step time {step['p50']:.1f} ms (p10 {step['p10']:.1f}, p90 {step['p90']:.1f}; {spans})")
         dropped = f"{time['steps']} steps timed, {time['warmup_steps']} warm-up steps dropped"
-        lines.append(f"           {time['tokens_per_second']:,.0f} tokens/s; {dropped}")
-    if result["flops"]["per_step"] is not None:
-        lines.append(f"FLOPs      {result['flops']['per_step'] / 1e9:,.1f} GFLOP a step")
+        lines.append(f"{time['tokens_per_second']:,.0f} tokens/s; {dropped}")
+    if flops is not None:
+        lines.append(f"{flops / 1e9:,.1f} GFLOP a step")
     phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in time["phases"].items())
-    return [*lines, f"phases     {phases} s"] if phases else lines
+    return [*lines, f"phases: {phases} s"] if phases else lines
 
 
 def _loss(loss: dict[str, Any]) -> list[str]:
     lines = []
     if loss["first"] is not None:
-        lines.append(f"loss       {loss['first']:.4f} in the first step, {loss['last']:.4f} in the last")
+        lines.append(f"{loss['first']:.4f} in the first step, {loss['last']:.4f} in the last")
     if loss["eval_after"] is not None:
         before = "" if loss["eval_before"] is None else f"{loss['eval_before']:.4f} before, "
-        lines.append(f"           held-out text: {before}{loss['eval_after']:.4f} after")
+        lines.append(f"held-out text: {before}{loss['eval_after']:.4f} after")
     return lines
 
 
-def _scores(result: dict[str, Any]) -> list[str]:
+def _scores(result: dict[str, Any]) -> pd.DataFrame:
     """One column per model: dense, pruned, and every end state of the fine-tuned one."""
-    columns = {"dense": result["baselines"]["dense"], "pruned": result["baselines"]["pruned"]}
-    states = {result["end_state"]: result["eval"], **{name: row["eval"] for name, row in result["variants"].items()}}
-    for name, scores in states.items():
+    columns = {name: scores for name, scores in result["baselines"].items() if scores is not None}
+    for name, scores in _end_states(result, "eval").items():
         columns[TUNED.get(name, "fine-tuned") if result["method"] != "none" else "as pruned"] = scores
-    columns = {name: scores for name, scores in columns.items() if scores is not None}
-    if not columns:
-        return []
-    rows = [["", *columns]]
-    for task in _in_order(name for scores in columns.values() for name in scores["tasks"]):
-        cells = [scores["tasks"].get(task) for scores in columns.values()]
-        metric = next(cell["metric"] for cell in cells if cell)
-        rows.append([f"{task} ({metric})", *map(_percent, cells)])
-    if any(scores["average"] for scores in columns.values()):
-        rows.append(["average", *(_percent(scores["average"]) for scores in columns.values())])
-    if any(scores["perplexity"] for scores in columns.values()):
-        rows.append(["perplexity", *(_perplexity(scores["perplexity"]) for scores in columns.values())])
-    return _aligned(rows)
+    return pd.DataFrame({name: _cells(scores) for name, scores in columns.items()}).fillna("-")
 
 
-def _in_order(names: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(names))
+def _cells(scores: dict[str, Any]) -> dict[str, str]:
+    cells = {f"{task} ({score['metric']})": _percent(score) for task, score in scores["tasks"].items()}
+    if scores["average"]:
+        cells["average"] = _percent(scores["average"])
+    if scores["perplexity"]:
+        cells["perplexity"] = "-" if scores["perplexity"]["value"] is None else f"{scores['perplexity']['value']:.2f}"
+    return cells
 
 
-def _percent(score: dict[str, Any] | None) -> str:
-    if score is None or score["value"] is None:
+def _percent(score: dict[str, Any]) -> str:
+    if score["value"] is None:
         return "-"
     error = "" if score.get("stderr") is None else f" ± {100 * score['stderr']:.1f}"
     return f"{100 * score['value']:.1f}{error}"
 
 
-def _perplexity(score: dict[str, Any] | None) -> str:
-    return "-" if score is None or score["value"] is None else f"{score['value']:.2f}"
-
-
 def _size(size: int) -> str:
     mebibytes = size / MEBIBYTE
     return f"{mebibytes / 1024:.2f} GiB" if mebibytes >= 1024 else f"{mebibytes:.1f} MiB"
-
-
-def _aligned(rows: list[list[str]]) -> list[str]:
-    """Columns of equal width, the first one to the left."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join(
-            [
-                row[0].ljust(widths[0]),
-                *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
-            ]
-        )
-        for row in rows
-    ]

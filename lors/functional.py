@@ -48,7 +48,7 @@ from torch.nn.functional import linear
 
 from lors.kernels import DENSE, PackedWeight, decode, merge, product
 
-__all__ = ["frozen_linear", "masked_linear", "merged_weight"]
+__all__ = ["frozen_linear", "masked_linear", "merged_weight", "without_autocast"]
 
 
 def masked_linear(
@@ -170,7 +170,7 @@ class _Inputs(torch.autograd.Function):
         weight = PackedWeight(ctx.layout, tuple(parts), (B.shape[0], A.shape[1]))
         needs_x, needs_A, needs_B, needs_bias = ctx.needs_input_grad[:4]
         dx = dA = dB = dbias = None
-        with _without_autocast(grad_output.device.type):
+        with without_autocast(grad_output.device.type):
             G = grad_output.reshape(-1, grad_output.shape[-1])  # n x out
             if needs_x:
                 dx = (G @ merge(weight, A, B, ctx.scaling, G.dtype)).reshape(ctx.x_shape)
@@ -238,7 +238,7 @@ class _FrozenLinear(torch.autograd.Function):
         x, *parts = ctx.saved_tensors
         needs_x, needs_bias, needs_weight = ctx.needs_input_grad[:3]
         dx = dbias = dW = None
-        with _without_autocast(grad_output.device.type):
+        with without_autocast(grad_output.device.type):
             G = grad_output.reshape(-1, grad_output.shape[-1])  # n x out
             if needs_x:
                 W = decode(PackedWeight(ctx.layout, tuple(parts), ctx.shape))
@@ -288,8 +288,8 @@ def _compute_dtype(device_type: str, weight_dtype: torch.dtype) -> torch.dtype:
     return torch.get_autocast_dtype(device_type) if autocast and weight_dtype is not torch.float64 else weight_dtype
 
 
-def _without_autocast(device_type: str) -> AbstractContextManager:
-    """Keep a backward pass that is run under autocast in the types of its forward pass."""
+def without_autocast(device_type: str) -> AbstractContextManager:
+    """Products in the types of their factors, also where autocast is on, as it may be in a backward pass."""
     return torch.autocast(device_type, enabled=False) if _has_autocast(device_type) else nullcontext()
 
 

@@ -27,6 +27,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
+from lors.functional import without_autocast
 from lors.placement import execution_device, full, whole, write
 from lors.sparse_config import UnscaledTunerConfig
 from lors.sparsity import masked_merge
@@ -178,7 +179,7 @@ class SparseLinear(nn.Module, BaseTunerLayer):
         with whole(self):
             W = self.original_weight()
             precise = W.to(torch.promote_types(W.dtype, torch.float32))
-            with torch.autocast(W.device.type, enabled=False):
+            with without_autocast(W.device.type):
                 delta = sum(self.delta_weight(precise, name) for name in names)
                 keep = all(self.options[name].keep_zeros for name in names)
                 return masked_merge(W, delta) if keep else (precise + delta).to(W.dtype)

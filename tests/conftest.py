@@ -8,6 +8,7 @@ import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 # Before any library of Hugging Face is imported: no test may reach for the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -58,6 +59,17 @@ def make_tokenizer(vocab_size: int = 384) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", add_bos_token=True
     )
+
+
+def recipe(**fields: object) -> SimpleNamespace:
+    """The keys of ``train`` that a training of the small model needs: seven steps of two micro-batches of two rows."""
+    keys = {
+        **{"steps": 7, "epochs": None, "batch_size": 2, "gradient_accumulation": 2, "sequence_length": 10},
+        **{"learning_rate": 1e-2, "minimum_learning_rate": 1e-3, "warmup_steps": 2, "weight_decay": 0.0},
+        **{"betas": [0.9, 0.999], "max_grad_norm": 1.0, "precision": "float32", "activation_checkpointing": False},
+        "checkpoint_every": 2,
+    }
+    return SimpleNamespace(**(keys | fields))
 
 
 def sentence(index: int, length: int = 9) -> str:

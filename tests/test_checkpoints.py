@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from callback_loop import with_callbacks
+from conftest import recipe
 from damage import DAMAGES, put_a_link
-from test_train import assert_same_weights, fit, kill_at, lora, recipe, without_times
+from test_train import assert_same_weights, fit, kill_at, lora, without_times
 from torch import nn
 from transformers import TrainerCallback
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import compose_config
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from test_experiments import jobs_of
 
 from analysis.parquet_file import results_of
@@ -31,10 +30,14 @@ SINCE_CHANGED = {
 }
 
 
-@pytest.fixture
-def key(composed) -> Callable[..., str]:
-    """Function from overrides to the key of their run."""
-    return lambda *overrides: run_key(resolve(composed(*overrides)))
+@cache
+def resolved(*overrides: str) -> DictConfig:
+    return resolve(compose_config(*overrides))
+
+
+def key(*overrides: str) -> str:
+    """The key of the run of these overrides."""
+    return run_key(resolved(*overrides))
 
 
 @pytest.mark.parametrize(
@@ -56,7 +59,7 @@ def key(composed) -> Callable[..., str]:
         "prune.text=microworld",  # likewise
     ],
 )
-def test_what_cannot_change_the_numbers_is_not_in_the_key(key, override: str) -> None:
+def test_what_cannot_change_the_numbers_is_not_in_the_key(override: str) -> None:
     assert key(override) == key()
 
 
@@ -78,25 +81,25 @@ def test_what_cannot_change_the_numbers_is_not_in_the_key(key, override: str) ->
         "data.loss_on=answer",
     ],
 )
-def test_what_can_change_the_numbers_is_in_the_key(key, override: str) -> None:
+def test_what_can_change_the_numbers_is_in_the_key(override: str) -> None:
     assert key(override) != key()
 
 
-def test_steps_do_not_count_once_epochs_replace_them(key) -> None:
+def test_steps_do_not_count_once_epochs_replace_them() -> None:
     assert key("train.epochs=2", "train.steps=7") == key("train.epochs=2")
 
 
-def test_a_pruner_does_not_count_where_nothing_is_pruned(key) -> None:
+def test_a_pruner_does_not_count_where_nothing_is_pruned() -> None:
     assert key("sparsity=0") == key("sparsity=0", "prune=magnitude") == key("sparsity=0", "prune=none")
 
 
-def test_a_profile_does_not_depend_on_data_scores_or_where_the_weights_would_be(key) -> None:
+def test_a_profile_does_not_depend_on_data_scores_or_where_the_weights_would_be() -> None:
     profile = ["mode=profile", "model=llama2_7b"]
     assert key(*profile) == key(*profile, "data=alpaca", "eval=zeroshot", "model.path=my/copy")
     assert key(*profile) != key(*profile, "model.layers=2")
 
 
-def test_keys_follow_the_content_of_local_sources_not_their_place(key, tmp_path: Path) -> None:
+def test_keys_follow_the_content_of_local_sources_not_their_place(tmp_path: Path) -> None:
     here, there, other = (tmp_path / name for name in ("here.jsonl", "there.jsonl", "other.jsonl"))
     here.write_text('{"text": "one"}\n')
     there.write_text('{"text": "one"}\n')
@@ -146,7 +149,7 @@ def test_a_file_at_rest_is_read_once_and_a_changed_one_again(tmp_path: Path, mon
     assert fingerprint(file) != young[0]
 
 
-def test_a_fix_changes_the_keys_of_what_it_fixes_and_no_others(key, monkeypatch) -> None:
+def test_a_fix_changes_the_keys_of_what_it_fixes_and_no_others(monkeypatch) -> None:
     runs = ((), ("prune=sparsegpt",), ("prune=none",), ("mode=profile",), ("mode=simulate",))
     before = [key(*run) for run in runs]
     monkeypatch.setattr(identity, "VERSIONS", {**identity.VERSIONS, "prune.wanda": 2})
@@ -156,8 +159,8 @@ def test_a_fix_changes_the_keys_of_what_it_fixes_and_no_others(key, monkeypatch)
     assert key("+method.version=2") != key()
 
 
-def test_a_new_option_changes_no_key_and_a_changed_default_meets_no_old_result(composed, monkeypatch) -> None:
-    cfg = resolve(composed())
+def test_a_new_option_changes_no_key_and_a_changed_default_meets_no_old_result(monkeypatch) -> None:
+    cfg = resolved()
     before = run_key(cfg)
     monkeypatch.setattr(identity, "ABSENT", {**identity.ABSENT, "train.new": "off"})
     off, on = (OmegaConf.merge(cfg, {"train": {"new": value}}) for value in ("off", "on"))
@@ -165,7 +168,7 @@ def test_a_new_option_changes_no_key_and_a_changed_default_meets_no_old_result(c
     assert run_key(off) == before != run_key(on)
 
 
-def test_a_text_is_what_is_in_it_whatever_its_suffix(key, tmp_path: Path) -> None:
+def test_a_text_is_what_is_in_it_whatever_its_suffix(tmp_path: Path) -> None:
     """A .md file in a model folder is documentation; a corpus that is one is not."""
     keys = []
     for content in ("one", "two"):

@@ -15,6 +15,7 @@ from harness.inputs import Inputs, read_inputs
 from harness.method_from_config import build_method
 
 KNOWN = len(make_tokenizer())
+METHODS = sorted(file.stem for file in (Path(__file__).parents[1] / "conf/method").glob("*.yaml"))
 
 
 @pytest.fixture
@@ -27,13 +28,14 @@ def read(tiny_checkpoint: Path, tmp_path: Path) -> Callable[..., Inputs]:
     assert tokenizer.pad_token_id == KNOWN
     tokenizer.save_pretrained(folder)
 
-    def run(training: str = "the cat", calibration: str = "the dog") -> Inputs:
+    def run(*overrides: str, training: str = "the cat", calibration: str = "the dog") -> Inputs:
         rows = write_rows(tmp_path / "rows.jsonl", [{"instruction": training, "output": sentence(1)}])
         text = write_rows(tmp_path / "text.jsonl", [{"text": f"{sentence(2, 40)} {calibration}"}])
         cfg = resolve(
             compose_config(
                 *("model=hf", f"model.path={folder}", "data=alpaca", f"data.path={rows}", f"prune.text={text}"),
                 *("prune.samples=4", "prune.sequence_length=16", "eval=none", f"cache_root={tmp_path}/cache"),
+                *overrides,
             )
         )
         return read_inputs(cfg, build_method(cfg))
@@ -47,6 +49,12 @@ def test_tokens_that_do_not_occur_may_be_unknown_to_the_model(read) -> None:
     assert len(inputs.tokenizer) == KNOWN + 2
     assert inputs.tokenizer.pad_token_id == inputs.tokenizer.eos_token_id < KNOWN
     assert max(max(row["input_ids"]) for row in inputs.rows) < KNOWN
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("precision", ["float32", "bf16_mixed"])
+def test_every_method_passes_what_is_checked_before_a_model_is_loaded(read, method: str, precision: str) -> None:
+    assert read(f"method={method}", f"train.precision={precision}", "adapter.r=2").rows
 
 
 @pytest.mark.parametrize(

@@ -45,10 +45,6 @@ def batch():
     return collator(None, "fixed", T)(random_data(V, RECIPE, seed=0)[:B])
 
 
-def adamw(model):
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-
-
 def trainable(model):
     return [p for p in model.parameters() if p.requires_grad]
 
@@ -134,7 +130,7 @@ def test_a_storage_belongs_to_the_module_that_made_it_or_was_named():
 
 def test_categories_of_a_lora_step():
     model = adapted()
-    report = step_memory(model, batch(), adamw, max_grad_norm=1.0)
+    report = step_memory(model, batch(), lora(), recipe())
     parts = report["breakdown"]
     assert tuple(parts) == CATEGORIES
     assert sum(parts.values()) == report["train_peak"]
@@ -151,18 +147,19 @@ def test_categories_of_a_lora_step():
 def test_saved_activations_grow_with_the_rank_by_one_narrow_product_per_layer():
     """B's gradient needs x A^T, n x r; all else that LoRA saves does not depend on r (methods: one float32
     each)."""
-    saved = {r: step_memory(adapted(lora(r)), batch(), adamw)["saved_for_backward"] for r in (4, 8)}
+    saved = {r: step_memory(adapted(lora(r)), batch(), lora(), recipe())["saved_for_backward"] for r in (4, 8)}
     layers = 2 * 4  # decoder blocks x targets
     assert saved[8] - saved[4] == layers * B * T * (8 - 4) * FLOAT
 
 
 def test_gradients_are_alive_when_the_optimizer_steps_and_with_accumulation_in_a_forward_pass():
     model = adapted(FullMethod("full"))
-    report = step_memory(model, {k: v[:1, :2] for k, v in batch().items()}, adamw)
+    report = step_memory(model, {k: v[:1, :2] for k, v in batch().items()}, FullMethod("full"), recipe())
     assert report["peak_phase"] == "optimizer"  # with two tokens activations are nothing
     assert report["breakdown"]["gradients"] == size(model.parameters())
     assert report["breakdown"]["adapters"] == 0
-    once, twice, often = (step_memory(adapted(), batch(), adamw, accumulation=n) for n in (1, 2, 7))
+    cfgs = [recipe(gradient_accumulation=n) for n in (1, 2, 7)]
+    once, twice, often = (step_memory(adapted(), batch(), lora(), cfg) for cfg in cfgs)
     assert once["breakdown"]["gradients"] < size(trainable(adapted())) == twice["breakdown"]["gradients"]
     assert once["train_peak"] < twice["train_peak"] == often["train_peak"]
 
@@ -180,10 +177,12 @@ def test_a_penalty_is_part_of_the_step_and_a_forward_pass_has_no_gradients():
     def penalty(model):
         return sum((p.flatten().repeat(9) ** 2).sum() for p in trainable(model))
 
-    model = adapted(lora(dropout=0.2))
-    step = step_memory(model, batch(), adamw)
-    assert step == step_memory(model, batch(), adamw)  # the same again
-    assert step_memory(model, batch(), adamw, penalty=penalty)["saved_for_backward"] > step["saved_for_backward"]
+    method = lora(dropout=0.2)
+    model = adapted(method)
+    step = step_memory(model, batch(), method, recipe())
+    assert step == step_memory(model, batch(), method, recipe())  # the same again
+    method.penalty = penalty
+    assert step_memory(model, batch(), method, recipe())["saved_for_backward"] > step["saved_for_backward"]
     at_least = size(model.parameters()) + size(model.buffers()) + 2 * B * T * 8 + B * T * V * FLOAT
     assert at_least < forward_memory(model, batch()) < step["train_peak"]
 
@@ -227,7 +226,7 @@ def test_measuring_leaves_no_trace():
     versions = [buffer._version for buffer in model.buffers()]
     states = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
 
-    step_memory(model, batch(), adamw, max_grad_norm=1.0, accumulation=2)
+    step_memory(model, batch(), lora(), recipe(gradient_accumulation=2))
     forward_memory(model, batch())
     count_flops(model, batch())
 

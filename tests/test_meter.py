@@ -9,22 +9,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 from callback_loop import with_callbacks
-from conftest import make_tiny_llama, make_tokenizer
+from conftest import make_tiny_llama, make_tokenizer, recipe
 from peft import LoraConfig
 from transformers import TrainerCallback
 
 from harness.data import collator, random_data
-from harness.meter import CudaPeak, Meter, cuda_peak, parts_of_peak, process_rss_peak
+from harness.meter import CudaPeak, Meter, Phases, parts_of_peak, process_rss_peak
 from harness.method import Method, adapt
 from harness.train import train
 
 DELAY = 10  # seconds; far above a step of the small model, also on a busy machine
 STEPS, WARMUP = 8, 3
-RECIPE = SimpleNamespace(
-    steps=STEPS, epochs=None, batch_size=2, gradient_accumulation=2, sequence_length=8, learning_rate=1e-3,
-    minimum_learning_rate=1e-4, warmup_steps=0, weight_decay=0.0, betas=[0.9, 0.999], max_grad_norm=1.0,
-    precision="float32", activation_checkpointing=False, checkpoint_every=None,
-)  # fmt: skip
+RECIPE = recipe(steps=STEPS, sequence_length=8, warmup_steps=0, checkpoint_every=None)
 
 
 class Clock:
@@ -196,7 +192,7 @@ def test_process_peak_covers_a_block_that_is_gone_again():
 
 
 def test_a_cpu_has_no_allocator_peak():
-    with cuda_peak(torch.device("cpu")) as peak:
+    with Phases(torch.device("cpu"))("load") as peak:
         torch.zeros(1000)
     assert (peak.allocated, peak.reserved) == (None, None)
 
@@ -204,9 +200,10 @@ def test_a_cpu_has_no_allocator_peak():
 @pytest.mark.gpu
 def test_cuda_peaks_are_reset_between_phases():
     device = torch.device("cuda", 0)
-    with cuda_peak(device) as first:
+    phase = Phases(device)
+    with phase("load") as first:
         torch.zeros(2**26, device=device)
-    with cuda_peak(device) as second:
+    with phase("train") as second:
         torch.zeros(2**20, device=device)
     assert first.allocated >= 2**28 > second.allocated >= 2**22
 

@@ -6,8 +6,9 @@ from __future__ import annotations
 import pytest
 import torch
 from callback_loop import with_callbacks
+from conftest import recipe
 from contract import method_of
-from test_train import assert_same_weights, fit, kill_at_the_last_checkpoint, recipe, without_times
+from test_train import assert_same_weights, fit, kill_at_the_last_checkpoint, without_times
 from transformers import TrainerCallback
 
 from baselines.flat_lora import FlatLoraLinear

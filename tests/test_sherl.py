@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import make_tiny_llama
+from conftest import make_tiny_llama, recipe
 from contract import batch, prune
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from baselines.sherl import SherlBlock, SherlConfig, SherlNorm, SherlPart, aggregated
 from harness.flops import count_inference_flops
 from harness.live_memory import step_memory
+from harness.method import Method
 
 D = 32
 BATCH = batch()
@@ -62,8 +63,7 @@ def test_the_memory_for_the_backward_pass_does_not_grow_with_the_depth():
     saved = []
     for depth in (4, 12):
         model = adapted(depth, side_layers=[depth - 3, depth - 2])
-        optimizer = lambda model: torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])  # noqa: E731
-        saved.append(step_memory(model, BATCH, optimizer)["saved_for_backward"])
+        saved.append(step_memory(model, BATCH, Method("sherl", model.active_peft_config), recipe())["saved_for_backward"])
     assert saved[0] == saved[1]
 
 

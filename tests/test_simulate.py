@@ -155,18 +155,13 @@ def test_as_measured_by_the_allocator_of_a_gpu(config, name, precision) -> None:
 
 def cuda_steps(model: nn.Module, batch: dict, cfg: DictConfig, method) -> list[int]:
     """Allocator peaks of steps after the first, which makes the state of the optimizer."""
-    from harness.recipe import gradient_clipping
-
     if cfg.train.activation_checkpointing:
         enable_activation_checkpointing(model)
     optimizer = method.optimizer(model.train(), cfg.train)
     peaks = []
     for _ in range(3):
         torch.cuda.reset_peak_memory_stats()
-        training_step(
-            LiveTensors(), model=model, batch=batch, optimizer=optimizer, penalty=method.penalty, micro_batches=1,
-            max_grad_norm=gradient_clipping(cfg.train, method), autocast=PRECISIONS[cfg.train.precision].autocast,
-        )  # fmt: skip
+        training_step(model, batch, optimizer, method, cfg.train, LiveTensors())
         torch.cuda.synchronize()
         peaks.append(torch.cuda.max_memory_allocated())
     return peaks[1:]

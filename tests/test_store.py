@@ -6,6 +6,7 @@ import errno
 import math
 import os
 import secrets
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -65,7 +66,6 @@ DAMAGE = {
     "deep": lambda _: "[" * 100_000,
     "changed": lambda text: text.replace("0.5", "0.9"),
     "status": lambda text: text.replace('"ok"', '"fine"'),
-    "another": lambda text: text.replace('"key": "run"', '"key": "other"'),
 }
 
 
@@ -84,6 +84,12 @@ def test_a_damaged_result_is_one_line_and_counts_as_absent(tmp_path: Path, caplo
 def test_a_result_from_before_digests_is_read(tmp_path: Path) -> None:
     write_json(tmp_path / "run" / "result.json", {"key": "run", "status": "ok"})
     assert RunStore(tmp_path / "run").result() == {"key": "run", "status": "ok"}
+
+
+def test_a_result_of_another_run_is_not_taken_for_this_one(tmp_path: Path) -> None:
+    RunStore(tmp_path / "run").write({"status": "ok"})
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    assert RunStore(tmp_path / "copy").result() is None
 
 
 @pytest.mark.parametrize("damage", ["cut", "changed"])

@@ -110,9 +110,8 @@ def test_a_sweep_runs_each_job_in_its_own_process_and_survives_a_failed_one(
     process = run_py([*overrides, "method=lora", "train.steps=2", "train.learning_rate=1e30,1e-3"])
     output = process.communicate()[0]
     assert process.returncode == 1, output
-    statuses = {
-        result["config"]["train"]["learning_rate"]: result["status"] for result in results_in(tmp_path).values()
-    }
+    results = results_in(tmp_path).values()
+    statuses = {result["config"]["train"]["learning_rate"]: result["status"] for result in results}
     assert statuses == {1e30: "failed", 1e-3: "ok"}
     assert "NonFiniteLoss" in output and "the sweep is over" in output
 

@@ -4,12 +4,11 @@ import copy
 import json
 import math
 from itertools import chain
-from types import SimpleNamespace
 
 import pytest
 import torch
 from callback_loop import with_callbacks
-from conftest import make_tiny_llama, make_tokenizer
+from conftest import make_tiny_llama, make_tokenizer, recipe
 from peft import LoraConfig
 from transformers import TrainerCallback
 
@@ -21,17 +20,9 @@ from harness.method import Method, adapt
 from harness.recipe import batch_loss, causal_lm_loss, target_count
 from harness.train import NonFiniteLoss, train
 
-RECIPE = SimpleNamespace(
-    steps=7, epochs=None, batch_size=2, gradient_accumulation=2, sequence_length=10, learning_rate=1e-2,
-    minimum_learning_rate=1e-3, warmup_steps=2, weight_decay=0.0, betas=[0.9, 0.999], max_grad_norm=1.0,
-    precision="float32", activation_checkpointing=False, checkpoint_every=2,
-)  # fmt: skip
+RECIPE = recipe()
 TOKENIZER = make_tokenizer()
 TIMES = ("ms", "forward_ms", "backward_ms", "optimizer_ms", "warmup")
-
-
-def recipe(**fields):
-    return SimpleNamespace(**(vars(RECIPE) | fields))
 
 
 def rows(count=10):

@@ -10,9 +10,9 @@ variant. ``python -m analysis bench FOLDER`` makes the tables from it.
 from __future__ import annotations
 
 import argparse
-import platform
 import sys
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +34,6 @@ FLOOR, RIVAL, FORMULA = FROZEN, "lora", "lors_three_pass"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line and measure; exit code 0, or 2 after one line about bad input."""
     parser = argparse.ArgumentParser(prog="python -m harness.bench", description=__doc__.partition("\n")[0])
-    add_arguments(parser)
-    try:
-        return run(parser.parse_args(arguments))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of the command."""
     parser.add_argument("--levels", nargs="+", choices=LEVELS, default=list(LEVELS), help="what is timed")
     parser.add_argument("--variants", nargs="+", choices=[*VARIANTS, *METHODS], default=list(VARIANTS), help="methods")
     parser.add_argument("--width", type=int, default=2048, help="of a Llama, a multiple of 128")
@@ -58,10 +48,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=30, help="samples of each case")
     parser.add_argument("--warmup", type=int, default=3, help="calls of each case before the first sample")
     parser.add_argument("--output", type=Path, default=Path("runs/bench"), help="folder for what is written")
+    try:
+        run(parser.parse_args(arguments))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
-def run(options: argparse.Namespace) -> int:
-    """Measure, write ``bench.csv`` and print its columns in brief; exit code 0."""
+def run(options: argparse.Namespace) -> None:
+    """Measure, write ``bench.csv`` and print its columns in brief."""
     for name in ("layers", "vocabulary", "tokens", "rank", "rounds"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name} {getattr(options, name)}: must be a whole number >= 1")
@@ -78,18 +74,16 @@ def run(options: argparse.Namespace) -> int:
     cases = build(setting, options.levels, options.variants)
     roof = roofs(PRECISIONS[setting.precision].base, setting.device)
     measured = []
-    for level in dict.fromkeys(case.level for case in cases):
-        here = [case for case in cases if case.level == level]
-        measured.append(measure(here, setting, roof, rounds=options.rounds, warmup=options.warmup, model=options.model))
+    for _, level in groupby(cases, key=lambda case: case.level):
+        measured.append(measure(list(level), setting, roof, options.rounds, options.warmup, options.model))
         table = pd.concat(measured, ignore_index=True)
         table.to_csv(options.output / "bench.csv", index=False)  # a level is not lost with the next one
     print(table[["level", "variant", "ms", "to_lora", "to_frozen", "gflops", "gbs"]].to_string(index=False, na_rep="-"))
     print(f"\ntables: python -m analysis bench {options.output}")
-    return 0
 
 
 def measure(
-    cases: Sequence[Case], setting: Setting, roof: Roofs, *, rounds: int, warmup: int, model: str | None = None
+    cases: Sequence[Case], setting: Setting, roof: Roofs, rounds: int, warmup: int, model: str | None = None
 ) -> pd.DataFrame:
     """One row for each case.
 
@@ -98,29 +92,26 @@ def measure(
     second); roof_gflops, roof_gbs; the setting and the machine.
 
     Args:
-        cases: Of any number of levels.
+        cases: Those of one level.
         setting: What they were built with.
         roof: Of the machine.
         rounds: Samples of each.
         warmup: Calls of each before the first sample.
         model: Name of the shape, for the table.
     """
+    works = [work_of(case) for case in cases]
+    samples = sample(cases, setting.device, rounds=rounds, warmup=warmup)
+    seconds = {variant: np.array(times) for variant, times in samples.items()}
+    facts = _facts(setting, model)
     rows = []
-    for level in dict.fromkeys(case.level for case in cases):
-        here = [case for case in cases if case.level == level]
-        works = {case.variant: work_of(case) for case in here}
-        seconds = {
-            variant: np.array(times)
-            for variant, times in sample(here, setting.device, rounds=rounds, warmup=warmup).items()
-        }
-        for variant, times in seconds.items():
-            work, median = works[variant], float(np.median(times))
-            row = {"level": level, "variant": variant, **_quantiles("ms", 1e3 * times), "rounds": rounds}
-            for base in (RIVAL, FLOOR, FORMULA):
-                row |= _quantiles(f"to_{base}", times / seconds[base] if base in seconds else np.array([np.nan]))
-            row |= {"flops": work.flops, "bytes": work.bytes}
-            row |= {"gflops": work.flops / median / 1e9, "gbs": work.bytes / median / 1e9}
-            rows.append(row | {"roof_gflops": roof.flops / 1e9, "roof_gbs": roof.bytes / 1e9} | _facts(setting, model))
+    for case, work in zip(cases, works, strict=True):
+        times = seconds[case.variant]
+        row = {"level": case.level, "variant": case.variant, **_quantiles("ms", 1e3 * times), "rounds": rounds}
+        for base in (RIVAL, FLOOR, FORMULA):
+            row |= _quantiles(f"to_{base}", times / seconds.get(base, np.nan))
+        row |= {"flops": work.flops, "bytes": work.bytes}
+        row |= {"gflops": work.flops / row["ms"] / 1e6, "gbs": work.bytes / row["ms"] / 1e6}
+        rows.append(row | {"roof_gflops": roof.flops / 1e9, "roof_gbs": roof.bytes / 1e9} | facts)
     return pd.DataFrame(rows)
 
 
@@ -132,6 +123,7 @@ def _quantiles(name: str, values: np.ndarray) -> dict[str, float]:
 def _facts(setting: Setting, model: str | None) -> dict[str, Any]:
     """Setting and machine, the same in every row."""
     machine = environment(setting.device)
+    of_machine = ("device", "threads", "torch", "transformers", "peft", "git_commit", "git_dirty", "platform")
     return {
         "model": model or "",
         "width": setting.shape.hidden_size,
@@ -143,11 +135,7 @@ def _facts(setting: Setting, model: str | None) -> dict[str, Any]:
         "dtype": setting.precision,
         "pattern": setting.pattern,
         "sparsity": setting.sparsity,
-        **{
-            name: machine[name]
-            for name in ("device", "threads", "torch", "transformers", "peft", "git_commit", "git_dirty")
-        },
-        "platform": platform.platform(),
+        **{name: machine[name] for name in of_machine},
     }
 
 

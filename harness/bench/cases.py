@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -40,7 +39,7 @@ from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 
 import lors.functional
 from harness.bench.training import Training
-from harness.method import PRECISIONS, Method, adapt
+from harness.method import PRECISIONS, adapt
 from harness.recipe import batch_loss
 from harness.weights import random_model
 from lors.blocks import decoder_blocks
@@ -96,6 +95,11 @@ class Setting:
     sparsity: float
     device: torch.device
 
+    @property
+    def autocast(self) -> bool:
+        """Whether matrix products run in bfloat16 autocast."""
+        return PRECISIONS[self.precision].autocast
+
 
 @dataclass(frozen=True)
 class Case:
@@ -138,16 +142,20 @@ def build(setting: Setting, levels: list[str], variants: list[str], seed: int = 
     """All cases, level by level; without those that the setting does not have."""
     if setting.device.type != "cuda" or setting.pattern != SEMI_STRUCTURED:
         variants = [variant for variant in variants if variant != "lors_2_4"]
-    formats = PRECISIONS[setting.precision]
-    base = random_model(setting.shape, formats.base, setting.sparsity, setting.pattern, seed).to(setting.device)
-    models = {variant: _adapted(base, setting, variant) for variant in variants}
+    dtype = PRECISIONS[setting.precision].base
+    base = random_model(setting.shape, dtype, setting.sparsity, setting.pattern, seed).to(setting.device)
+    trainings = {variant: _training(base, setting, variant) for variant in variants}
     makers = {"merge": _merge, "linear": _linear, "block": _block, "step": _step}
-    return [
-        Case(level, variant, _within(variant, makers[level](models[variant], setting)))
-        for level in levels
-        for variant in variants
-        if _has(level, variant, models[variant].model)
-    ]
+    cases = []
+    for level in levels:
+        for variant, training in trainings.items():
+            if not _has(level, variant, training.model):
+                continue
+            run = makers[level](training, setting)
+            if variant == "lors_three_pass":
+                run = mock.patch.object(lors.functional, "merge", three_pass_merge)(run)
+            cases.append(Case(level, variant, run))
+    return cases
 
 
 def _has(level: str, variant: str, model: nn.Module) -> bool:
@@ -165,45 +173,21 @@ def three_pass_merge(weight: PackedWeight, A: Tensor, B: Tensor, scaling: float,
     return T.mul_(W != 0)
 
 
-def _adapted(base: nn.Module, setting: Setting, variant: str) -> Training:
+def _training(base: nn.Module, setting: Setting, variant: str) -> Training:
     """The training of a copy of the model that shares its weights, wrapped."""
     name, options = VARIANTS.get(variant, (variant, {}))
-    method = _method(name, setting.r, options)
+    config = OmegaConf.create({"seed": 0, "adapter": {"r": setting.r, "alpha": setting.r, "targets": TARGETS}})
+    config.method = OmegaConf.load(CONF / "method" / f"{name}.yaml")
+    for field, value in options.items():
+        config.method.peft[field] = value
+    method = instantiate(config.method, _convert_="all")
     shared = {} if method.peft is None and method.trains else {id(weight): weight for weight in base.parameters()}
     adapted = adapt(method, copy.deepcopy(base, shared), precision=setting.precision)
     generator = torch.Generator().manual_seed(0)
     for parameter in adapted.parameters() if shared else ():
         if parameter.requires_grad:
-            values = torch.randn(parameter.shape, generator=generator) / 100
-            parameter.data.copy_(values)
-    return Training(method, adapted.train())
-
-
-def _method(name: str, r: int, options: Mapping[str, object]) -> Method:
-    shared = {
-        "seed": 0,
-        "adapter": {"r": r, "alpha": r, "targets": TARGETS},
-        "method": OmegaConf.load(CONF / "method" / f"{name}.yaml"),
-    }
-    config = OmegaConf.create(shared)
-    for field, value in options.items():
-        config.method.peft[field] = value
-    return instantiate(config.method, _convert_="all")
-
-
-def _within(variant: str, run: Callable[[], None]) -> Callable[[], None]:
-    """``run`` with the merge of its variant."""
-
-    def merge_of_the_variant() -> AbstractContextManager:
-        if variant == "lors_three_pass":
-            return mock.patch.object(lors.functional, "merge", three_pass_merge)
-        return nullcontext()
-
-    def inside() -> None:
-        with merge_of_the_variant():
-            run()
-
-    return inside
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / 100)
+    return Training(method, adapted.train(), setting.precision)
 
 
 def _merge(training: Training, setting: Setting) -> Callable[[], None]:
@@ -212,14 +196,13 @@ def _merge(training: Training, setting: Setting) -> Callable[[], None]:
     base = layer.get_base_layer()
     W = base.packed if isinstance(base, CompressedLinear) else base.weight
     A, B, scaling = layer.lors_A["default"], layer.lors_B["default"], layer.scaling["default"]
-    dtype = torch.bfloat16 if PRECISIONS[setting.precision].autocast else None
+    dtype = torch.bfloat16 if setting.autocast else None
     return lambda: lors.functional.merged_weight(W, A, B, scaling, dtype)
 
 
 def _linear(training: Training, setting: Setting) -> Callable[[], None]:
     """The output projection of attention, width x width."""
-    layer = _projection(training.model)
-    return _forward_and_backward(training.model, layer, _hidden(setting), setting)
+    return _forward_and_backward(training.model, _projection(training.model), _hidden(setting), setting)
 
 
 def _block(training: Training, setting: Setting) -> Callable[[], None]:
@@ -227,8 +210,7 @@ def _block(training: Training, setting: Setting) -> Callable[[], None]:
     model = training.model
     x = _hidden(setting).unsqueeze(0)
     inner = (model.get_base_model() if isinstance(model, PeftModel) else model).model
-    positions = torch.arange(setting.tokens, device=setting.device).unsqueeze(0)
-    angles = inner.rotary_emb(x, positions)
+    angles = inner.rotary_emb(x, torch.arange(setting.tokens, device=setting.device).unsqueeze(0))
     return _forward_and_backward(model, partial(_first_block(model), position_embeddings=angles), x, setting)
 
 
@@ -238,38 +220,30 @@ def _step(training: Training, setting: Setting) -> Callable[[], None]:
     tokens = torch.randint(setting.shape.vocab_size, (1, setting.tokens), generator=torch.Generator().manual_seed(0))
     tokens = tokens.to(setting.device)
     batch = {"input_ids": tokens, "labels": tokens, "attention_mask": torch.ones_like(tokens)}
-    autocast = PRECISIONS[setting.precision].autocast
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not trained:
-        # What every adapter needs: the gradients of the first projections, not that of the embedding.
-        for name in ("q_proj", "k_proj", "v_proj"):
-            _first_block(model).self_attn.get_submodule(name).register_forward_hook(_ask_for_gradient)
-        return lambda: batch_loss(model, batch, autocast=autocast).backward()
-    training.make_optimizer()
-    return lambda: training.step(batch, autocast=autocast)
-
-
-def _ask_for_gradient(module: nn.Module, inputs: tuple, output: Tensor) -> None:
-    if not output.requires_grad:  # the other levels ask for the gradient of their input
-        output.requires_grad_()
+    if training.method.trains:
+        training.make_optimizer()
+        return lambda: training.step(batch)
+    # What every adapter needs: the gradients of the first projections, not that of the embedding.
+    for name in ("q_proj", "k_proj", "v_proj"):
+        projection = _first_block(model).self_attn.get_submodule(name)
+        projection.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
+    return lambda: batch_loss(model, batch, autocast=setting.autocast).backward()
 
 
 def _forward_and_backward(
     model: nn.Module, layer: Callable[[Tensor], Tensor], x: Tensor, setting: Setting
 ) -> Callable[[], None]:
     """One pass forward and one back, with a given gradient of the output and that of the input."""
-    autocast = PRECISIONS[setting.precision].autocast
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    cleared = [x, *(parameter for parameter in model.parameters() if parameter.requires_grad)]
     G = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x)
 
     def run() -> None:
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=setting.autocast):
             y = layer(x)
         y = y[0] if isinstance(y, tuple) else y
         y.backward(G.to(y.dtype))
-        x.grad = None
-        for parameter in trained:
-            parameter.grad = None
+        for tensor in cleared:
+            tensor.grad = None
 
     return run
 
@@ -277,7 +251,7 @@ def _forward_and_backward(
 def _hidden(setting: Setting) -> Tensor:
     """Input of a linear, tokens x width; asks for its gradient, as inside of a network."""
     x = torch.randn(setting.tokens, setting.shape.hidden_size, generator=torch.Generator().manual_seed(2))
-    dtype = torch.bfloat16 if PRECISIONS[setting.precision].autocast else PRECISIONS[setting.precision].base
+    dtype = torch.bfloat16 if setting.autocast else PRECISIONS[setting.precision].base
     return x.to(setting.device, dtype).requires_grad_()
 
 

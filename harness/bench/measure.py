@@ -20,12 +20,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
 
 from harness.bench.cases import Case
-from harness.flops import flop_formulas
+from harness.flops import CountFlops
 
 __all__ = ["Roofs", "Work", "roofs", "sample", "work_of"]
 
@@ -95,7 +94,7 @@ def work_of(case: Case) -> Work:
     """Count one call."""
     with _Count() as count:
         case.run()
-    return Work(count.flops, count.bytes)
+    return Work(count.total, count.bytes)
 
 
 def roofs(dtype: torch.dtype, device: torch.device, rounds: int = 5) -> Roofs:
@@ -111,20 +110,13 @@ def roofs(dtype: torch.dtype, device: torch.device, rounds: int = 5) -> Roofs:
     return Roofs(2 * side**3 / product, 2 * size / copy)
 
 
-class _Count(TorchDispatchMode):
-    """Adds up the FLOPs and the bytes of the operations."""
+class _Count(CountFlops):
+    """Adds up the bytes of the operations, too."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.flops = self.bytes = 0
-        self._formulas = flop_formulas()
+    bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        formula = self._formulas.get(func._overloadpacket)
-        if formula is not None:
-            self.flops += formula(*args, **kwargs, out_val=result)
+        result = super().__torch_dispatch__(func, types, args, kwargs)
         if not func.is_view:
             self.bytes += _bytes(tree_leaves((args, kwargs))) + _bytes(tree_leaves(result))
         return result

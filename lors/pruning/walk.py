@@ -27,6 +27,7 @@ from lors.blocks import block_linears, decoder_blocks, decoder_linears
 from lors.pruning.magnitude import prune_magnitude
 from lors.pruning.sparsegpt import gram_matrix, prune_sparsegpt
 from lors.pruning.wanda import prune_wanda, squared_norms
+from lors.randomness import modes_kept
 from lors.sparsity import check_width, resolve_sparsity
 
 # The rule, and the statistic of the inputs X (tokens x in) that it needs: added up over the samples.
@@ -191,13 +192,13 @@ def _share(value: Any, twin: Any) -> Any:
 @contextmanager
 def _measuring(model: nn.Module) -> Iterator[None]:
     """No dropout and no TF32 in float32 products; both as they were afterwards."""
-    training, precision = model.training, torch.get_float32_matmul_precision()
-    model.eval()
+    precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        yield
+        with modes_kept(model):
+            model.eval()
+            yield
     finally:
-        model.train(training)
         torch.set_float32_matmul_precision(precision)
 
 
