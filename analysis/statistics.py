@@ -265,7 +265,7 @@ def _tail(d: np.ndarray, of_seeds: np.ndarray, f: float, of_items: np.ndarray, g
     with np.errstate(divide="ignore", invalid="ignore"):
         far = np.abs(d)[..., None, None] / spread
     p = np.einsum("...ij,i,j", 2 * special.ndtr(-far), weights, item_weights)
-    return np.where(d == 0, 1.0, p)  # also where nothing spreads
+    return np.where(d == 0, 1.0, np.minimum(p, 1.0))  # 1 also where nothing spreads, and not above it by rounding
 
 
 @lru_cache(maxsize=256)

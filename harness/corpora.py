@@ -1,11 +1,10 @@
-"""Where text and instructions come from: a local file, the embedded microworld, or a data set on the Hugging
-Face Hub.
+"""Where text and instructions come from: a local file, the embedded microworld, or a data set on the Hugging Face Hub.
 
-Local files are read here, not by `datasets`, so that a malformed line is reported with its file and number
-and nothing is copied into a cache. Formats: ``.json`` (a list of objects), JSON lines under any name, and any
-other file as one document of plain text. JSON is strict: no NaN, no half of a surrogate pair. A name that is no file
-and has at most one slash is taken for a Hub name, ``owner/name`` or ``owner/name:config``; from there only the rows
-that are asked for are downloaded, and no code is.
+Local files are read here, not by `datasets`, so that a malformed line is reported with its file and number and nothing
+is copied into a cache. Formats: ``.json`` (a list of objects), JSON lines under any name, and any other file as one
+document of plain text. JSON is strict: no NaN, no half of a surrogate pair. A name that is no file and has at most one
+slash is taken for a Hub name, ``owner/name`` or ``owner/name:config``; from there only the rows that are asked for are
+downloaded, and no code is.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from pydantic_core import from_json
 
@@ -47,11 +46,10 @@ def read_rows(
         key: Name of the config key that `path` comes from, for the messages.
 
     Raises:
-        BadInput: No such file or data set, or a line that is not a JSON object (the message has file and
-            line).
+        BadInput: No such file or data set, or a line that is not a JSON object (the message has file and line).
     """
     if _is_local(path):
-        rows = _json_rows(_existing_file(path, key), key)
+        rows = _json_rows(path, key)
     else:
         name, _, config = path.partition(":")
         rows = _hub_rows(name, config or None, split, False, path, key)
@@ -62,10 +60,9 @@ def texts(source: str, *, split: str = "train", limit: int | None = None, key: s
     """Documents of a text source, in order and without special tokens.
 
     Args:
-        source: ``microworld``, a short name (``c4``, ``wikitext``), a file (JSON with a column `text` or
-            `page`; any other suffix: one document), or a Hub name.
-        split: Split of the microworld (calibration, heldout, pretrain) or of a Hub data set; a short name has
-            its own.
+        source: ``microworld``, a short name (``c4``, ``wikitext``), a file (JSON with a column `text` or `page`; any
+            other suffix: one document), or a Hub name.
+        split: Split of the microworld (calibration, heldout, pretrain) or of a Hub data set; a short name has its own.
         limit: Stop after so many documents; None for all.
         key: Name of the config key that `source` comes from, for the messages.
 
@@ -73,14 +70,19 @@ def texts(source: str, *, split: str = "train", limit: int | None = None, key: s
         BadInput: No such source, a malformed line, or no column that holds text.
     """
     if source == MICROWORLD:
-        return islice(microworld.texts(split), limit)
-    if source in WELL_KNOWN and not os.path.exists(source):
-        rows = _hub_rows(*WELL_KNOWN[source], source, key)
+        yield from islice(microworld.texts(split), limit)
     elif _is_local(source) and Path(source).suffix not in JSON_SUFFIXES:
-        return iter([_read(_existing_file(source, key), key)])
+        with _opened(source, key) as stream:
+            text = stream.read()
+        if "\0" in text:
+            raise BadInput(f"{key}={source}: not text (it holds a null character)")
+        yield text
     else:
-        rows = read_rows(source, split=split, key=key)
-    return islice(_documents(rows, source, key), limit)
+        known = WELL_KNOWN.get(source)
+        rows = _hub_rows(*known, source, key) if known else read_rows(source, split=split, key=key)
+        for number, row in enumerate(islice(rows, limit), start=1):
+            column = "page" if "page" in row and "text" not in row else "text"  # `page` in document-level WikiText
+            yield require_text(row, column, number, source, key)
 
 
 def instructions(data_cfg: Any) -> Iterator[tuple[str, str, str]]:
@@ -105,12 +107,10 @@ def instructions(data_cfg: Any) -> Iterator[tuple[str, str, str]]:
 
 
 def wikitext_rows(pages: Iterable[str]) -> list[str]:
-    """The rows of WikiText-2 raw, as the Hub serves them, from its pages (`page` column of the document-level
-    form).
+    """The rows of WikiText-2 raw, as the Hub serves them, from its pages (column `page` of the document-level form).
 
-    A row is a line with its line end, or the empty string for a blank line; the published perplexities join
-    these rows. The original file opens with a blank line, which belongs to no page, and one line end
-    separates two pages.
+    A row is a line with its line end, or the empty string for a blank line; the published perplexities join these rows.
+    The original file opens with a blank line, which belongs to no page, and one line end separates two pages.
     """
     lines = (" \n" + "\n".join(pages)).split("\n")[:-1]
     return [line + "\n" if line.strip() else "" for line in lines]
@@ -118,12 +118,9 @@ def wikitext_rows(pages: Iterable[str]) -> list[str]:
 
 def require_text(row: dict[str, Any], column: str, number: int, source: str, key: str) -> str:
     """Text in a column of row `number` (from 1); BadInput names a column that is missing or no text."""
-    if column not in row:
-        has = ", ".join(map(reprlib.repr, row)) or "none"
-        raise BadInput(f"{key}={source}: row {number} has no column {column!r}; its columns are {has}")
-    if not isinstance(row[column], str):
-        shown = reprlib.repr(row[column])
-        raise BadInput(f"{key}={source}: column {column!r} of row {number} must be text, not {shown}")
+    if not isinstance(row.get(column), str):
+        found = f"{reprlib.repr(row.get(column))} (the row has {reprlib.repr(list(row))})"
+        raise BadInput(f"{key}={source}: column {column!r} of row {number} must be text, not {found}")
     return row[column]
 
 
@@ -137,37 +134,26 @@ def _is_local(path: str) -> bool:
     return looks_like_a_file or os.path.exists(path)
 
 
-def _existing_file(path: str, key: str) -> Path:
+@contextmanager
+def _opened(path: str, key: str) -> Iterator[TextIO]:
+    """A text file, which is named in what goes wrong while it is read."""
     # os.path, because it takes whatever cannot be looked at (no home, no permission, a name too long) for missing.
     file = os.path.expanduser(path)
     if not os.path.exists(file):
         raise BadInput(f"{key}={path}: no such file")
     if not os.path.isfile(file):  # reading a pipe could wait for ever, a device have no end
         raise BadInput(f"{key}={path}: must be a regular file")
-    return Path(file)
-
-
-@contextmanager
-def _reading(file: Path, key: str) -> Iterator[None]:
-    """Names the file in what goes wrong while it is read."""
     try:
-        yield
+        with open(file, encoding="utf-8-sig") as stream:
+            yield stream
     except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{key}={file}: cannot be read ({one_line(error)})") from error
+        raise BadInput(f"{key}={path}: cannot be read ({one_line(error)})") from error
 
 
-def _read(file: Path, key: str) -> str:
-    with _reading(file, key):
-        text = file.read_text(encoding="utf-8-sig")
-    if "\0" in text:
-        raise BadInput(f"{key}={file}: not text (it holds a null character)")
-    return text
-
-
-def _json_rows(file: Path, key: str) -> Iterator[dict[str, Any]]:
+def _json_rows(path: str, key: str) -> Iterator[dict[str, Any]]:
     """The objects of a list if the first character is a bracket, else one a line; blank lines are skipped."""
-    place = f"{key}: {file}"
-    with _reading(file, key), file.open(encoding="utf-8-sig") as stream:
+    place = f"{key}={path}"
+    with _opened(path, key) as stream:
         first = next((line for line in stream if line.strip()), "")
         stream.seek(0)
         if first.lstrip().startswith("["):
@@ -192,10 +178,7 @@ def _parsed(text: str, place: str) -> Any:
 def _hub_rows(
     name: str, config: str | None, split: str, whole: bool, source: str, key: str
 ) -> Iterator[dict[str, Any]]:
-    """Stream a Hub data set, or download it whole into the cache of `datasets`, which works without a network then.
-
-    The file formats and the network are the Hub's business, so are their errors.
-    """
+    """Stream a Hub data set, or download it whole into the cache of `datasets`, which works without a network then."""
     import datasets
 
     try:
@@ -205,9 +188,3 @@ def _hub_rows(
             f"{key}={source}: no such file, and split {split!r} of the data set {name} could not be read from the Hub "
             f"or the cache of datasets ({one_line(error)})"
         ) from error
-
-
-def _documents(rows: Iterable[dict[str, Any]], source: str, key: str) -> Iterator[str]:
-    for number, row in enumerate(rows, start=1):
-        column = "page" if "page" in row and "text" not in row else "text"  # `page` in document-level WikiText
-        yield require_text(row, column, number, source, key)

@@ -79,19 +79,14 @@ def training_rows(
     """The training rows of a resolved config, tokenised once for all methods and seeds.
 
     They are shuffled by ``seed``, so that the first ones, which an initialisation reads, are a random sample.
-
-    Args:
-        cfg: The resolved config.
-        fingerprinted: The same with fingerprints in place of paths, see `identity.with_fingerprints`.
-        tokenizer: The model's.
-        vocabulary: Tokens that the model knows.
+    `fingerprinted` is the config of `identity.with_fingerprints`; the model knows the tokens 0 to `vocabulary` - 1.
 
     Raises:
         BadInput: See `tokenised_rows`; or a token that the model does not know.
     """
     train = cfg.train
     # No more text is read than the steps need, so that their number is part of what the rows are.
-    needed = [train.steps, train.batch_size, train.gradient_accumulation] if cfg.data.kind == "text" else None
+    needed = _rows_needed(train) if cfg.data.kind == "text" else None
     chosen = [fingerprinted["data"], train.sequence_length, needed]
     rows = _made_once(cfg, fingerprinted, chosen, lambda: tokenised_rows(cfg.data, train, tokenizer))
     check_token_ids((max(row["input_ids"]) for row in rows), tokenizer, vocabulary, "the training rows")
@@ -109,9 +104,7 @@ def calibration_samples(
     """
     prune = cfg.prune
     chosen = [fingerprinted["prune"]["text"], prune.samples, prune.sequence_length, prune.seed]
-    samples = _made_once(
-        cfg, fingerprinted, chosen, lambda: calibration_tokens(prune, tokenizer, prune.seed).tolist()
-    )
+    samples = _made_once(cfg, fingerprinted, chosen, lambda: calibration_tokens(prune, tokenizer, prune.seed).tolist())
     check_token_ids(map(max, samples), tokenizer, vocabulary, "prune.text")
     return torch.tensor(samples)
 
@@ -124,7 +117,6 @@ def tokenised_rows(data_cfg: Any, train_cfg: Any, tokenizer: Tokenizer) -> list[
             for all), for instructions also ``template`` (alpaca) and ``loss_on`` (all, answer).
         train_cfg: ``sequence_length``; for text also ``steps``, ``batch_size`` and ``gradient_accumulation``:
             no more text is read than the steps need.
-        tokenizer: The model's.
 
     Returns:
         Rows of at most ``sequence_length`` tokens, in the order of their source; each has a target for the loss.
@@ -138,10 +130,7 @@ def tokenised_rows(data_cfg: Any, train_cfg: Any, tokenizer: Tokenizer) -> list[
     if data_cfg.kind == "text":
         split = "pretrain" if source == MICROWORLD else data_cfg.split
         return _text_rows(texts(source, split=split, limit=data_cfg.limit), source, train_cfg, tokenizer)
-    rows = _instruction_rows(instructions(data_cfg), data_cfg, train_cfg, tokenizer)
-    if not rows:
-        raise BadInput(f"data.path={source}: no row to train on; the data set is empty")
-    return rows
+    return _instruction_rows(instructions(data_cfg), data_cfg, train_cfg, tokenizer)
 
 
 def collator(tokenizer: Tokenizer | None, pad: str, sequence_length: int) -> Collator:
@@ -165,8 +154,7 @@ def collator(tokenizer: Tokenizer | None, pad: str, sequence_length: int) -> Col
 
 
 def batches_of(rows: Sequence[Row], train_cfg: Any, tokenizer: Tokenizer | None) -> tuple[Collator, Batch]:
-    """What makes the batches of the training, and the first batch padded to ``train.sequence_length``, which costs what
-    the longest one does."""
+    """What makes the batches of the training, and the first one at its full length, the costliest that can be."""
     length = train_cfg.sequence_length
     first = collator(tokenizer, "fixed", length)(rows[: train_cfg.batch_size])
     return collator(tokenizer, train_cfg.pad, length), first
@@ -181,7 +169,6 @@ def calibration_tokens(prune_cfg: Any, tokenizer: Tokenizer, seed: int) -> LongT
 
     Args:
         prune_cfg: ``samples`` (N), ``sequence_length`` (L), ``text`` (source, see `corpora.texts`).
-        tokenizer: The model's.
         seed: Order of the documents.
 
     Raises:
@@ -207,20 +194,11 @@ def calibration_tokens(prune_cfg: Any, tokenizer: Tokenizer, seed: int) -> LongT
 
 
 def check_token_ids(ids: Iterable[int], tokenizer: Tokenizer, vocabulary: int, where: str) -> None:
-    """Hold the tokens that occur against the model; that its tokenizer has more of them does not matter.
+    """Raise `BadInput` if one of the tokens is not among the `vocabulary` that the model knows; `where` they occur.
 
-    Args:
-        ids: The tokens, or some of them with the largest; not looked at if the tokenizer has none too many.
-        tokenizer: The model's.
-        vocabulary: Tokens that the model knows, 0 to `vocabulary` - 1.
-        where: What they occur in, for the message.
-
-    Raises:
-        BadInput: The model does not know one of them.
+    That its tokenizer has more of them does not matter.
     """
-    if max(tokenizer.get_vocab().values(), default=0) < vocabulary:
-        return
-    largest = max(ids, default=0)
+    largest = max(ids)
     if largest >= vocabulary:
         token = tokenizer.convert_ids_to_tokens(largest)
         raise BadInput(
@@ -231,32 +209,37 @@ def check_token_ids(ids: Iterable[int], tokenizer: Tokenizer, vocabulary: int, w
 
 def random_data(vocab_size: int, train_cfg: Any, seed: int) -> list[Row]:
     """Random rows of exactly ``train.sequence_length`` tokens, enough for all steps, for ``mode=profile``."""
-    count = train_cfg.steps * train_cfg.batch_size * train_cfg.gradient_accumulation
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(vocab_size, (count, train_cfg.sequence_length), generator=generator)
+    shape = (_rows_needed(train_cfg), train_cfg.sequence_length)
+    tokens = torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
     mask = [1] * train_cfg.sequence_length
     return [row | {"attention_mask": mask} for row in map(_all_targets, tokens.tolist())]
+
+
+def _rows_needed(train_cfg: Any) -> int | None:
+    """Rows that the steps take; None where they are counted in epochs."""
+    return train_cfg.steps and train_cfg.steps * train_cfg.batch_size * train_cfg.gradient_accumulation
 
 
 def _instruction_rows(
     source: Iterable[tuple[str, str, str]], data_cfg: Any, train_cfg: Any, tokenizer: Tokenizer
 ) -> list[Row]:
-    sequence_length = train_cfg.sequence_length
     if data_cfg.template != "alpaca":
         raise BadInput(f"data.template={data_cfg.template}: must be alpaca for data.kind={data_cfg.kind}")
     if data_cfg.loss_on == "answer" and not tokenizer.is_fast:
         raise BadInput("data.loss_on=answer: this tokenizer reports no character offsets; must be all")
-    encoded: list[Row] = []
+    length = train_cfg.sequence_length
     pairs = ((alpaca_prompt(instruction, context), answer) for instruction, context, answer in source)
-    for chunk in _chunks(pairs, ENCODED_AT_ONCE):
-        encoded += _encode_rows(chunk, tokenizer, data_cfg.loss_on, sequence_length)
+    chunks = _chunks(pairs, ENCODED_AT_ONCE)
+    encoded = [row for chunk in chunks for row in _encode_rows(chunk, tokenizer, data_cfg.loss_on, length)]
     # A prompt that fills the row leaves nothing to learn from, and a batch of such rows has no mean loss.
     rows = [row for row in encoded if any(label != IGNORED for label in row["labels"])]
+    if not encoded:
+        raise BadInput(f"data.path={data_cfg.path}: no row to train on; the data set is empty")
+    if not rows:
+        raise BadInput(f"train.sequence_length={length}: shorter than every prompt of the data")
     if len(rows) < len(encoded):
         dropped = f"{len(encoded) - len(rows)} of {len(encoded)} rows dropped"
-        logger.warning("%s: no answer begins within train.sequence_length=%d", dropped, sequence_length)
-    if encoded and not rows:
-        raise BadInput(f"train.sequence_length={sequence_length}: shorter than every prompt of the data")
+        logger.warning("%s: no answer begins within train.sequence_length=%d", dropped, length)
     return rows
 
 
@@ -270,9 +253,8 @@ def _encode_rows(
     for i, ids in enumerate(encoding["input_ids"]):
         labels = ids
         if answer_only:
-            prompt_end = len(pairs[i][0])
-            ends = [end for _, end in encoding["offset_mapping"][i]]
-            labels = [token if end > prompt_end else IGNORED for token, end in zip(ids, ends, strict=True)]
+            spans = zip(ids, encoding["offset_mapping"][i], strict=True)
+            labels = [token if end > len(pairs[i][0]) else IGNORED for token, (_, end) in spans]
         row = _all_targets((bos + ids + eos)[:sequence_length])
         row["labels"][1:] = ([IGNORED] * len(bos) + labels + eos)[1:sequence_length]
         yield row
@@ -280,11 +262,10 @@ def _encode_rows(
 
 def _text_rows(documents: Iterable[str], source: str, train_cfg: Any, tokenizer: Tokenizer) -> list[Row]:
     bos, length = _if_any(tokenizer.bos_token_id), train_cfg.sequence_length
-    needed = None
-    if train_cfg.steps is not None:
-        needed = train_cfg.steps * train_cfg.batch_size * train_cfg.gradient_accumulation
     pieces = (bos + piece for piece in _chunks(_token_stream(documents, tokenizer), length - len(bos)))
-    rows = [_all_targets(piece) for piece in islice(pieces, needed) if len(piece) == length]  # the tail is dropped
+    rows = [
+        _all_targets(piece) for piece in islice(pieces, _rows_needed(train_cfg)) if len(piece) == length
+    ]  # the tail is dropped
     if not rows:
         raise BadInput(f"data.path={source}: less text than one block of train.sequence_length={length}")
     return rows

@@ -35,7 +35,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         **{name: _version(name) for name in ("lors", "torch", "transformers", "peft", "lm_eval", "datasets")},
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device) if cuda else _cpu_name(),
-        "driver": driver and driver.split()[0],
+        "driver": driver.split()[0] if driver else None,
         "cuda": torch.version.cuda if cuda else None,
         "threads": torch.get_num_threads(),
         # What composes this config again; in a sweep the overrides of this job.

@@ -18,14 +18,11 @@ Scores do not depend on random numbers, and the random state of the process is l
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache, lru_cache, partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +50,7 @@ def check_tasks(eval_cfg: Any, tokenizer: Tokenizer, vocabulary: int) -> LongTen
     """Find what is wrong with the tasks and the text of a config before a model is loaded.
 
     Data sets from the Hub are really loaded, for nothing else shows that they can be; they are in the cache of
-    `datasets` then.
-
-    Args:
-        eval_cfg: ``tasks``, ``data_root``, ``limit``, ``add_bos_token``, ``perplexity``.
-        tokenizer: The model's.
-        vocabulary: Tokens that the model knows.
+    `datasets` then. The model knows the tokens 0 to `vocabulary` - 1.
 
     Returns:
         The text of ``eval.perplexity`` in windows, see `perplexity_windows`; None without one.
@@ -66,14 +58,10 @@ def check_tasks(eval_cfg: Any, tokenizer: Tokenizer, vocabulary: int) -> LongTen
     Raises:
         BadInput: An unknown task or text; one that cannot be reached or that runs code; in ``data_root`` a missing
             file, a malformed line, a missing column, or one that holds something else than the task reads; a text
-            that is shorter than a window; a token that the model does not know.
+            that is shorter than a window; in the text a token that the model does not know.
     """
-    root = eval_cfg.data_root
-    if root is not None and not os.path.isdir(os.path.expanduser(root)):
-        raise BadInput(f"eval.data_root={root}: no such folder")
     if not set(eval_cfg.tasks) <= MICROWORLD_TASKS.keys():
         _load_tasks(eval_cfg)
-    check_token_ids(_task_tokens(eval_cfg, tokenizer), tokenizer, vocabulary, "eval.tasks")
     if eval_cfg.perplexity is None:
         return None
     windows = perplexity_windows(tokenizer, eval_cfg)
@@ -82,16 +70,7 @@ def check_tasks(eval_cfg: Any, tokenizer: Tokenizer, vocabulary: int) -> LongTen
 
 
 def check_scoring(model: PreTrainedModel, tokenizer: Tokenizer, eval_cfg: Any) -> None:
-    """Score a few words as `evaluate` will score the tasks and the text, before a model is trained.
-
-    Args:
-        model: The model, on its device; in its former mode afterwards.
-        tokenizer: The model's; not changed.
-        eval_cfg: As for `evaluate`.
-
-    Raises:
-        Exception: What the model raises where it cannot be scored at all.
-    """
+    """Score a few words as `evaluate` will, before a model is trained; what the model raises is raised."""
     with modes_kept(model):
         model.eval()
         if eval_cfg.tasks:
@@ -103,22 +82,17 @@ def check_scoring(model: PreTrainedModel, tokenizer: Tokenizer, eval_cfg: Any) -
 def evaluate(
     model: PreTrainedModel, tokenizer: Tokenizer, eval_cfg: Any, windows: LongTensor | None, progress: bool = True
 ) -> dict[str, Any]:
-    """Score a model on the tasks and the text of ``conf/eval``.
+    """Score a model on the tasks and the text of ``conf/eval``; its mode is afterwards what it was.
 
     Args:
-        model: The model, on its device; in its former mode afterwards.
-        tokenizer: The model's; not changed.
-        eval_cfg: ``tasks``, ``data_root``, ``limit`` (first items of each task), ``batch_size`` (fixed: rows
-            per forward pass), ``add_bos_token``, ``perplexity.text`` (a name),
-            ``split`` (of the microworld's items: test or validation; test where nothing is said).
+        eval_cfg: ``tasks``, ``data_root``, ``limit`` (first items of each task), ``batch_size`` (rows per forward
+            pass), ``add_bos_token``, ``perplexity.text``, ``split`` (of the microworld's items: test or validation).
         windows: The text whose perplexity is measured, see `check_tasks`; None: no perplexity.
-        progress: Show progress bars.
 
     Returns:
         ``tasks``: name -> {metric, value, stderr, n, version, and where the task has them acc_norm,
             acc_norm_stderr, and correct: a text of "1" (by `acc`) and "0", one for each item in the task's order};
-        ``average``: {metric: acc, value, stderr, tasks (the averaged names)} or None without a task that has
-            `acc`;
+        ``average``: {metric: acc, value, stderr, tasks (the averaged names)} or None without a task that has `acc`;
         ``perplexity``: see `perplexity.perplexity`, with ``text``; or None.
 
     Raises:
@@ -161,21 +135,13 @@ def _language_model(model: PreTrainedModel, tokenizer: Tokenizer, eval_cfg: Any,
     from harness.log_likelihood import PromptSharingLM
 
     return PromptSharingLM(
-        model,
-        copy.deepcopy(tokenizer),  # because lm-eval gives a tokenizer without padding token one
-        batch_size=eval_cfg.batch_size,
-        add_bos_token=eval_cfg.add_bos_token,
-        progress=progress,
+        model, tokenizer, batch_size=eval_cfg.batch_size, add_bos_token=eval_cfg.add_bos_token, progress=progress
     )
 
 
 @random_state_kept()
 def _load_tasks(eval_cfg: Any) -> dict[str, Any]:
-    """The tasks of a config as lm-eval takes them, with their data sets.
-
-    Raises:
-        BadInput: They are unknown, cannot be loaded, or run code that is not part of lm-eval.
-    """
+    """The tasks of a config as lm-eval takes them, with their data sets; BadInput as `check_tasks`."""
     shown = f"eval.tasks={','.join(eval_cfg.tasks)}"
     own = [*MICROWORLD_TASKS, *ZERO_SHOT]
     others = [task for task in eval_cfg.tasks if task not in own]
@@ -205,16 +171,6 @@ def _load_tasks(eval_cfg: Any) -> dict[str, Any]:
     return loaded
 
 
-def _task_tokens(eval_cfg: Any, tokenizer: Tokenizer) -> Iterator[int]:
-    """The tokens of everything that the tasks ask."""
-    for task in _load_tasks(eval_cfg)["tasks"].values() if eval_cfg.tasks else ():
-        task.build_all_requests(limit=eval_cfg.limit)
-        for request in task.instances:
-            # Prompt, then prompt and answer, as they are encoded.
-            for text in accumulate(part for part in request.args if isinstance(part, str)):
-                yield from tokenizer.encode(text, add_special_tokens=False, verbose=False)
-
-
 def _specification(name: str, eval_cfg: Any) -> str | dict[str, Any]:
     """A task as lm-eval loads it: its name, with the items unless lm-eval itself knows where they are."""
     import datasets
@@ -227,8 +183,7 @@ def _specification(name: str, eval_cfg: Any) -> str | dict[str, Any]:
         items = local_items(eval_cfg.data_root, name)
     else:
         return name
-    # Every split that the task would look for has to be named, or be null.
-    splits = {f"{other}_split": other if other == split else None for other in ("training", "validation", "test")}
+    splits = dict.fromkeys(("training_split", "validation_split", "test_split"), split)  # no other is looked for then
     return {"task": name, **splits, "custom_dataset": lambda **_: {split: datasets.Dataset.from_list(items)}}
 
 
@@ -255,19 +210,19 @@ def _no_metric_code() -> Iterator[list[str]]:
 
 def _score(scores: dict[str, Any], name: str) -> dict[str, Any]:
     """One task of lm-eval's results, whose keys are ``<metric>,<filter>`` and ``<metric>_stderr,<filter>``."""
-    values = {key.partition(",")[0]: value for key, value in scores["results"][name].items() if "," in key}
+    found = scores["results"][name]
+    values = {key.partition(",")[0]: None if found[key] == "N/A" else found[key] for key in found if "," in key}
     metrics = [metric for metric in values if not metric.endswith("_stderr")]
     metric = "acc" if "acc" in metrics else metrics[0]
     score = {
         "metric": metric,
         "value": float(values[metric]),
-        "stderr": _number(values.get(f"{metric}_stderr")),
+        "stderr": values.get(f"{metric}_stderr"),
         "n": scores["n-samples"][name]["effective"],
         "version": scores["versions"][name],
     }
     if "acc_norm" in metrics:
-        score["acc_norm"] = float(values["acc_norm"])
-        score["acc_norm_stderr"] = _number(values.get("acc_norm_stderr"))
+        score |= {"acc_norm": float(values["acc_norm"]), "acc_norm_stderr": values.get("acc_norm_stderr")}
     if metric == "acc":
         score |= _correct(scores["samples"][name])
     return score
@@ -279,11 +234,6 @@ def _correct(samples: list[dict[str, Any]]) -> dict[str, str]:
     if not set(values.values()) <= {0.0, 1.0}:
         return {}
     return {"correct": "".join(str(int(values[item])) for item in sorted(values))}
-
-
-def _number(value: Any) -> float | None:
-    """A standard error; None where lm-eval has none ("N/A", as for a single item)."""
-    return float(value) if isinstance(value, int | float) and not math.isnan(value) else None
 
 
 @cache

@@ -6,7 +6,7 @@ attention counts in full although half of it is masked. Not counted: elementwise
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from harness.recipe import batch_loss, state_kept
+from harness.recipe import state_kept
 
-__all__ = ["CountFlops", "count_flops", "count_inference_flops", "inference_pass"]
+__all__ = ["CountFlops", "count_inference_flops", "inference_pass"]
 
 
 class CountFlops(TorchDispatchMode):
@@ -26,12 +26,12 @@ class CountFlops(TorchDispatchMode):
     PyTorch's own `FlopCounterMode` has hooks that hold gradients for longer than a training does.
 
     Attributes:
-        total: FLOPs so far.
+        flops: FLOPs so far.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.total = 0
+        self.flops = 0
         self._formulas = FlopCounterMode(display=False, custom_mapping=_ATTENTION).flop_registry
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -39,32 +39,15 @@ class CountFlops(TorchDispatchMode):
         result = func(*args, **kwargs)
         formula = self._formulas.get(func._overloadpacket)
         if formula is not None:
-            self.total += formula(*args, **kwargs, out_val=result)
+            self.flops += formula(*args, **kwargs, out_val=result)
         return result
-
-
-def count_flops(
-    model: nn.Module,
-    batch: Mapping[str, Tensor],
-    *,
-    penalty: Callable[[nn.Module], Tensor | None] | None = None,
-    autocast: bool = False,
-) -> int:
-    """FLOPs of the forward and backward pass of one micro-batch. The model is afterwards what it was."""
-    device = next(model.parameters()).device
-    batch = {name: tensor.to(device) for name, tensor in batch.items()}
-    with state_kept(model):
-        model.train()
-        with CountFlops() as flops:
-            batch_loss(model, batch, penalty=penalty, autocast=autocast).backward()
-    return flops.total
 
 
 def count_inference_flops(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
     """FLOPs of one forward pass without gradients."""
-    flops = CountFlops()
-    inference_pass(model, batch, flops)
-    return flops.total
+    counted = CountFlops()
+    inference_pass(model, batch, counted)
+    return counted.flops
 
 
 def inference_pass(model: nn.Module, batch: Mapping[str, Tensor], measured: AbstractContextManager) -> None:

@@ -9,7 +9,7 @@ them, so the same ledger serves `simulate`.
 
 Counted: every tensor that an operation returns. Not counted: what a kernel allocates and frees within one
 operation (scratch space of a matrix product, say) and Python objects. Slow, so it runs in a step of its own
-(`step_memory`), never in a timed one.
+(`meter.training_cost`), never in a timed one.
 
 Every storage belongs to one category:
 
@@ -30,9 +30,8 @@ from __future__ import annotations
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -41,19 +40,16 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from harness.flops import inference_pass
+from harness.flops import CountFlops, inference_pass
 from harness.method import PRECISIONS, Method
-from harness.recipe import batch_loss, gradient_clipping, state_kept
+from harness.recipe import batch_loss, gradient_clipping
 
 __all__ = [
     "CATEGORIES",
     "LiveTensors",
     "Peak",
-    "Sharding",
-    "count_step",
     "forward_memory",
-    "gradients_counted",
-    "step_memory",
+    "step_counted",
     "training_step",
 ]
 
@@ -69,30 +65,6 @@ class _Storage:
     reference: weakref.ref
     sharded: bool = False
     bytes: int = 0
-
-
-@dataclass(frozen=True)
-class Sharding:
-    """What one of several devices holds, see `simulate`.
-
-    Attributes:
-        shards: Number of devices; a storage that is counted as sharded is divided by it, rounded up.
-        whole: ``whole(phase, module)``, bytes that are on the device in full while ``module`` runs, on top of
-            its own shard of them.
-    """
-
-    shards: int = 1
-    whole: Callable[[str, str], int] = lambda phase, module: 0
-
-    def share(self, storage: _Storage, change: int) -> int:
-        """What a change in the bytes of a storage means on one device."""
-        if not storage.sharded:
-            return change
-        share = -(-abs(change) // self.shards)
-        return share if change > 0 else -share
-
-
-ONE_DEVICE = Sharding()
 
 
 @dataclass(frozen=True)
@@ -169,19 +141,30 @@ class LiveTensors(TorchDispatchMode):
         """Highest number of live bytes so far."""
         return self.at_peak().bytes
 
-    def at_peak(self, sharding: Sharding = ONE_DEVICE) -> Peak:
-        """The highest point so far, the first of several equal ones; on one of several devices if asked for."""
+    def at_peak(self, shards: int = 1, whole: Callable[[str, str], int] = lambda phase, module: 0) -> Peak:
+        """The highest point so far, the first of several equal ones; on one of several devices if asked for.
+
+        Args:
+            shards: Number of devices; a storage that is counted as sharded is divided by it, rounded up.
+            whole: ``whole(phase, module)``, bytes that are on the device in full while ``module`` runs, on top of
+                its own shard of them.
+        """
+
+        def share(storage: _Storage, change: int) -> int:
+            part = -(-abs(change) // shards) if storage.sharded else abs(change)
+            return part if change > 0 else -part
+
         total = peak = lines = 0
         for number, (storage, change, phase, module) in enumerate(self._ledger, start=1):
-            total += sharding.share(storage, change)
-            height = total + sharding.whole(phase, module)
+            total += share(storage, change)
+            height = total + whole(phase, module)
             if height > peak:
                 peak, lines = height, number
         parts: dict[tuple[str, str], int] = defaultdict(int)
         phase = module = ""
         for storage, change, phase, module in self._ledger[:lines]:  # noqa: B007 - those of the last line
-            parts[storage.category, storage.module] += sharding.share(storage, change)
-        parts["transients", module] += sharding.whole(phase, module)
+            parts[storage.category, storage.module] += share(storage, change)
+        parts["transients", module] += whole(phase, module)
         return Peak(peak, phase, module, {part: size for part, size in parts.items() if size})
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -226,44 +209,6 @@ def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
             yield leaf._values().untyped_storage()
 
 
-def step_memory(model: nn.Module, batch: Mapping[str, Tensor], method: Method, train_cfg: Any) -> dict[str, Any]:
-    """Peak memory of one training step: forward, backward, clipping and update, as in training.
-
-    One step is made before the one that is counted, so that the optimizer holds its state, as it does from
-    the second step of a training on. Model, gradients, random number generators and mode are afterwards what
-    they were.
-
-    Args:
-        model: The adapted model; a copy of what is trained exists, uncounted, for the time of the call.
-        batch: One batch, see `data.collator`.
-        method: Gives optimizer, penalty and the step that needs most.
-        train_cfg: The recipe: precision, accumulation, clipping, optimizer.
-
-    Returns:
-        ``kind`` (live_tensors), ``train_peak`` (bytes), ``breakdown`` (bytes by category at that peak),
-        ``peak_phase`` (forward, backward, optimizer) and ``saved_for_backward`` (bytes of activations alive
-        between the last forward and its backward).
-    """
-    device = next(model.parameters()).device
-    batch = {name: tensor.to(device) for name, tensor in batch.items()}
-    live = LiveTensors()
-    with method.largest_step(model) or nullcontext(), state_kept(model):
-        optimizer = method.optimizer(model.train(), train_cfg)
-        step = partial(training_step, model, batch, optimizer, method, train_cfg)
-        step(LiveTensors())  # not entered, so it counts nothing: gives the optimizer its state
-        count_step(live, model, batch, optimizer)
-        with gradients_counted(live, model), live:
-            saved = step(live)
-    peak = live.at_peak()
-    return {
-        "kind": "live_tensors",
-        "train_peak": peak.bytes,
-        "breakdown": peak.by_category(),
-        "peak_phase": peak.phase,
-        "saved_for_backward": saved,
-    }
-
-
 def forward_memory(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
     """Peak live bytes of one forward pass without gradients on a CPU: model, batch, activations and logits."""
     live = LiveTensors()
@@ -280,15 +225,17 @@ def training_step(
     method: Method,
     train_cfg: Any,
     live: LiveTensors,
-    flops: AbstractContextManager | None = None,
+    flops: CountFlops | None = None,
 ) -> int:
-    """One step that tells `live` what it is doing, forward and backward passes inside of `flops`.
+    """One step that tells `live` what it is doing. `flops` gets those of the forward and backward passes of all
+    micro-batches, of which at most two are made: with a second one gradients are alive in a forward pass, a third one
+    would not raise the peak.
 
     Returns:
         Bytes of activations at the end of the last forward.
     """
     autocast, clipping = PRECISIONS[train_cfg.precision].autocast, gradient_clipping(train_cfg, method)
-    micro_batches = min(train_cfg.gradient_accumulation, 2)  # with a third one the peak is the same
+    micro_batches = min(train_cfg.gradient_accumulation, 2)
     with flops or nullcontext():
         for _ in range(micro_batches):
             live.phase = "forward"
@@ -296,6 +243,8 @@ def training_step(
             saved = live.forward_ends()
             live.phase = "backward"
             loss.backward()
+    if flops is not None:
+        flops.flops = flops.flops * train_cfg.gradient_accumulation // micro_batches
     live.phase, live.category = "optimizer", "other"
     if clipping is not None:
         nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], clipping)
@@ -304,25 +253,39 @@ def training_step(
     return saved
 
 
-def count_step(
+@contextmanager
+def step_counted(
     live: LiveTensors,
     model: nn.Module,
     batch: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
     names: Mapping[nn.Module, str] | None = None,
-) -> None:
-    """Count what exists before a step. The state of the optimizer is sharded like the parameters; the batch is not.
+) -> Iterator[None]:
+    """Count what exists before a step, then what the step makes, by category.
+
+    Parameters, gradients and the state of the optimizer are counted as sharded, buffers and batch are not.
 
     Args:
+        live: The ledger; it is entered last.
         names: What the ledger calls the modules of the model; by default nothing.
     """
     _count_model(live, model, names)
     live.count(optimizer.state.values(), "optimizer", sharded=True)
     live.count(batch.values(), "other")
 
+    def count_gradient(parameter: Tensor) -> None:
+        live.count([parameter.grad], "gradients", sharded=True)
+
+    with ExitStack() as hooks:
+        for parameter in model.parameters():
+            if parameter.requires_grad:  # its gradient has its category from the first moment of that storage
+                hooks.enter_context(parameter.register_post_accumulate_grad_hook(count_gradient))
+        with live:
+            yield
+
 
 def _count_model(live: LiveTensors, model: nn.Module, names: Mapping[nn.Module, str] | None = None) -> None:
-    """Parameters (sharded), buffers, tensors in plain attributes such as index lists (on every device)."""
+    """Parameters, buffers, tensors in plain attributes such as index lists."""
     modules = [(module, (names or {}).get(module, "")) for module in model.modules()]
     for module, name in modules:
         registered = ("_parameters", "_buffers", "_modules")
@@ -333,18 +296,3 @@ def _count_model(live: LiveTensors, model: nn.Module, names: Mapping[nn.Module, 
             adapter = isinstance(model, PeftModel) and parameter.requires_grad
             live.count([parameter], "adapters" if adapter else "weights", module=name, sharded=True)
         live.count(module.buffers(recurse=False), "weights", module=name)
-
-
-@contextmanager
-def gradients_counted(live: LiveTensors, model: nn.Module) -> Iterator[None]:
-    """Name what becomes the `.grad` of a parameter; the name holds from the first moment of that storage."""
-    handles = [
-        parameter.register_post_accumulate_grad_hook(lambda p: live.count([p.grad], "gradients", sharded=True))
-        for parameter in model.parameters()
-        if parameter.requires_grad
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -22,11 +22,11 @@ from __future__ import annotations
 
 import copy
 import logging
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -36,10 +36,10 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from harness.flops import count_flops
-from harness.live_memory import LiveTensors, step_memory
-from harness.method import PRECISIONS, Method, adapt
-from harness.recipe import enable_activation_checkpointing
+from harness.flops import CountFlops
+from harness.live_memory import LiveTensors, step_counted, training_step
+from harness.method import Method, adapt
+from harness.recipe import enable_activation_checkpointing, state_kept
 
 __all__ = [
     "CudaPeak",
@@ -118,16 +118,8 @@ class Meter(TrainerCallback):
         spans = dict.fromkeys(("", "forward", "backward", "optimizer"), 0.0)
         for (_, begin), (span, end) in pairwise(self._marks):
             spans[span] += begin.elapsed_time(end) if self._device.type == "cuda" else (end - begin) * 1e3
-        self.steps.append(
-            StepTime(
-                ms=ms,
-                forward_ms=spans["forward"],
-                backward_ms=spans["backward"],
-                optimizer_ms=spans["optimizer"],
-                tokens=sum(int(count) for count in self._tokens),
-                warmup=len(self.steps) < self._first_timed,
-            )
-        )
+        tokens, warmup = sum(int(count) for count in self._tokens), len(self.steps) < self._first_timed
+        self.steps.append(StepTime(ms, spans["forward"], spans["backward"], spans["optimizer"], tokens, warmup))
 
     def peak(self) -> CudaPeak:
         """Peaks of the allocator over all processes of the run, in this one since its statistics were reset."""
@@ -236,22 +228,43 @@ def training_cost(
 ) -> dict[str, dict[str, Any]]:
     """Exact memory and FLOPs of one training step of `method`.
 
+    The memory is that of its largest step, once the optimizer holds its state, as it does from the second step of a
+    training on; the FLOPs are those of an ordinary step.
+
     Args:
         model: The adapted model; as it was afterwards, except that activation checkpointing is on if the
-            recipe asks.
+            recipe asks. A copy of what is trained exists, uncounted, for the time of the call.
         batch: One batch of the training, see `data.collator`.
         train_cfg: The recipe: precision, accumulation, clipping, activation checkpointing, optimizer.
         method: The method.
 
     Returns:
-        ``memory``: see `live_memory.step_memory`; ``flops``: ``per_step``.
+        ``memory``: ``kind`` (live_tensors), ``train_peak`` (bytes), ``breakdown`` (bytes by category at that peak),
+        ``peak_phase`` (forward, backward, optimizer) and ``saved_for_backward`` (bytes of activations alive between
+        the last forward and its backward); ``flops``: ``per_step``.
     """
     if train_cfg.activation_checkpointing:
         enable_activation_checkpointing(model)
-    memory = step_memory(model, batch, method, train_cfg)
-    autocast = PRECISIONS[train_cfg.precision].autocast
-    flops = count_flops(model, batch, penalty=method.penalty, autocast=autocast)
-    return {"memory": memory, "flops": {"per_step": train_cfg.gradient_accumulation * flops}}
+    device = next(model.parameters()).device
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    live, counted = LiveTensors(), CountFlops()
+    with state_kept(model):
+        optimizer = method.optimizer(model.train(), train_cfg)
+        step = partial(training_step, model, batch, optimizer, method, train_cfg)
+        step(LiveTensors(), counted)  # a ledger that is not entered counts nothing
+        with method.largest_step(model) or nullcontext():
+            step(LiveTensors())  # what optimizer and layers keep is there from now on
+            with step_counted(live, model, batch, optimizer):
+                saved = step(live)
+    peak = live.at_peak()
+    memory = {
+        "kind": "live_tensors",
+        "train_peak": peak.bytes,
+        "breakdown": peak.by_category(),
+        "peak_phase": peak.phase,
+        "saved_for_backward": saved,
+    }
+    return {"memory": memory, "flops": {"per_step": counted.flops}}
 
 
 def parts_of_peak(breakdown: Mapping[str, int] | None, peak: int) -> dict[str, int] | None:
@@ -269,12 +282,10 @@ def parts_of_peak(breakdown: Mapping[str, int] | None, peak: int) -> dict[str, i
 def process_rss_peak() -> int:
     """Highest resident set of this process so far, in bytes."""
     status = Path("/proc/self/status")
-    if status.exists():
-        # Not getrusage: its maximum survives exec, so that a job would report the peak of the sweep that
-        # started it.
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    import resource
+    if not status.exists():  # macOS
+        import resource
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Not getrusage: on Linux its maximum survives exec, so that a job would report the peak of its sweep.
+    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024

@@ -25,7 +25,7 @@ from harness.evaluate import evaluate
 from harness.identity import digest, version_of
 from harness.inputs import Inputs, Source
 from harness.method import PRECISIONS
-from harness.pruned_cache import pruned_checkpoint
+from harness.sealed_folder import sealed_once
 from harness.store import computed_once
 from harness.weights import load_weights
 from lors.pruning import prune_model
@@ -53,7 +53,7 @@ class Models:
         """Where the model to fine-tune is; the model is pruned first unless it is in the cache."""
         if self.cfg.prune.name == "none":
             return self.inputs.source
-        folder = pruned_checkpoint(self.cache / "pruned", self.pruned_key, self._prune)
+        folder = sealed_once(self.cache / "pruned", self.pruned_key, self._prune)
         return Source(str(folder), None, str(folder), folder)
 
     def _dense(self, dtype: torch.dtype | str) -> PreTrainedModel:

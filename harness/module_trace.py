@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from peft import PeftModel
@@ -41,16 +41,12 @@ class ModuleTrace:
     @contextmanager
     def of(self, names: Mapping[nn.Module, str]) -> Iterator[None]:
         """Trace these modules."""
-        handles = []
-        for module, name in names.items():
-            handles.append(module.register_forward_pre_hook(lambda *_, name=name: self._enter(name)))
-            # Always: checkpointing ends its second forward pass with an exception once it has what it needs.
-            handles.append(module.register_forward_hook(lambda *_: self._leave(), always_call=True))
-        try:
+        with ExitStack() as hooks:
+            for module, name in names.items():
+                hooks.enter_context(module.register_forward_pre_hook(lambda *_, name=name: self._enter(name)))
+                # Always: checkpointing ends its second forward pass with an exception once it has what it needs.
+                hooks.enter_context(module.register_forward_hook(lambda *_: self._leave(), always_call=True))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _enter(self, name: str) -> None:
         self._stack.append(name)

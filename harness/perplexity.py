@@ -1,9 +1,9 @@
 """Perplexity of a text by the protocol of GPTQ, SparseGPT and Wanda.
 
 The documents are joined by two newlines (those of the microworld as its model met them in pre-training, by
-EOS BOS) and encoded once, with one BOS in front if the evaluation adds BOS at
-all. The tokens are cut into windows of L that do not overlap, the tail is dropped. Window i has the mean loss
-of its L - 1 predictions, from float32 log-probabilities, and
+EOS BOS) and encoded once, with one BOS in front if the evaluation adds BOS at all. The tokens are cut into windows
+of L that do not overlap, the tail is dropped. Window i has the mean loss of its L - 1 predictions, from float32
+log-probabilities, and
 
     perplexity = exp(mean over windows of those means)
 
@@ -13,7 +13,7 @@ For WikiText-2 raw (test split) the documents are the rows of the data set, one 
 from __future__ import annotations
 
 import math
-from pathlib import Path
+import os
 from typing import Any
 
 import torch
@@ -22,13 +22,11 @@ from torch import LongTensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from harness.corpora import MICROWORLD, read_rows, require_text, texts, wikitext_rows
+from harness.corpora import MICROWORLD, texts, wikitext_rows
 from harness.errors import BadInput
 
 __all__ = ["perplexity", "perplexity_windows"]
 
-WIKITEXT = "wikitext"
-KEY = "eval.perplexity.text"
 TOKENS_AT_ONCE = 4096  # per forward pass; bounds the logits of a large vocabulary
 LOSS_DIGITS = 6  # of a window, in nats
 
@@ -37,7 +35,6 @@ def perplexity_windows(tokenizer: Tokenizer, eval_cfg: Any) -> LongTensor:
     """The tokens of the text in windows, N x L; see the module's text.
 
     Args:
-        tokenizer: The model's.
         eval_cfg: ``perplexity.text`` (``microworld``: its held-out documents, ``wikitext``: WikiText-2 raw, test split,
             or a text source as in `corpora.texts`), ``perplexity.window`` (L, in tokens), ``data_root`` (a folder with
             ``wikitext/test.jsonl``, column `page`; None takes WikiText-2 from the Hub), ``add_bos_token`` (one BOS in
@@ -46,12 +43,16 @@ def perplexity_windows(tokenizer: Tokenizer, eval_cfg: Any) -> LongTensor:
     Raises:
         BadInput: No such source, a malformed one, or one that is shorter than one window.
     """
-    source, window = eval_cfg.perplexity.text, eval_cfg.perplexity.window
-    between = "\n\n"
+    source, window, between = eval_cfg.perplexity.text, eval_cfg.perplexity.window, "\n\n"
     if source == MICROWORLD:
+        documents = texts(source, split="heldout")
         between = f"{tokenizer.eos_token or ''}{tokenizer.bos_token or ''}" or between
-    text = between.join(_documents(source, eval_cfg.data_root))
-    ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
+    elif source == "wikitext" and eval_cfg.data_root is not None:
+        file = os.path.join(eval_cfg.data_root, "wikitext", "test.jsonl")
+        documents = wikitext_rows(texts(file, key="eval.perplexity.text"))
+    else:
+        documents = texts(source, split="test", key="eval.perplexity.text")
+    ids = tokenizer.encode(between.join(documents), add_special_tokens=False, verbose=False)
     if eval_cfg.add_bos_token and tokenizer.bos_token_id is not None:
         ids = [tokenizer.bos_token_id, *ids]
     count = len(ids) // window
@@ -60,32 +61,13 @@ def perplexity_windows(tokenizer: Tokenizer, eval_cfg: Any) -> LongTensor:
     return torch.tensor(ids[: count * window]).view(count, window)
 
 
-def _documents(source: str, data_root: str | None) -> list[str]:
-    if source == WIKITEXT and data_root is not None:
-        file = str(Path(data_root) / WIKITEXT / "test.jsonl")
-        rows = read_rows(file, key=KEY)
-        return wikitext_rows(require_text(row, "page", number, file, KEY) for number, row in enumerate(rows, start=1))
-    try:
-        return list(texts(source, split="heldout" if source == MICROWORLD else "test", key=KEY))
-    except BadInput as error:
-        if source == WIKITEXT:
-            raise BadInput(f"{error}; eval.data_root=FOLDER works without them") from error
-        raise
-
-
 @torch.no_grad()
 def perplexity(model: nn.Module, windows: LongTensor, *, progress: bool = True) -> dict[str, Any]:
-    """Perplexity of a text; see the module's text.
-
-    Args:
-        model: A causal language model in evaluation mode, on its device.
-        windows: The text, see `perplexity_windows`.
-        progress: Show a progress bar.
+    """Perplexity of a text in windows, N x L, for a causal language model in evaluation mode; see the module's text.
 
     Returns:
         ``value`` (perplexity), ``loss`` (its logarithm), ``loss_stderr`` (over windows; None for one window),
-        ``losses`` (of each window, in the order of the text), ``window``, ``windows`` and ``tokens`` (that were
-        predicted).
+        ``losses`` (of each window, in the text's order), ``window``, ``windows`` and ``tokens`` (that were predicted).
     """
     count, window = windows.shape
     device = next(model.parameters()).device

@@ -55,8 +55,8 @@ def blank_result(cfg: DictConfig, key: str, stages: Mapping[str, int], device: t
 
 
 def count_parameters(model: nn.Module) -> dict[str, int | float | None]:
-    """Numbers in the model and trainable ones, the bytes of the trainable ones as they are saved, and the share of the
-    weights of the decoder's linear layers that adapters of such layers are on; None without any."""
+    """Parameters in all and trainable, the bytes of the trainable ones as they are saved, and the share of the weights
+    of the decoder's linear layers that adapters of such layers are on; None without any."""
     # Factors of layers that a method does not train now, though they may ask for a gradient.
     idle = {
         id(getattr(layer, part)[name])

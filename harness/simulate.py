@@ -28,6 +28,7 @@ prefetching, which would hold a second block, and no communication buffers. The 
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -43,7 +44,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedCon
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from harness.flops import CountFlops
-from harness.live_memory import LiveTensors, Peak, Sharding, count_step, gradients_counted, training_step
+from harness.live_memory import LiveTensors, Peak, step_counted, training_step
 from harness.method import PRECISIONS, Method, wrap
 from harness.module_trace import ModuleTrace, module_names, without_index
 from harness.recipe import enable_activation_checkpointing
@@ -78,8 +79,7 @@ def simulate(cfg: DictConfig, method: Method, shape: PretrainedConfig) -> dict[s
     trace = ModuleTrace()
     live = LiveTensors(block=BLOCK[device], running=trace)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    model = _shapes(cfg, method, shape)
-    model = _ready(model, method, train, mode)
+    model = _model(cfg, method, shape, mode)
     names = module_names(model)
     with mode, _ReadsAsOne():
         optimizer = _with_state(method.optimizer(model, train), on_lists=device == "cuda")
@@ -88,14 +88,13 @@ def simulate(cfg: DictConfig, method: Method, shape: PretrainedConfig) -> dict[s
             name: torch.ones(train.batch_size, train.sequence_length, dtype=torch.int64)
             for name in ("input_ids", "attention_mask", "labels")
         }
-        count_step(live, model, batch, optimizer, names)
         step = partial(training_step, model, batch, optimizer, method, train)
-        flops, largest = CountFlops(), method.largest_step(model)
+        counted, largest = CountFlops(), method.largest_step(model)
         if largest is not None:
-            step(LiveTensors(), flops)  # not entered, so it counts nothing
-        with largest or nullcontext(), trace.of(names), gradients_counted(live, model), live:
-            saved = step(live, flops if largest is None else None)
-    peak = live.at_peak(Sharding(shards, _gathered(model, names, shards)))
+            step(LiveTensors(), counted)  # a ledger that is not entered counts nothing
+        with largest or nullcontext(), trace.of(names), step_counted(live, model, batch, optimizer, names):
+            saved = step(live, counted if largest is None else None)
+    peak = live.at_peak(shards, _gathered(model, names, shards))
     memory = {
         "kind": "simulated",
         "device": device,
@@ -107,55 +106,36 @@ def simulate(cfg: DictConfig, method: Method, shape: PretrainedConfig) -> dict[s
         "peak_module": peak.module or _outside(peak.phase),
         "saved_for_backward": saved,
     }
-    per_step = flops.total * train.gradient_accumulation // min(train.gradient_accumulation, 2)
-    return {"memory": memory, "flops": {"per_step": per_step}, "parameters": count_parameters(model)}
+    return {"memory": memory, "flops": {"per_step": counted.flops}, "parameters": count_parameters(model)}
 
 
-def _shapes(cfg: DictConfig, method: Method, shape: PretrainedConfig) -> nn.Module:
-    """The wrapped model on the meta device; outside of fake tensors, whose modules cannot change type."""
+def _model(cfg: DictConfig, method: Method, shape: PretrainedConfig, mode: FakeTensorMode) -> nn.Module:
+    """The model on fake tensors, set up by the method, as a training begins with it."""
     formats = PRECISIONS[cfg.train.precision]
-    with torch.device("meta"):
+    with torch.device("meta"):  # outside of fake tensors, whose modules cannot change type
         model = AutoModelForCausalLM.from_config(shape, dtype=formats.base, trust_remote_code=False)
         if model.config._attn_implementation == "sdpa":
             model.set_attn_implementation(UNMASKED)
-        if method.peft is None:
-            return model.requires_grad_(False).to(formats.trainable)
         model = wrap(method, model, precision=cfg.train.precision)
         storage = getattr(method.peft, "storage", "dense")
         if storage != "dense":
             compress(model, storage, sparsity=cfg.sparsity, pattern=cfg.pattern)
-    return model
-
-
-def _ready(model: nn.Module, method: Method, train_cfg: Any, mode: FakeTensorMode) -> nn.Module:
-    """The model of `_shapes` on fake tensors, set up by the method, as a training begins with it."""
     with mode:
-        _materialise(model)
+        fakes = {id(tensor): _fake(tensor) for tensor in [*model.parameters(), *model.buffers()] if tensor.is_meta}
+    model = copy.deepcopy(model, fakes)
     # Outside of the mode what it draws has values, a choice of layers for example; the model stays as it is.
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=PRECISIONS[train_cfg.precision].autocast)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=formats.autocast)
     with autocast, _ReadsAsOne(whole_numbers=True):
         model = method.prepare(model, None, 0)
-    if train_cfg.activation_checkpointing:
+    if cfg.train.activation_checkpointing:
         enable_activation_checkpointing(model)
     return model.train()
 
 
-def _materialise(model: nn.Module) -> None:
-    """Fake tensors on the CPU in place of meta tensors; tied ones stay tied."""
-    made: dict[int, Tensor] = {}
-
-    def fake(tensor: Tensor) -> Tensor:
-        if id(tensor) not in made:
-            like = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
-            kept = isinstance(tensor, nn.Parameter)
-            made[id(tensor)] = nn.Parameter(like, tensor.requires_grad) if kept else like
-        return made[id(tensor)]
-
-    for module in model.modules():
-        for held in (module._parameters, module._buffers):
-            for name, tensor in held.items():
-                if tensor is not None and tensor.is_meta:
-                    held[name] = fake(tensor)
+def _fake(tensor: Tensor) -> Tensor:
+    """A fake tensor on the CPU like a meta tensor."""
+    like = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+    return nn.Parameter(like, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else like
 
 
 def _with_state(optimizer: torch.optim.Optimizer, *, on_lists: bool) -> torch.optim.Optimizer:
@@ -179,20 +159,13 @@ def _gathered(model: nn.Module, names: Mapping[nn.Module, str], shards: int) -> 
     def group(name: str) -> str:
         return blocks + name.removeprefix(blocks).partition(".")[0] if name.startswith(blocks) else name
 
-    weights: dict[str, int] = defaultdict(int)
-    gradients: dict[str, int] = defaultdict(int)
+    rest: dict[tuple[str, str], int] = defaultdict(int)
     for module, name in names.items():
         for parameter in module.parameters(recurse=False):
             others = parameter.nbytes * (shards - 1) // shards
-            weights[group(name)] += others
-            gradients[group(name)] += others if parameter.requires_grad else 0
-
-    def whole(phase: str, module: str) -> int:
-        if phase == "optimizer":
-            return 0
-        return weights.get(group(module), 0) + (gradients.get(group(module), 0) if phase == "backward" else 0)
-
-    return whole
+            rest["forward", group(name)] += others
+            rest["backward", group(name)] += 2 * others if parameter.requires_grad else others
+    return lambda phase, module: rest.get((phase, group(module)), 0)
 
 
 def _by_layer(peak: Peak) -> dict[str, dict[str, int]]:

@@ -23,7 +23,7 @@ class StockTask(NamedTuple):
     item: type[BaseModel]
 
 
-class Choices(BaseModel, extra="forbid", strict=True):
+class Choices(BaseModel, extra="forbid"):
     """Answers and their labels."""
 
     text: Answers
@@ -49,7 +49,7 @@ def _is_ending(label: Any, info: ValidationInfo) -> str:
 
 
 def _task(split: str, folder: str, **columns: Any) -> StockTask:
-    return StockTask(split, folder, pydantic.create_model("Item", __config__={"strict": True}, **columns))
+    return StockTask(split, folder, pydantic.create_model("Item", **columns))
 
 
 Answer = Annotated[str, Field(pattern=r"\S")]

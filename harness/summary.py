@@ -23,12 +23,15 @@ def summary(result: dict[str, Any], file: Path) -> str:
         result: Content of ``result.json``.
         file: Its path.
     """
-    error = result["error"]
+    error, flops = result["error"], result["flops"]["per_step"]
+    phases = [f"{name} {seconds:.1f}" for name, seconds in result["time"]["phases"].items()]
     sections = {
         "error": [] if result["status"] == "ok" else [f"{error['type']}: {' '.join(error['message'].split())}"],
         "zeros": _zeros(result),
         "memory": _memory(result["memory"]),
-        "time": _time(result),
+        "step time": _step_time(result["time"]),
+        "FLOPs": [] if flops is None else [f"{flops / 1e9:,.1f} GFLOP a step"],
+        "phases": [f"{', '.join(phases)} s"] if phases else [],
         "loss": _loss(result["loss"]),
     }
     lines = ["", _title(result), ""]
@@ -51,7 +54,7 @@ def _title(result: dict[str, Any]) -> str:
 def _end_states(result: dict[str, Any], field: str) -> dict[str, Any]:
     """A field of the row itself and of its variants, where it is known."""
     states = {result["end_state"]: result, **result["variants"]}
-    return {name: row[field] for name, row in states.items() if row[field] is not None}
+    return {name: row[field] for name, row in states.items() if row.get(field) is not None}
 
 
 def _zeros(result: dict[str, Any]) -> list[str]:
@@ -83,19 +86,16 @@ def _memory(memory: dict[str, Any]) -> list[str]:
     return [*lines, f"peaks of the other phases: {', '.join(known)}"] if known else lines
 
 
-def _time(result: dict[str, Any]) -> list[str]:
-    time, flops = result["time"], result["flops"]["per_step"]
-    lines = []
-    if time["step_ms"] is not None:
-        step = time["step_ms"]
-        spans = ", ".join(f"{name} {time[f'{name}_ms']:.1f}" for name in ("forward", "backward", "optimizer"))
-        lines.append(f"step time {step['p50']:.1f} ms (p10 {step['p10']:.1f}, p90 {step['p90']:.1f}; {spans})")
-        dropped = f"{time['steps']} steps timed, {time['warmup_steps']} warm-up steps dropped"
-        lines.append(f"{time['tokens_per_second']:,.0f} tokens/s; {dropped}")
-    if flops is not None:
-        lines.append(f"{flops / 1e9:,.1f} GFLOP a step")
-    phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in time["phases"].items())
-    return [*lines, f"phases: {phases} s"] if phases else lines
+def _step_time(time: dict[str, Any]) -> list[str]:
+    if time["step_ms"] is None:
+        return []
+    step = time["step_ms"]
+    spans = ", ".join(f"{name} {time[f'{name}_ms']:.1f}" for name in ("forward", "backward", "optimizer"))
+    dropped = f"{time['steps']} steps timed, {time['warmup_steps']} warm-up steps dropped"
+    return [
+        f"{step['p50']:.1f} ms (p10 {step['p10']:.1f}, p90 {step['p90']:.1f}; {spans})",
+        f"{time['tokens_per_second']:,.0f} tokens/s; {dropped}",
+    ]
 
 
 def _loss(loss: dict[str, Any]) -> list[str]:

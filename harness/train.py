@@ -36,7 +36,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from harness.checkpoints import drop_older, newest_intact, seal, whole_or_gone
+from harness.checkpoints import drop_older, newest_intact, whole_or_gone
 from harness.data import Collator, Row
 from harness.meter import Meter
 from harness.method import PRECISIONS, Method
@@ -47,6 +47,7 @@ from harness.recipe import (
     gradient_clipping,
     target_count,
 )
+from harness.sealed_folder import seal
 from harness.store import write_text
 from lors.storage import CompressedLinear
 

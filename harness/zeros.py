@@ -26,10 +26,6 @@ SURELY_SPARSE = 5e-3
 def starting_sparsity(cfg: DictConfig, supports: Mapping[str, Tensor]) -> dict[str, Any]:
     """``support`` of the model to be fine-tuned; of one that comes sparse its ``sparsity`` and ``pattern``, too.
 
-    Args:
-        cfg: A resolved config, mode=run.
-        supports: M of every decoder linear.
-
     Raises:
         BadInput: The model, which was to be taken as it is, is not as sparse as the config says.
     """
@@ -40,10 +36,9 @@ def starting_sparsity(cfg: DictConfig, supports: Mapping[str, Tensor]) -> dict[s
     measured = support["sparsity"]
     follows = all(follows_pattern(M, cfg.pattern) for M in supports.values())
     if cfg.sparsity is not None and (abs(cfg.sparsity - measured) > SURELY_SPARSE or not follows):
-        wanted = f"sparsity={cfg.sparsity:g} pattern={cfg.pattern}"
         raise BadInput(
-            f"{wanted}: must be what the model has with prune=none, {measured:g} and {support['pattern']}; "
-            "or leave them out"
+            f"sparsity={cfg.sparsity:g} pattern={cfg.pattern}: must be what the model has with prune=none, "
+            f"{measured:g} and {support['pattern']}; or leave them out"
         )
     if measured > SURELY_SPARSE:
         pattern = support["pattern"] if cfg.pattern == UNSTRUCTURED else cfg.pattern
@@ -55,13 +50,10 @@ def starting_sparsity(cfg: DictConfig, supports: Mapping[str, Tensor]) -> dict[s
 def check_zeros(
     result: Mapping[str, Any], method: Method, variant: str, model: nn.Module, supports: Mapping[str, Tensor]
 ) -> dict[str, Any]:
-    """Zeros before and after the fine-tuning.
+    """Zeros before and after the fine-tuning, of the model in one of its end states (``variant``).
 
     Args:
         result: ``sparsity`` and ``pattern`` of the run.
-        method: The method.
-        variant: The end state that ``model`` is in.
-        model: The fine-tuned model.
         supports: M of every decoder linear before the fine-tuning.
 
     Returns:

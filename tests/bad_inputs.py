@@ -168,8 +168,8 @@ TOGETHER = [
         ("model.revision=main", "model.revision=main: must be null for a folder"),
         ("data.path=null", "data.path=null: must be a file or a name on the Hub for data.kind=instruction"),
         ("data=microworld data.path={sources}/text.jsonl", "data.path={sources}/text.jsonl: must be null", "data=text"),
-        ("data=microworld data.split=test", "data.split=test: must be train for data.kind=microworld"),
-        ("data.split=test", "data.split=test: must be train for data.path={sources}/instructions.jsonl"),
+        ("data=microworld data.split=test", "data.split=test: must be train, the only split of microworld"),
+        ("data.split=test", "data.split=test: must be train, the only split of {sources}/instructions.jsonl"),
         ("data=text data.path={sources}/text.jsonl data.loss_on=answer", "data.loss_on=answer: must be all for"),
         ("data.template=null", "data.template=", "must be alpaca for data.kind=instruction"),
         ("eval.tasks=[rte,rte]", "eval.tasks=[rte, rte]: must have each task once; rte is there twice"),
@@ -356,7 +356,7 @@ FILES = [
         ("prune.text=/no/such.jsonl", "prune.text=/no/such.jsonl: no such file"),
         ("prune.text=null", "prune.text=c4: no such file", "could not be read from the Hub"),
         ("eval.perplexity.text=/no/such.txt", "eval.perplexity.text=/no/such.txt: no such file"),
-        ("eval.data_root=/no/such", "eval.data_root=/no/such: no such folder"),
+        ("eval.data_root=/no/such", "eval.data_root=/no/such/rte/validation.jsonl: no such file"),
         ("eval.tasks=[boolq]", "eval.data_root={sources}/boolq/validation.jsonl: no such file"),
         ("eval.data_root=null", "eval.tasks=rte: cannot be loaded", "eval.data_root=FOLDER"),
         ("train.sequence_length=8 data.loss_on=answer", "train.sequence_length=8: shorter than every prompt"),
@@ -366,7 +366,7 @@ FILES = [
     file("data.path", "cut.jsonl", '{"instruction": ', ":1: not valid JSON"),
     file("data.path", "none.txt", "", "less text than one block of train.sequence_length=128", given="data=text"),
     file("prune.text", "short.jsonl", '{"text": "cat"}', "holds 2 tokens; one sample of prune.sequence_length=32"),
-    file("prune.text", "packed.jsonl.gz", b"\x1f\x8b\x08\x00", "not UTF-8 text"),
+    file("prune.text", "packed.jsonl.gz", b"\x1f\x8b\x08\x00", "cannot be read ('utf-8' codec"),
     file("eval.perplexity.text", "number.jsonl", '{"text": 3}\n', "column 'text' of row 1 must be text, not 3"),
     *(
         Bad((f"{key}={{here}}/file",), (f"{key}: cannot write to {{here}}/file",), files={"file": ""})

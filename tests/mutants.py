@@ -65,9 +65,9 @@ MUTANTS = [
     Mutant("harness/perplexity.py", "z[:-1].float(), y[1:]", "z[1:].float(), y[:-1]", "scoring"),
     Mutant("harness/log_likelihood.py", "< lengths[:, None]", "<= lengths[:, None]", "scoring"),
     Mutant("harness/identity.py", "or value != ABSENT[key]", "or True", "identity"),
-    Mutant("harness/pruned_cache.py", "or found[name] != sealed[name]", "", "prune_cache"),
+    Mutant("harness/sealed_folder.py", "or found[name] != sealed[name]", "", "sealed_folder"),
     Mutant("harness/meter.py", "for step in self.steps if not step.warmup]", "for step in self.steps]", "meter"),
-    Mutant("harness/checkpoints.py", "sealed == _digests(checkpoint)", "bool(sealed)", "checkpoints"),
+    Mutant("harness/checkpoints.py", "if damage(path) is None:", "if path.is_dir():", "checkpoints"),
     Mutant("harness/zeros.py", 'kept = report["lost"] == 0', "kept = True", "harness_run"),
     Mutant("harness/simulate.py", "nbytes * (shards - 1) // shards", "nbytes // shards", "simulate"),
     # The analysis: what a table says of the results.

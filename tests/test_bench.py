@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pandas as pd
 import pytest
 import torch
 
 import lors.functional
 from analysis.__main__ import main as analysis
-from baselines.flat_lora import FlatLoraLinear, WeightNoise
 from harness.bench import __main__ as bench
-from harness.bench.cases import MERGES, METHODS, VARIANTS, Case, Setting, build, shape_of, three_pass_merge
+from harness.bench.cases import MERGES, VARIANTS, Case, Setting, build, shape_of, three_pass_merge
 from harness.bench.measure import sample, work_of
 from lors.kernels import PackedWeight, merge
 
@@ -37,40 +34,6 @@ def test_every_variant_runs_at_every_level(cases) -> None:
     for case in cases.values():
         case.run()
         case.run()
-
-
-def test_every_other_method_can_be_asked_for(setting) -> None:
-    """With what it trains only: SHERL leaves every block as it is. (The booster of XGBLoRA at work trains this one.)"""
-    setting = replace(setting, shape=shape_of(WIDTH, 2, 64))  # SHERL needs an early block and a late one
-    made = {(case.level, case.variant): case for case in build(setting, ["linear", "step"], METHODS)}
-    assert {variant for _, variant in made} == set(METHODS)
-    assert {variant for level, variant in made if level == "linear"} == set(METHODS) - {"sherl"}
-    for name in ("geolora", "rm_lora", "xgblora", "sherl", "lora_rite"):
-        made["step", name].run()
-        made["step", name].run()
-    assert work_of(made["step", "shira"]).bytes > work_of(made["linear", "shira"]).bytes > 0
-
-
-def test_a_step_calls_the_callbacks_of_the_method_in_the_middle_of_a_training(setting, monkeypatch) -> None:
-    called: list[tuple[str, int]] = []
-
-    def recorded(event: str, original):
-        def call(self, args, state, control, **seen) -> None:
-            called.append((event, state.global_step))
-            original(self, args, state, control, **seen)
-
-        return call
-
-    for event in ("on_step_begin", "on_pre_optimizer_step"):
-        monkeypatch.setattr(WeightNoise, event, recorded(event, getattr(WeightNoise, event)))
-    draws: list[int] = []
-    drawn = FlatLoraLinear.noise_at
-    monkeypatch.setattr(FlatLoraLinear, "noise_at", lambda *args: draws.append(1) or drawn(*args))
-    linear, step = build(setting, ["linear", "step"], ["flat_lora"])
-    assert called == [("on_step_begin", 501)] and len(draws) == 7, "the linear is timed with its noise"
-    linear.run()
-    step.run()
-    assert called[1:] == [("on_pre_optimizer_step", 501), ("on_step_begin", 502)] and len(draws) == 14
 
 
 def test_work_of_a_linear_is_that_of_the_cost_table(cases) -> None:

@@ -19,8 +19,9 @@ from test_train import assert_same_weights, fit, kill_at, lora, without_times
 from torch import nn
 from transformers import TrainerCallback
 
-from harness import checkpoints
-from harness.checkpoints import drop_older, newest_intact, seal, whole_or_gone
+from harness import sealed_folder
+from harness.checkpoints import drop_older, newest_intact, whole_or_gone
+from harness.sealed_folder import seal
 from harness.train import TrainOutcome
 
 SHORT = recipe(steps=3, checkpoint_every=1, batch_size=1, gradient_accumulation=1)
@@ -63,7 +64,7 @@ def put_a_file(path: Path) -> None:
     path.write_text("")
 
 
-DAMAGE = [(name, damage) for name in ("trained.pt", "sealed.json") for damage in DAMAGES]
+DAMAGE = [(name, damage) for name in ("trained.pt", "manifest.json") for damage in DAMAGES]
 DAMAGE += [(".", damage) for damage in (add_a_file, add_a_link, put_a_link, put_a_file)]
 
 
@@ -123,9 +124,9 @@ def test_a_seal_is_written_beside_and_renamed(tmp_path):
     path = tmp_path / "checkpoint-1"
     path.mkdir()
     (path / "trained.pt").write_bytes(b"weights")
-    (path / "sealed.json").symlink_to(tmp_path / "target")
+    (path / "manifest.json").symlink_to(tmp_path / "target")
     seal(path)
-    assert not (tmp_path / "target").exists() and not (path / "sealed.json").is_symlink()
+    assert not (tmp_path / "target").exists() and not (path / "manifest.json").is_symlink()
     assert newest_intact(tmp_path) == path
 
 
@@ -163,7 +164,7 @@ def no_space_for_the_state(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def no_space_for_the_seal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoints, "atomically", full)
+    monkeypatch.setattr(sealed_folder, "write_json", full)
 
 
 @pytest.mark.parametrize("fault", [no_space_for_the_weights, no_space_for_the_state, no_space_for_the_seal])

@@ -78,6 +78,12 @@ def test_loss_on_the_answer_alone(instructions):
     assert {decode([t for t in row["labels"] if t != IGNORED]) for row in rows} == {"It is 3.</s>", "La la.</s>"}
 
 
+def test_loss_on_the_answer_needs_a_tokenizer_that_says_where_it_begins(instructions, monkeypatch):
+    monkeypatch.setattr(type(TOKENIZER), "is_fast", False)
+    with pytest.raises(BadInput, match=r"data.loss_on=answer: this tokenizer reports no .* offsets; must be all"):
+        tokenised_rows(data_cfg(instructions, loss_on="answer"), train_cfg(), TOKENIZER)
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.text(min_size=1, max_size=20), st.text(min_size=1, max_size=20))
 def test_every_character_of_any_answer_is_a_target_and_the_prompt_is_none(instruction, answer):
@@ -133,12 +139,18 @@ GOOD = '{"instruction": "a", "output": "b"}\n'
         (GOOD + '["a"]\n', r"rows.jsonl: line or entry 2 must be a JSON object, not list"),
         ('[{"instruction": "a",\n "output": }]', r"rows.jsonl: not valid JSON \(expected value at line 2 column 12\)"),
         ('[{"instruction": "a", "output": "b"}, 7]', r"line or entry 2 must be a JSON object, not int"),
-        ('{"instruction": "a", "out\\nput": "b"}\n', r"row 1 has no column 'output'.*'instruction', 'out.nput'"),
+        (
+            '{"instruction": "a", "out\\nput": "b"}\n',
+            r"column 'output' of row 1 must be text, not None .*'instruction', 'out.nput'",
+        ),
         ('{"instruction": "a", "output": ' + "9" * 4_000 + "}", r"column 'output' of row 1 must be text, not 999"),
         ("[]", r"no row to train on; the data set is empty"),
         (b"\xff\xfe{}", r"cannot be read \('utf-8' codec can't decode byte 0xff in position 0"),
-        (GOOD + '{"output": "\\ud800"}', r"rows.jsonl:2: not valid JSON \(unexpected end of hex escape at column 20\)"),
-        (GOOD + '{"output": ' + "[" * 9_000, r"rows.jsonl:2: not valid JSON \(recursion limit exceeded at column 212\)"),
+        (GOOD + '{"output": "\\ud800"}', r"rows.jsonl:2: not valid JSON \(unexpected end of hex escape at column 19\)"),
+        (
+            GOOD + '{"output": ' + "[" * 9_000,
+            r"rows.jsonl:2: not valid JSON \(recursion limit exceeded at",
+        ),
         (GOOD + '{"n": NaN}', r"rows.jsonl:2: not valid JSON \(expected value at column 7\)"),
         (GOOD + '{"n": ' + "9" * 10_000 + "}", r"rows.jsonl:2: not valid JSON \(number out of range at column 4308\)"),
     ],
@@ -227,7 +239,7 @@ def test_texts_from_columns_and_plain_files(tmp_path):
     assert list(texts(str(write_rows(tmp_path / "a.jsonl", [{"text": "one"}, {"page": "two"}])))) == ["one", "two"]
     (tmp_path / "b.txt").write_text("three\n\nfour")
     assert list(texts(str(tmp_path / "b.txt"))) == ["three\n\nfour"]
-    with pytest.raises(BadInput, match="row 1 has no column 'text'; its columns are 'body'"):
+    with pytest.raises(BadInput, match=r"column 'text' of row 1 must be text, not None \(the row has \['body'"):
         list(texts(str(write_rows(tmp_path / "c.jsonl", [{"body": "x"}]))))
 
 

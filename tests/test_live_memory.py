@@ -11,8 +11,8 @@ from torch import nn
 
 from baselines.full import FullMethod
 from harness.data import collator, random_data
-from harness.flops import count_flops
-from harness.live_memory import CATEGORIES, LiveTensors, forward_memory, step_memory
+from harness.flops import count_inference_flops
+from harness.live_memory import CATEGORIES, LiveTensors, forward_memory
 from harness.meter import Meter, training_cost
 from harness.method import Method, adapt
 from harness.recipe import enable_activation_checkpointing
@@ -43,6 +43,14 @@ def adapted(method=None, **fields):
 
 def batch():
     return collator(None, "fixed", T)(random_data(V, RECIPE, seed=0)[:B])
+
+
+def step_memory(model, method=None, **fields):
+    return training_cost(model, batch(), recipe(**fields), method or lora())["memory"]
+
+
+def step_flops(model, **fields):
+    return training_cost(model, batch(), recipe(**fields), FullMethod("full"))["flops"]["per_step"]
 
 
 def trainable(model):
@@ -130,7 +138,7 @@ def test_a_storage_belongs_to_the_module_that_made_it_or_was_named():
 
 def test_categories_of_a_lora_step():
     model = adapted()
-    report = step_memory(model, batch(), lora(), recipe())
+    report = step_memory(model)
     parts = report["breakdown"]
     assert tuple(parts) == CATEGORIES
     assert sum(parts.values()) == report["train_peak"]
@@ -147,26 +155,26 @@ def test_categories_of_a_lora_step():
 def test_saved_activations_grow_with_the_rank_by_one_narrow_product_per_layer():
     """B's gradient needs x A^T, n x r; all else that LoRA saves does not depend on r (methods: one float32
     each)."""
-    saved = {r: step_memory(adapted(lora(r)), batch(), lora(), recipe())["saved_for_backward"] for r in (4, 8)}
+    saved = {r: step_memory(adapted(lora(r)))["saved_for_backward"] for r in (4, 8)}
     layers = 2 * 4  # decoder blocks x targets
     assert saved[8] - saved[4] == layers * B * T * (8 - 4) * FLOAT
 
 
 def test_gradients_are_alive_when_the_optimizer_steps_and_with_accumulation_in_a_forward_pass():
     model = adapted(FullMethod("full"))
-    report = step_memory(model, {k: v[:1, :2] for k, v in batch().items()}, FullMethod("full"), recipe())
+    few_tokens = {k: v[:1, :2] for k, v in batch().items()}
+    report = training_cost(model, few_tokens, recipe(), FullMethod("full"))["memory"]
     assert report["peak_phase"] == "optimizer"  # with two tokens activations are nothing
     assert report["breakdown"]["gradients"] == size(model.parameters())
     assert report["breakdown"]["adapters"] == 0
-    cfgs = [recipe(gradient_accumulation=n) for n in (1, 2, 7)]
-    once, twice, often = (step_memory(adapted(), batch(), lora(), cfg) for cfg in cfgs)
+    once, twice, often = (step_memory(adapted(), gradient_accumulation=n) for n in (1, 2, 7))
     assert once["breakdown"]["gradients"] < size(trainable(adapted())) == twice["breakdown"]["gradients"]
     assert once["train_peak"] < twice["train_peak"] == often["train_peak"]
 
 
 def test_activation_checkpointing_saves_less_and_its_recomputation_is_counted():
-    plain = training_cost(adapted(), batch(), recipe(), lora())["memory"]
-    saving = training_cost(adapted(), batch(), recipe(activation_checkpointing=True), lora())["memory"]
+    plain = step_memory(adapted())
+    saving = step_memory(adapted(), activation_checkpointing=True)
     assert saving["saved_for_backward"] < plain["saved_for_backward"] / 2
     assert saving["breakdown"]["activations"] <= saving["saved_for_backward"]
     assert saving["breakdown"]["transients"] > plain["breakdown"]["transients"]
@@ -179,10 +187,10 @@ def test_a_penalty_is_part_of_the_step_and_a_forward_pass_has_no_gradients():
 
     method = lora(dropout=0.2)
     model = adapted(method)
-    step = step_memory(model, batch(), method, recipe())
-    assert step == step_memory(model, batch(), method, recipe())  # the same again
+    step = step_memory(model, method)
+    assert step == step_memory(model, method)  # the same again
     method.penalty = penalty
-    assert step_memory(model, batch(), method, recipe())["saved_for_backward"] > step["saved_for_backward"]
+    assert step_memory(model, method)["saved_for_backward"] > step["saved_for_backward"]
     at_least = size(model.parameters()) + size(model.buffers()) + 2 * B * T * 8 + B * T * V * FLOAT
     assert at_least < forward_memory(model, batch()) < step["train_peak"]
 
@@ -226,9 +234,9 @@ def test_measuring_leaves_no_trace():
     versions = [buffer._version for buffer in model.buffers()]
     states = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
 
-    step_memory(model, batch(), lora(), recipe(gradient_accumulation=2))
+    step_memory(model, gradient_accumulation=2)
     forward_memory(model, batch())
-    count_flops(model, batch())
+    count_inference_flops(model, batch())
 
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     for name, parameter in model.named_parameters():
@@ -236,6 +244,7 @@ def test_measuring_leaves_no_trace():
         assert parameter.grad is same
         assert gradient is None or torch.equal(parameter.grad, gradient)
     assert versions == [buffer._version for buffer in model.buffers()]  # what nobody wrote to is not written to
+    assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters())
     assert modes == {name: module.training for name, module in model.named_modules()}
     assert random.getstate() == states[0]
     assert (np.random.get_state()[1] == states[1]).all()
@@ -252,16 +261,17 @@ def test_flops_of_a_step_of_the_whole_model():
     matrix = 3 * 2 * B * T * linears  # forward, input gradient, weight gradient
     attention = (2 + 5) * 2 * B * heads * T * T * width * layers  # backward computes the scores again
     angles = 2 * T * width // 2  # of the rotary embedding, a matrix product in older transformers
-    assert count_flops(model, batch()) - matrix - attention in (0, angles)
+    assert step_flops(model) - matrix - attention in (0, angles)
+    assert step_flops(model, gradient_accumulation=3) == 3 * step_flops(model)
 
 
 def test_recomputation_costs_one_more_forward_of_the_blocks():
     model = make_tiny_llama()
-    plain = count_flops(model, batch())
+    plain = step_flops(model)
     enable_activation_checkpointing(model)
     blocks = sum(m.weight.numel() for m in model.model.modules() if isinstance(m, nn.Linear))
     # The recomputation stops once everything that was saved is there again, before the last product of a
     # block.
     last = sum(layer.mlp.down_proj.weight.numel() for layer in model.model.layers)
     attention = 2 * 2 * B * 4 * T * T * 8 * 2
-    assert count_flops(model, batch()) - plain == 2 * B * T * (blocks - last) + attention
+    assert step_flops(model) - plain == 2 * B * T * (blocks - last) + attention

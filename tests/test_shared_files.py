@@ -11,7 +11,6 @@ from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import make_tokenizer, sentence, write_rows
@@ -125,34 +124,6 @@ def test_damaged_tokens_are_made_again_with_one_warning(damage, cfg, tokenised, 
     assert [f"{file}: damaged (" in line and "it is made again" in line for line in caplog.messages] == [True]
     assert training_rows(run, with_fingerprints(run), TOKENIZER, VOCABULARY) == before
     assert len(tokenised) == 2 and len(caplog.messages) == 1
-
-
-def test_what_is_sealed_but_of_another_form_is_made_again(cfg, tokenised, tmp_path, caplog) -> None:
-    """As code that has changed would leave it."""
-
-    def replace(**arrays: np.ndarray) -> None:
-        content = data._to_bytes(**arrays)
-        file.write_bytes(store._seal(file, content) + content)
-
-    run = cfg()
-    samples = calibration_samples(run, with_fingerprints(run), TOKENIZER, VOCABULARY)
-    [file] = (tmp_path / "cache" / "tokens").glob("*.sealed")
-    whole = np.zeros((2, 3), np.int64)
-    for arrays in (
-        {"tokens": whole[0]},
-        {"tokens": whole.astype(float)},
-        {"tokens": whole.astype(object)},
-        {"other": whole},
-        {"tokens": whole, "more": whole},
-    ):
-        replace(**arrays)
-        assert torch.equal(calibration_samples(run, with_fingerprints(run), TOKENIZER, VOCABULARY), samples), arrays
-    rows = training_rows(run, with_fingerprints(run), TOKENIZER, VOCABULARY)
-    file = next(other for other in file.parent.glob("*.sealed") if other != file)
-    replace(lengths=np.array([2, 2]), input_ids=np.zeros(5, np.int32), labels=np.zeros(5, np.int32))
-    assert training_rows(run, with_fingerprints(run), TOKENIZER, VOCABULARY) == rows
-    assert len(caplog.messages) == 6 and all("it is made again" in line for line in caplog.messages)
-    assert tokenised == ["calibration_tokens"] * 6 + ["tokenised_rows"] * 2
 
 
 def test_no_flipped_bit_goes_unnoticed(tmp_path: Path) -> None:

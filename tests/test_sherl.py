@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from baselines.sherl import SherlBlock, SherlConfig, SherlNorm, SherlPart, aggregated
 from harness.flops import count_inference_flops
-from harness.live_memory import step_memory
+from harness.meter import training_cost
 from harness.method import Method
 
 D = 32
@@ -63,7 +63,8 @@ def test_the_memory_for_the_backward_pass_does_not_grow_with_the_depth():
     saved = []
     for depth in (4, 12):
         model = adapted(depth, side_layers=[depth - 3, depth - 2])
-        saved.append(step_memory(model, BATCH, Method("sherl", model.active_peft_config), recipe())["saved_for_backward"])
+        method = Method("sherl", model.active_peft_config)
+        saved.append(training_cost(model, BATCH, recipe(), method)["memory"]["saved_for_backward"])
     assert saved[0] == saved[1]
 
 

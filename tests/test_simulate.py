@@ -19,7 +19,7 @@ from analysis import simulated
 from analysis.results import load
 from harness.config import resolve
 from harness.data import collator, random_data
-from harness.live_memory import CATEGORIES, LiveTensors, Sharding, training_step
+from harness.live_memory import CATEGORIES, LiveTensors, training_step
 from harness.meter import training_cost
 from harness.method import PRECISIONS, Method, adapt
 from harness.method_from_config import build_method
@@ -194,8 +194,8 @@ def test_what_is_sharded_is_divided_and_rounded_up() -> None:
     with live:
         y = x * 2
         del y
-    assert live.at_peak(Sharding(3)).bytes == math.ceil(40 / 3) + 12 + 12
-    whole = live.at_peak(Sharding(3, lambda phase, module: 5))
+    assert live.at_peak(3).bytes == math.ceil(40 / 3) + 12 + 12
+    whole = live.at_peak(3, lambda phase, module: 5)
     assert whole.bytes == math.ceil(40 / 3) + 12 + 12 + 5
     assert whole.by_category()["transients"] == 12 + 5
 

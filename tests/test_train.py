@@ -13,11 +13,12 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 from baselines.full import FullMethod
-from harness.checkpoints import newest_intact, seal
+from harness.checkpoints import newest_intact
 from harness.data import IGNORED, collator
 from harness.meter import Meter
 from harness.method import Method, adapt
 from harness.recipe import batch_loss, causal_lm_loss, target_count
+from harness.sealed_folder import seal
 from harness.train import NonFiniteLoss, train
 
 RECIPE = recipe()
@@ -125,7 +126,7 @@ def test_without_any_intact_checkpoint_the_run_starts_over(tmp_path):
     whole, expected = fit(lora(), tmp_path / "whole")
     kill_at(5, lora(), tmp_path / "killed")
     for checkpoint in (tmp_path / "killed").glob("checkpoint-*"):
-        (checkpoint / "sealed.json").unlink()
+        (checkpoint / "manifest.json").unlink()
     resumed, outcome = fit(lora(), tmp_path / "killed")
     assert_same_weights(whole, resumed)
     assert outcome.steps == expected.steps == 7

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from harness.bench.cases import FROZEN, LEVELS, METHODS, VARIANTS, Case, Setting, build, shape_of
+from harness.bench.cases import FROZEN, LEVELS, VARIANTS, Case, Setting, build, shape_of
 from harness.bench.measure import Roofs, roofs, sample, work_of
 from harness.environment import default_device, environment
 from harness.method import PRECISIONS
@@ -27,15 +27,15 @@ from lors.sparsity import UNSTRUCTURED, resolve_sparsity
 
 __all__ = ["main", "measure"]
 
-# What the ratios are to: the floor, and the method that loses the zeros. Of a merge: the published formula.
-FLOOR, RIVAL, FORMULA = FROZEN, "lora", "lors_three_pass"
+# What the ratios are to: the method that loses the zeros, the floor, and of a merge the published formula.
+BASES = ("lora", FROZEN, "lors_three_pass")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line and measure; exit code 0, or 2 after one line about bad input."""
     parser = argparse.ArgumentParser(prog="python -m harness.bench", description=__doc__.partition("\n")[0])
     parser.add_argument("--levels", nargs="+", choices=LEVELS, default=list(LEVELS), help="what is timed")
-    parser.add_argument("--variants", nargs="+", choices=[*VARIANTS, *METHODS], default=list(VARIANTS), help="methods")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="methods")
     parser.add_argument("--width", type=int, default=2048, help="of a Llama, a multiple of 128")
     parser.add_argument("--model", help="a shape of conf/model instead of a width, such as llama2_7b")
     parser.add_argument("--layers", type=int, default=2, help="decoder blocks of the whole step")
@@ -72,6 +72,8 @@ def run(options: argparse.Namespace) -> None:
     )
     options.output.mkdir(parents=True, exist_ok=True)
     cases = build(setting, options.levels, options.variants)
+    if not cases:
+        raise ValueError(f"--levels {' '.join(options.levels)}: none of {', '.join(options.variants)} has it")
     roof = roofs(PRECISIONS[setting.precision].base, setting.device)
     measured = []
     for _, level in groupby(cases, key=lambda case: case.level):
@@ -94,7 +96,6 @@ def measure(
     Args:
         cases: Those of one level.
         setting: What they were built with.
-        roof: Of the machine.
         rounds: Samples of each.
         warmup: Calls of each before the first sample.
         model: Name of the shape, for the table.
@@ -107,7 +108,7 @@ def measure(
     for case, work in zip(cases, works, strict=True):
         times = seconds[case.variant]
         row = {"level": case.level, "variant": case.variant, **_quantiles("ms", 1e3 * times), "rounds": rounds}
-        for base in (RIVAL, FLOOR, FORMULA):
+        for base in BASES:
             row |= _quantiles(f"to_{base}", times / seconds.get(base, np.nan))
         row |= {"flops": work.flops, "bytes": work.bytes}
         row |= {"gflops": work.flops / row["ms"] / 1e6, "gbs": work.bytes / row["ms"] / 1e6}

@@ -1,8 +1,6 @@
-"""What the benchmark runs: one linear, one decoder block and one whole step of every method, on the same weights.
+"""What the benchmark runs: one linear, one decoder block and one whole step of each variant, on the same weights.
 
-A variant is a method of ``conf/method`` and, for LoRS, how the merged weight T = W + M (.) (s B A) is made. Every
-method that trains may be asked for by its name: it has its own optimizer, callbacks and penalty, and the ranks of the
-config. By default:
+A variant is a method of ``conf/method`` and, for LoRS, how the merged weight T = W + M (.) (s B A) is made:
 
 ===============  ============================================================================================
 frozen           the pruned model without adapter: the floor
@@ -15,10 +13,8 @@ sqft, sqft_gc    SparsePEFT, plain and checkpointed
 spp, spp_gc      SPP, plain and checkpointed
 ===============  ============================================================================================
 
-All variants share one set of frozen weights, except the packed ones and those of full fine-tuning. What is trained is
-filled with small random numbers, because zeros could be faster than they are in a training, and callbacks are told that
-half of the training is over (the noise of Flat-LoRA grows from zero). A linear or a block that a method does not train
-(SHERL, the blocks that a booster of XGBLoRA leaves out) is not timed.
+All variants share one set of frozen weights, except the packed ones. What is trained is filled with small random
+numbers, because zeros could be faster than they are in a training.
 """
 
 from __future__ import annotations
@@ -28,6 +24,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -38,15 +35,15 @@ from torch import Tensor, nn
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 
 import lors.functional
-from harness.bench.training import Training
-from harness.method import PRECISIONS, adapt
+from harness.live_memory import LiveTensors, training_step
+from harness.method import PRECISIONS, Method, adapt
 from harness.recipe import batch_loss
 from harness.weights import random_model
 from lors.blocks import decoder_blocks
 from lors.kernels import AUTO, SEMI_STRUCTURED, PackedWeight, decode
 from lors.storage import CompressedLinear
 
-__all__ = ["LEVELS", "METHODS", "VARIANTS", "Case", "Setting", "build", "shape_of", "three_pass_merge"]
+__all__ = ["LEVELS", "VARIANTS", "Case", "Setting", "build", "shape_of", "three_pass_merge"]
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 FROZEN = "frozen"
@@ -63,8 +60,6 @@ VARIANTS: Mapping[str, tuple[str, Mapping[str, object]]] = {
     "spp": ("spp", {}),
     "spp_gc": ("spp_gc", {}),
 }
-# The others that may be asked for by the name of the method.
-METHODS = [file.stem for file in sorted((CONF / "method").glob("*.yaml")) if file.stem not in (*VARIANTS, "none")]
 LEVELS = ("merge", "linear", "block", "step")
 # The merge alone exists only where one weight is made out of W, A and B.
 MERGES = ("lors_three_pass", "lors", "lors_compressed")
@@ -82,9 +77,7 @@ class Setting:
         tokens: Rows of the input of a linear, length of the one sequence of a block and of a step.
         r: Rank of every adapter.
         precision: A key of ``PRECISIONS``.
-        pattern: ``unstructured`` or ``n:m``.
         sparsity: Fraction of zeros.
-        device: Where everything runs.
     """
 
     shape: PretrainedConfig
@@ -117,12 +110,11 @@ def shape_of(width: int, layers: int, vocabulary: int, model: str | None = None)
         ValueError: No such model, or a width that its heads do not divide.
     """
     if model is not None:
-        file = CONF / "model" / f"{model}.yaml"
-        shape = OmegaConf.load(file).get("shape") if file.exists() else None
-        if shape is None:
-            known = [path.stem for path in sorted((CONF / "model").glob("*.yaml")) if OmegaConf.load(path).get("shape")]
-            raise ValueError(f"--model {model}: must be one of {', '.join(known)}")
-        config = AutoConfig.for_model(**OmegaConf.to_container(shape))
+        loaded = {file.stem: OmegaConf.load(file) for file in sorted((CONF / "model").glob("*.yaml"))}
+        shapes = {name: config.shape for name, config in loaded.items() if config.get("shape")}
+        if model not in shapes:
+            raise ValueError(f"--model {model}: must be one of {', '.join(shapes)}")
+        config = AutoConfig.for_model(**OmegaConf.to_container(shapes[model]))
         config.num_hidden_layers = layers
         return config
     if width < HEAD or width % HEAD:
@@ -144,26 +136,16 @@ def build(setting: Setting, levels: list[str], variants: list[str], seed: int = 
         variants = [variant for variant in variants if variant != "lors_2_4"]
     dtype = PRECISIONS[setting.precision].base
     base = random_model(setting.shape, dtype, setting.sparsity, setting.pattern, seed).to(setting.device)
-    trainings = {variant: _training(base, setting, variant) for variant in variants}
+    adapted = {variant: _adapted(base, setting, variant) for variant in variants}
     makers = {"merge": _merge, "linear": _linear, "block": _block, "step": _step}
     cases = []
     for level in levels:
-        for variant, training in trainings.items():
-            if not _has(level, variant, training.model):
-                continue
-            run = makers[level](training, setting)
+        for variant in variants if level != "merge" else [variant for variant in variants if variant in MERGES]:
+            run = makers[level](*adapted[variant], setting)
             if variant == "lors_three_pass":
                 run = mock.patch.object(lors.functional, "merge", three_pass_merge)(run)
             cases.append(Case(level, variant, run))
     return cases
-
-
-def _has(level: str, variant: str, model: nn.Module) -> bool:
-    """Whether there is something of the variant to time."""
-    if level == "merge":
-        return variant in MERGES
-    trained = any(parameter.requires_grad for parameter in _projection(model).parameters())
-    return level == "step" or variant == FROZEN or trained
 
 
 def three_pass_merge(weight: PackedWeight, A: Tensor, B: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
@@ -173,26 +155,26 @@ def three_pass_merge(weight: PackedWeight, A: Tensor, B: Tensor, scaling: float,
     return T.mul_(W != 0)
 
 
-def _training(base: nn.Module, setting: Setting, variant: str) -> Training:
-    """The training of a copy of the model that shares its weights, wrapped."""
-    name, options = VARIANTS.get(variant, (variant, {}))
+def _adapted(base: nn.Module, setting: Setting, variant: str) -> tuple[Method, nn.Module]:
+    """The method of a variant and a copy of the model that shares its weights, wrapped."""
+    name, options = VARIANTS[variant]
     config = OmegaConf.create({"seed": 0, "adapter": {"r": setting.r, "alpha": setting.r, "targets": TARGETS}})
     config.method = OmegaConf.load(CONF / "method" / f"{name}.yaml")
     for field, value in options.items():
         config.method.peft[field] = value
     method = instantiate(config.method, _convert_="all")
-    shared = {} if method.peft is None and method.trains else {id(weight): weight for weight in base.parameters()}
-    adapted = adapt(method, copy.deepcopy(base, shared), precision=setting.precision)
+    shared = {id(weight): weight for weight in base.parameters()}
+    model = adapt(method, copy.deepcopy(base, shared), precision=setting.precision)
     generator = torch.Generator().manual_seed(0)
-    for parameter in adapted.parameters() if shared else ():
+    for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / 100)
-    return Training(method, adapted.train(), setting.precision)
+    return method, model.train()
 
 
-def _merge(training: Training, setting: Setting) -> Callable[[], None]:
+def _merge(method: Method, model: nn.Module, setting: Setting) -> Callable[[], None]:
     """T of the output projection of attention, in the compute type."""
-    layer = _projection(training.model)
+    layer = _projection(model)
     base = layer.get_base_layer()
     W = base.packed if isinstance(base, CompressedLinear) else base.weight
     A, B, scaling = layer.lors_A["default"], layer.lors_B["default"], layer.scaling["default"]
@@ -200,29 +182,30 @@ def _merge(training: Training, setting: Setting) -> Callable[[], None]:
     return lambda: lors.functional.merged_weight(W, A, B, scaling, dtype)
 
 
-def _linear(training: Training, setting: Setting) -> Callable[[], None]:
+def _linear(method: Method, model: nn.Module, setting: Setting) -> Callable[[], None]:
     """The output projection of attention, width x width."""
-    return _forward_and_backward(training.model, _projection(training.model), _hidden(setting), setting)
+    return _forward_and_backward(model, _projection(model), _hidden(setting), setting)
 
 
-def _block(training: Training, setting: Setting) -> Callable[[], None]:
+def _block(method: Method, model: nn.Module, setting: Setting) -> Callable[[], None]:
     """The first decoder block."""
-    model = training.model
     x = _hidden(setting).unsqueeze(0)
     inner = (model.get_base_model() if isinstance(model, PeftModel) else model).model
     angles = inner.rotary_emb(x, torch.arange(setting.tokens, device=setting.device).unsqueeze(0))
     return _forward_and_backward(model, partial(_first_block(model), position_embeddings=angles), x, setting)
 
 
-def _step(training: Training, setting: Setting) -> Callable[[], None]:
-    """A whole training step: embedding to loss and back, clipping, optimizer, and the callbacks of the method."""
-    model = training.model
+def _step(method: Method, model: nn.Module, setting: Setting) -> Callable[[], None]:
+    """A whole training step: embedding to loss and back, clipping, optimizer."""
     tokens = torch.randint(setting.shape.vocab_size, (1, setting.tokens), generator=torch.Generator().manual_seed(0))
     tokens = tokens.to(setting.device)
     batch = {"input_ids": tokens, "labels": tokens, "attention_mask": torch.ones_like(tokens)}
-    if training.method.trains:
-        training.make_optimizer()
-        return lambda: training.step(batch)
+    if method.trains:
+        adamw = {"learning_rate": 1e-4, "betas": (0.9, 0.999), "weight_decay": 0.0}
+        recipe = SimpleNamespace(**adamw, max_grad_norm=1.0, gradient_accumulation=1, precision=setting.precision)
+        optimizer = method.optimizer(model, recipe)
+        # A ledger that is not entered counts nothing.
+        return lambda: training_step(model, batch, optimizer, method, recipe, LiveTensors())
     # What every adapter needs: the gradients of the first projections, not that of the embedding.
     for name in ("q_proj", "k_proj", "v_proj"):
         projection = _first_block(model).self_attn.get_submodule(name)

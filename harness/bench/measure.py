@@ -35,19 +35,6 @@ COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}
 
 
 @dataclass(frozen=True)
-class Work:
-    """What one call does.
-
-    Attributes:
-        flops: Of matrix products and attention; a multiply-add is two.
-        bytes: Read and written, see the module's text.
-    """
-
-    flops: int
-    bytes: int
-
-
-@dataclass(frozen=True)
 class Roofs:
     """The best that this process gets out of the machine: FLOP/s of a square product, bytes/s of a copy."""
 
@@ -58,15 +45,7 @@ class Roofs:
 def sample(
     cases: Sequence[Case], device: torch.device, *, rounds: int, warmup: int, seed: int = 0
 ) -> dict[str, list[float]]:
-    """Seconds per call of each case, by variant, one number for each round.
-
-    Args:
-        cases: Those of one level.
-        device: Where they run.
-        rounds: Samples of each.
-        warmup: Calls of each before the first sample.
-        seed: Draws the order within the rounds.
-    """
+    """Seconds per call of each case of one level, by variant, one number for each round; see the module's text."""
     for case in cases:
         for _ in range(max(1, warmup)):
             case.run()
@@ -74,7 +53,7 @@ def sample(
     calls = max(1, round(SAMPLE_SECONDS[device.type] / fastest))
     seconds: dict[str, list[float]] = {case.variant: [] for case in cases}
     generator = random.Random(seed)
-    for _ in tqdm(range(rounds), desc=cases[0].level if cases else "", unit="round", leave=False):
+    for _ in tqdm(range(rounds), desc=cases[0].level, unit="round", leave=False):
         for case in generator.sample(cases, len(cases)):
             seconds[case.variant].append(timed(case.run, calls))
     return seconds
@@ -90,11 +69,28 @@ def timed(run: Callable[[], Any], calls: int) -> float:
     return (perf_counter() - start) / calls
 
 
+class Work(CountFlops):
+    """Counts what runs while it is entered.
+
+    Attributes:
+        flops: Of matrix products and attention; a multiply-add is two.
+        bytes: Read and written, see the module's text.
+    """
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        if not func.is_view:
+            self.bytes += _bytes(tree_leaves((args, kwargs))) + _bytes(tree_leaves(result))
+        return result
+
+
 def work_of(case: Case) -> Work:
     """Count one call."""
-    with _Count() as count:
+    with Work() as work:
         case.run()
-    return Work(count.total, count.bytes)
+    return work
 
 
 def roofs(dtype: torch.dtype, device: torch.device, rounds: int = 5) -> Roofs:
@@ -108,18 +104,6 @@ def roofs(dtype: torch.dtype, device: torch.device, rounds: int = 5) -> Roofs:
     product = min(timed(lambda: torch.mm(a, b, out=c), 3) for _ in range(rounds))
     copy = min(timed(lambda: target.copy_(source), 1) for _ in range(rounds))
     return Roofs(2 * side**3 / product, 2 * size / copy)
-
-
-class _Count(CountFlops):
-    """Adds up the bytes of the operations, too."""
-
-    bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        result = super().__torch_dispatch__(func, types, args, kwargs)
-        if not func.is_view:
-            self.bytes += _bytes(tree_leaves((args, kwargs))) + _bytes(tree_leaves(result))
-        return result
 
 
 def _bytes(leaves: Iterable[Any]) -> int:

@@ -16,7 +16,7 @@ import torch
 from damage import DAMAGES, put_a_link
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from harness.pruned_cache import pruned_checkpoint
+from harness.sealed_folder import sealed_once
 
 FORK = multiprocessing.get_context("fork")
 
@@ -59,12 +59,12 @@ class Files:
 
 def test_a_sweep_prunes_once(tmp_path, caplog):
     build = Builder()
-    folder = pruned_checkpoint(tmp_path / "new" / "cache", "wanda-0.5", build)
+    folder = sealed_once(tmp_path / "new" / "cache", "wanda-0.5", build)
     assert folder == tmp_path / "new" / "cache" / "wanda-0.5"
     for _ in range(3):
-        assert pruned_checkpoint(tmp_path / "new" / "cache", "wanda-0.5", build) == folder
+        assert sealed_once(tmp_path / "new" / "cache", "wanda-0.5", build) == folder
     assert build.calls == 1
-    pruned_checkpoint(tmp_path / "new" / "cache", "wanda-0.6", build)
+    sealed_once(tmp_path / "new" / "cache", "wanda-0.6", build)
     assert build.calls == 2
     assert not caplog.records
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
@@ -114,13 +114,13 @@ DAMAGE = [
 def test_damage_is_noticed_once_and_repaired(tmp_path, caplog, name, damage, reason):
     """Also what ``from_pretrained`` would follow, such as an adapter beside the weights."""
     build = Builder()
-    folder = pruned_checkpoint(tmp_path, "key", build)
+    folder = sealed_once(tmp_path, "key", build)
     intact = {path.name: path.read_bytes() for path in folder.iterdir()}
     damage(folder / name)
-    assert pruned_checkpoint(tmp_path, "key", build) == folder
+    assert sealed_once(tmp_path, "key", build) == folder
     assert build.calls == 2
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == intact
-    pruned_checkpoint(tmp_path, "key", build)
+    sealed_once(tmp_path, "key", build)
     assert build.calls == 2
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert f"{folder}: {reason}" in caplog.messages[0] and caplog.messages[0].endswith("; it is built again")
@@ -131,9 +131,9 @@ def test_damage_is_noticed_once_and_repaired(tmp_path, caplog, name, damage, rea
     [None, {}, {"key": "key", "sha256": []}, {"key": "key", "sha256": {"config.json": []}}],
 )
 def test_a_manifest_of_another_form_is_damage(tmp_path, caplog, manifest):
-    folder = pruned_checkpoint(tmp_path, "key", Files)
+    folder = sealed_once(tmp_path, "key", Files)
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    assert pruned_checkpoint(tmp_path, "key", Files) == folder
+    assert sealed_once(tmp_path, "key", Files) == folder
     assert len(caplog.messages) == 1
 
 
@@ -149,51 +149,51 @@ def test_what_is_laid_where_it_is_written_is_not_followed(tmp_path):
 
     (tmp_path / "key.partial").symlink_to(elsewhere)
     with pytest.raises(FileExistsError):
-        pruned_checkpoint(tmp_path, "key", lay_a_link_meanwhile)
-    folder = pruned_checkpoint(tmp_path, "key", Files)
+        sealed_once(tmp_path, "key", lay_a_link_meanwhile)
+    folder = sealed_once(tmp_path, "key", Files)
     assert not folder.is_symlink() and (folder / "manifest.json").is_file()
     assert [entry.name for entry in elsewhere.iterdir()] == ["precious"]
 
 
 def test_to_an_intact_folder_nothing_is_written(tmp_path):
     """So a cache may be read-only: no lock is taken."""
-    folder = pruned_checkpoint(tmp_path, "key", Files)
+    folder = sealed_once(tmp_path, "key", Files)
     (tmp_path / "key.lock").unlink()
-    assert pruned_checkpoint(tmp_path, "key", lambda: pytest.fail("it is intact")) == folder
+    assert sealed_once(tmp_path, "key", lambda: pytest.fail("it is intact")) == folder
     assert [entry.name for entry in tmp_path.iterdir()] == ["key"]
 
 
 def test_a_cache_that_takes_nothing_is_an_os_error_before_anything_is_built(tmp_path):
     (tmp_path / "cache").write_text("")
     with pytest.raises(OSError, match=str(tmp_path / "cache")):
-        pruned_checkpoint(tmp_path / "cache", "key", lambda: pytest.fail("too early"))
+        sealed_once(tmp_path / "cache", "key", lambda: pytest.fail("too early"))
 
 
 def test_a_killed_process_leaves_nothing_that_counts(tmp_path, caplog):
-    victim = FORK.Process(target=pruned_checkpoint, args=(tmp_path, "key", lambda: Files(die=True)))
+    victim = FORK.Process(target=sealed_once, args=(tmp_path, "key", lambda: Files(die=True)))
     victim.start()
     victim.join()
     assert victim.exitcode == -signal.SIGKILL
     assert not (tmp_path / "key").exists()
-    folder = pruned_checkpoint(tmp_path, "key", Files)
+    folder = sealed_once(tmp_path, "key", Files)
     assert (folder / "model.safetensors").read_bytes() == b"weights"
     assert ["interrupted while being written" in record.getMessage() for record in caplog.records] == [True]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["key", "key.lock"]
 
 
 def test_leftovers_beside_an_intact_folder_are_cleared_in_silence(tmp_path, caplog):
-    pruned_checkpoint(tmp_path, "key", Files)
+    sealed_once(tmp_path, "key", Files)
     (tmp_path / "key.partial").mkdir()
-    pruned_checkpoint(tmp_path, "key", lambda: pytest.fail("it is intact"))
+    sealed_once(tmp_path, "key", lambda: pytest.fail("it is intact"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["key", "key.lock"]
     assert not caplog.records
 
 
 def test_a_failed_build_leaves_nothing_and_its_error_passes(tmp_path):
     with pytest.raises(OSError, match="disk full"):
-        pruned_checkpoint(tmp_path, "key", lambda: Files(fail=True))
+        sealed_once(tmp_path, "key", lambda: Files(fail=True))
     assert [entry.name for entry in tmp_path.iterdir()] == ["key.lock"]
-    assert json.loads((pruned_checkpoint(tmp_path, "key", Files) / "manifest.json").read_text())["key"] == "key"
+    assert json.loads((sealed_once(tmp_path, "key", Files) / "manifest.json").read_text())["key"] == "key"
 
 
 def test_of_two_processes_one_builds(tmp_path):
@@ -204,18 +204,18 @@ def test_of_two_processes_one_builds(tmp_path):
             file.write(f"{os.getpid()}\n")
         return Files(wait=0.3)
 
-    rivals = [FORK.Process(target=pruned_checkpoint, args=(tmp_path / "cache", "key", build)) for _ in range(3)]
+    rivals = [FORK.Process(target=sealed_once, args=(tmp_path / "cache", "key", build)) for _ in range(3)]
     for rival in rivals:
         rival.start()
     for rival in rivals:
         rival.join()
     assert [rival.exitcode for rival in rivals] == [0, 0, 0]
     assert len(journal.read_text().splitlines()) == 1
-    folder = pruned_checkpoint(tmp_path / "cache", "key", lambda: pytest.fail("it was built already"))
+    folder = sealed_once(tmp_path / "cache", "key", lambda: pytest.fail("it was built already"))
     assert (folder / "model.safetensors").read_bytes() == b"weights"
 
 
 @pytest.mark.parametrize("key", ["", "..", "a/b"])
 def test_a_key_is_a_file_name(tmp_path, key):
     with pytest.raises(ValueError, match="key="):
-        pruned_checkpoint(tmp_path, key, Builder())
+        sealed_once(tmp_path, key, Builder())
