@@ -2,7 +2,9 @@
 
 import contextlib
 import math
+import os
 import random
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +21,7 @@ from harness.stock_tasks import ZERO_SHOT
 
 TOKENIZER = make_tokenizer()
 VOCABULARY = len(TOKENIZER)
+REAL = Path(os.environ.get("LORS_DATA_ROOT", "no-such-folder"))  # real data sets, as <name>/<split>.jsonl
 ITEMS = 5
 WITH_NORM = {"hellaswag", "arc_easy", "arc_challenge", "openbookqa"}
 
@@ -378,3 +381,10 @@ def test_what_cannot_be_scored_fails_before_the_training(data_root, monkeypatch,
     for cfg in (tasks, text):
         with pytest.raises(NotImplementedError, match="no logits"):
             check_scoring(model, TOKENIZER, cfg)
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="LORS_DATA_ROOT names no folder")
+def test_the_seven_real_sets_are_scored_from_a_folder(no_network):
+    cfg = eval_cfg(ZERO_SHOT, REAL, limit=3, perplexity=text_cfg("wikitext", 2048))
+    result = evaluate(tiny(max_position_embeddings=2048), TOKENIZER, cfg, check(cfg)[:1], progress=False)
+    assert [score["n"] for score in result["tasks"].values()] == [3] * 7 and result["perplexity"]["windows"] == 1
