@@ -49,13 +49,14 @@ BUSY = {
 class PenalizedTrainer(Trainer):
     """The Trainer with the penalty that a method adds to the loss."""
 
-    def __init__(self, *args: Any, penalty: Callable[[nn.Module], Tensor] | None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, penalty: Callable[[nn.Module], Tensor | None], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._penalty = penalty
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().compute_loss(*args, **kwargs)
-        return loss if self._penalty is None else loss + self._penalty(self.model)
+        penalty = self._penalty(self.model)
+        return loss if penalty is None else loss + penalty
 
 
 def fit(model: nn.Module, method: Method, folder: Path) -> list[list[int]]:
@@ -80,13 +81,12 @@ def fit(model: nn.Module, method: Method, folder: Path) -> list[list[int]]:
         ddp_timeout=int(PATIENCE.total_seconds()),
         **clipping,
     )
-    own_optimizer = method.optimizer and method.optimizer(model, composed(method.name).train)
     trainer = PenalizedTrainer(
         model,
         settings,
         train_dataset=ROWS,
         data_collator=collate,
-        optimizers=(own_optimizer, None),
+        optimizers=(method.optimizer(model, composed(method.name).train), None),
         callbacks=method.callbacks(),
         penalty=method.penalty,
     )
@@ -138,7 +138,7 @@ def integrator(folder: Path) -> dict[str, Any]:
         for basis in (layer.geolora_U["default"], layer.geolora_V["default"]):
             basis.copy_(torch.linalg.qr(basis).Q * (torch.arange(6) < 3))  # orthonormal in float64
         layer.geolora_S["default"].data[:3, :3] = torch.randn(3, 3, dtype=torch.float64)
-        U, S, V = layer._parts("default")
+        U, S, V = layer.parts("default")
         Y, M = (U @ S @ V.t()).detach(), layer.weight != 0
         T = layer.weight + layer.scaling["default"] * M * Y
         rows = torch.cat([x for x, chosen in zip(inputs, used, strict=True) if index in chosen] or [torch.zeros(1, 14)])
@@ -150,7 +150,7 @@ def integrator(folder: Path) -> dict[str, Any]:
     optimizer = torch.optim.SGD([layer.geolora_S["default"] for layer in layers], lr=eta)
     loss = lambda: sum(layers[index](x).square().sum() for index in mine)  # noqa: E731
     train_with(GeometricIntegrator(), model, optimizer, loss, [0], of=9)
-    parts = [layer._parts("default") for layer in layers]
+    parts = [layer.parts("default") for layer in layers]
     return {
         "difference": largest_difference({f"{i} {k}": part for i, of in enumerate(parts) for k, part in enumerate(of)}),
         "from_the_formula": max(
