@@ -23,8 +23,6 @@ REFERENCE = Path(__file__).parents[1] / "runs" / "reference"
 # What value_search has found became the default afterwards: their runs are of other choices.
 SINCE_CHANGED = {
     ("lr_search", "rm_lora"),
-    ("methods_simulated", "rm_lora"),
-    ("methods_simulated", "xgblora"),
     ("value_search", "rm_lora"),
     ("value_search", "xgblora"),
 }
