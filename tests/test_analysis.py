@@ -13,6 +13,7 @@ from analysis import claims, compare, margins, tables
 from analysis.__main__ import COMMANDS, main
 from analysis.parquet_file import PLACES, read_rows, write_rows
 from analysis.results import MACHINE, load
+from analysis.table_writer import Bold, TextTable, latex, markdown
 from harness.store import content_digest
 
 
@@ -341,3 +342,25 @@ def test_the_builder_of_these_tests_writes_what_the_harness_writes():
     assert scores(0.5, 1.0).keys() == {"tasks", "average", "perplexity"}
     # What is outside of the key of a run tells no rows apart.
     assert set(NOT_IN_KEY) <= set(IGNORED) and set(NOT_IN_PROFILE_KEY) <= set(IGNORED_WITHOUT_DATA)
+
+
+def test_a_table_in_markdown_and_latex():
+    rows = [["1", "2:4", Bold("1,000.5"), "-"], ["1", "", "-", "3 ± 1"]]
+    table = TextTable(["method", "r|s_t", "n", "peak"], rows, controls=1)
+    assert markdown(table).splitlines() == [
+        "| method | r\\|s_t | n | peak |",
+        "| --- | --- | ---: | ---: |",
+        "| 1 | 2:4 | **1,000.5** | - |",
+        "| 1 | - | - | 3 ± 1 |",
+    ]
+    assert markdown(TextTable(["a"], [])) == "None."
+    lines = latex(table, "Sizes").splitlines()
+    body = lines[lines.index(r"\toprule") + 1 : lines.index(r"\bottomrule")]
+    assert body == [
+        r"method & r|s\_t & n & peak \\",
+        r"\midrule",
+        r"1 & 2:4 & \textbf{1,000.5} & - \\",
+        r"\midrule",
+        r"1 &  & - & 3 $\pm$ 1 \\",
+    ]
+    assert r"\begin{tabular}{llrr}" in lines and r"\caption{Sizes}" in lines

@@ -11,7 +11,7 @@ from analysis.__main__ import main
 from analysis.averages import side_by_side
 from analysis.results import load
 from analysis.table_cells import Cell
-from analysis.table_writer import Bold, TextTable, latex, markdown
+from analysis.table_writer import Bold
 from analysis.tables import build
 
 PRECISE = 0.001  # standard error over the items
@@ -380,25 +380,3 @@ def test_every_format_says_the_same_and_every_pair_of_rows_has_its_difference(ta
     assert pair.n == 3 and 0 < pair.p < 0.01 and pair.difference == pytest.approx(5.9)
     error = pairs.set_index(["a", "b"]).loc[("LoRS", "LoRA, with adapter"), "error"]
     assert error == pytest.approx(row_of(table, "LoRS").cells["average_minus_lora"].std, rel=1e-3)
-
-
-def test_a_table_in_markdown_and_latex():
-    rows = [["1", "2:4", Bold("1,000.5"), "-"], ["1", "", "-", "3 ± 1"]]
-    table = TextTable(["method", "r|s_t", "n", "peak"], rows, controls=1)
-    assert markdown(table).splitlines() == [
-        "| method | r\\|s_t | n | peak |",
-        "| --- | --- | ---: | ---: |",
-        "| 1 | 2:4 | **1,000.5** | - |",
-        "| 1 | - | - | 3 ± 1 |",
-    ]
-    assert markdown(TextTable(["a"], [])) == "None."
-    lines = latex(table, "Sizes").splitlines()
-    body = lines[lines.index(r"\toprule") + 1 : lines.index(r"\bottomrule")]
-    assert body == [
-        r"method & r|s\_t & n & peak \\",
-        r"\midrule",
-        r"1 & 2:4 & \textbf{1,000.5} & - \\",
-        r"\midrule",
-        r"1 &  & - & 3 $\pm$ 1 \\",
-    ]
-    assert r"\begin{tabular}{llrr}" in lines and r"\caption{Sizes}" in lines
