@@ -24,7 +24,7 @@ REFERENCE = ROOT / "runs" / "reference"
 BLOCK = re.compile(r"(<!-- generated: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 # What is no option: set by adapter.r, adapter.alpha and adapter.targets for every method, or part of the method.
 SHARED = ("r", "lora_alpha", "target_modules")
-SHARED += ("_target_", "_partial_", "name", "task_type", "merges", "trains", "version")
+SHARED += ("_target_", "name", "task_type", "merges", "trains", "version")
 
 RESULT = """The embedded model, pruned by Wanda to 0.7, three seeds, the rate of its own search; mean ± standard
 deviation of the average of seven tasks. *keep zeros: no* is the published form, without the mask.

@@ -2,13 +2,14 @@
 
 Local files are read here, not by `datasets`, so that a malformed line is reported with its file and number and nothing
 is copied into a cache. Formats: ``.json`` (a list of objects), JSON lines under any name, and any other file as one
-document of plain text. JSON is strict: no NaN, no half of a surrogate pair. A name that is no file and has at most one
-slash is taken for a Hub name, ``owner/name`` or ``owner/name:config``; from there only the rows that are asked for are
-downloaded, and no code is.
+document of plain text. JSON is strict: no NaN, no name twice in an object, no half of a surrogate pair. A name that is
+no file and has at most one slash is taken for a Hub name, ``owner/name`` or ``owner/name:config``; from there only the
+rows that are asked for are downloaded, and no code is.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import reprlib
 from collections.abc import Iterable, Iterator
@@ -169,10 +170,17 @@ def _json_rows(path: str, key: str) -> Iterator[dict[str, Any]]:
 
 def _parsed(text: str, place: str) -> Any:
     try:
-        return from_json(text, allow_inf_nan=False)
+        from_json(text, allow_inf_nan=False)  # refuses what Python's own reader lets through
+        return json.loads(text, object_pairs_hook=_unique)
     except ValueError as error:
         reason = str(error).replace("line 1 ", "")
         raise BadInput(f"{place}: not valid JSON ({reason})") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError(f"an object with a name twice, among {reprlib.repr(sorted(name for name, _ in pairs))}")
+    return dict(pairs)
 
 
 def _hub_rows(

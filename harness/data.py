@@ -196,9 +196,11 @@ def calibration_tokens(prune_cfg: Any, tokenizer: Tokenizer, seed: int) -> LongT
 def check_token_ids(ids: Iterable[int], tokenizer: Tokenizer, vocabulary: int, where: str) -> None:
     """Raise `BadInput` if one of the tokens is not among the `vocabulary` that the model knows; `where` they occur.
 
-    That its tokenizer has more of them does not matter.
+    That its tokenizer has more of them does not matter; if it has not, the tokens are not looked at.
     """
-    largest = max(ids)
+    if max(tokenizer.get_vocab().values(), default=0) < vocabulary:
+        return
+    largest = max(ids, default=0)
     if largest >= vocabulary:
         token = tokenizer.convert_ids_to_tokens(largest)
         raise BadInput(

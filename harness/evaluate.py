@@ -23,6 +23,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache, lru_cache, partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -58,15 +59,26 @@ def check_tasks(eval_cfg: Any, tokenizer: Tokenizer, vocabulary: int) -> LongTen
     Raises:
         BadInput: An unknown task or text; one that cannot be reached or that runs code; in ``data_root`` a missing
             file, a malformed line, a missing column, or one that holds something else than the task reads; a text
-            that is shorter than a window; in the text a token that the model does not know.
+            that is shorter than a window; in a task or the text a token that the model does not know.
     """
     if not set(eval_cfg.tasks) <= MICROWORLD_TASKS.keys():
         _load_tasks(eval_cfg)
+    check_token_ids(_task_tokens(eval_cfg, tokenizer), tokenizer, vocabulary, "eval.tasks")
     if eval_cfg.perplexity is None:
         return None
     windows = perplexity_windows(tokenizer, eval_cfg)
     check_token_ids([int(windows.max())], tokenizer, vocabulary, "eval.perplexity.text")
     return windows
+
+
+def _task_tokens(eval_cfg: Any, tokenizer: Tokenizer) -> Iterator[int]:
+    """The tokens of everything that the tasks ask."""
+    for task in _load_tasks(eval_cfg)["tasks"].values() if eval_cfg.tasks else ():
+        task.build_all_requests(limit=eval_cfg.limit)
+        for request in task.instances:
+            # Prompt, then prompt and answer, as they are encoded.
+            for text in accumulate(part for part in request.args if isinstance(part, str)):
+                yield from tokenizer.encode(text, add_special_tokens=False, verbose=False)
 
 
 def check_scoring(model: PreTrainedModel, tokenizer: Tokenizer, eval_cfg: Any) -> None:

@@ -98,12 +98,18 @@ class PromptSharingLM(HFLM):
 
     def _cut(self, requests: Sequence[Request]) -> Iterator[Request]:
         """The requests with at least one token of prompt, and with what fits into the model."""
+        longer = sum(len(answer) > self.max_length for _, _, answer in requests)
+        if longer:
+            logger.warning(
+                "%d of %d answers are longer than the model (%d tokens): their last tokens are scored",
+                *(longer, len(requests), self.max_length),
+            )
         for text, prompt, answer in requests:
-            if not 0 < len(answer) <= self.max_length:
-                asked = f"an answer has {len(answer)} tokens ({reprlib.repr(text)})"
-                raise BadInput(f"eval.tasks: {asked}; must have 1 to {self.max_length}, which the model can read")
+            if not answer:
+                raise BadInput(f"eval.tasks: an answer has no token ({reprlib.repr(text)})")
+            kept = answer[-self.max_length :]
             whole = [*(prompt or [self.prefix_token_id]), *answer][-(self.max_length + 1) :]
-            yield text, whole[: -len(answer)], answer
+            yield text, whole[: -len(kept)], kept
 
     def _try_sharing(self) -> bool:
         """Whether the answers can share their prompts, on a few words; the log says why not.

@@ -151,6 +151,10 @@ GOOD = '{"instruction": "a", "output": "b"}\n'
             GOOD + '{"output": ' + "[" * 9_000,
             r"rows.jsonl:2: not valid JSON \(recursion limit exceeded at",
         ),
+        (
+            GOOD + '{"a": 1, "a": 2}',
+            r"rows.jsonl:2: not valid JSON \(an object with a name twice, among",
+        ),
         (GOOD + '{"n": NaN}', r"rows.jsonl:2: not valid JSON \(expected value at column 7\)"),
         (GOOD + '{"n": ' + "9" * 10_000 + "}", r"rows.jsonl:2: not valid JSON \(number out of range at column 4308\)"),
     ],

@@ -305,6 +305,11 @@ def test_a_token_that_the_model_does_not_know_is_named(tmp_path):
     line = f"model.path: token {known} ('zebra') occurs in eval.perplexity.text; "
     assert refused(cfg, tokenizer=grown) == f"{line}the tokenizer has {known + 1} tokens, the model {known}"
     check(cfg, tokenizer=grown, vocabulary=known + 1)
+    rows = items("rte")
+    write_rows(tmp_path / "rte" / "validation.jsonl", [*rows[:4], rows[4] | {"sentence2": "a zebra"}])
+    line = f"model.path: token {known} ('zebra') occurs in eval.tasks; "
+    assert refused(eval_cfg(["rte"], tmp_path), tokenizer=grown).startswith(line)
+    check(eval_cfg(["rte", "microworld_rte"], tmp_path, limit=4), tokenizer=grown)
 
 
 # ---- the Hub
