@@ -62,8 +62,8 @@ MUTANTS = [
     Mutant("baselines/gelora.py", "max(after - before, 0)", "max(before - after, 0)", "gelora"),
     # The harness: what is trained, measured, scored, stored.
     Mutant("harness/recipe.py", 'reduction="sum") / targets', 'reduction="mean")', "train"),
-    Mutant("harness/perplexity.py", "z[:-1].float(), y[1:]", "z[1:].float(), y[:-1]", "scoring"),
-    Mutant("harness/log_likelihood.py", "< lengths[:, None]", "<= lengths[:, None]", "scoring"),
+    Mutant("harness/perplexity.py", "z[:-1].float(), y[1:]", "z[1:].float(), y[:-1]", "log_likelihood"),
+    Mutant("harness/log_likelihood.py", "< lengths[:, None]", "<= lengths[:, None]", "log_likelihood"),
     Mutant("harness/identity.py", "or value != ABSENT[key]", "or True", "identity"),
     Mutant("harness/sealed_folder.py", "or found[name] != sealed[name]", "", "sealed_folder"),
     Mutant("harness/meter.py", "for step in self.steps if not step.warmup]", "for step in self.steps]", "meter"),
