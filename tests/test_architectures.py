@@ -74,10 +74,9 @@ def test_blocks_are_calibrated_on_what_the_model_gives_them(name: str) -> None:
     last = decoder_blocks(model)[1][-1]
     inputs: list[Tensor] = []
     last.register_forward_pre_hook(lambda _, args: inputs.append(args[0].clone()))
+    logits(model)
     prune_model(model, "wanda", **RULES["wanda"] | {"sparsity": 0.0})
-    own, walked = inputs[: len(IDS)], inputs[len(IDS) : 2 * len(IDS)]
-    for expected, actual in zip(own, walked, strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(inputs[-1], inputs[0], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.skipif("rwkv" not in ARCHITECTURES, reason="this transformers has no RWKV")

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from harness.live_memory import LiveTensors
 from lors.blocks import block_linears, decoder_blocks, decoder_linears
-from lors.pruning import prune_model, prune_sparsegpt, prune_wanda
+from lors.pruning import prune_model, prune_sparsegpt, prune_wanda, walk
 from lors.sparsity import follows_pattern, sparsity_of
 
 THREE = {"num_hidden_layers": 3, "vocab_size": 40}
@@ -106,16 +106,19 @@ def test_sparsegpt_walk_equals_full_passes(name):
         assert follows_pattern(linear.weight, "2:4")
 
 
-def test_embeddings_run_once_per_sample_and_every_block_three_times_without_tf32(capsys):
+def test_every_batch_runs_twice_through_a_block_and_once_through_the_last_without_tf32(capsys, monkeypatch):
+    monkeypatch.setattr(walk, "BATCH_TOKENS", 20)
     model = build("llama")
-    count, precisions = {"embed": 0, "block": 0, "head": 0}, set()
+    rows: dict[str, list[int]] = {"embed": [], "first": [], "last": [], "head": []}
+    precisions = set()
 
-    def counted(key: str, *_) -> None:
-        count[key] += 1
+    def counted(key: str, _module: nn.Module, args: tuple[Tensor, ...], *_) -> None:
+        rows[key].append(len(args[0]))
         precisions.add(torch.get_float32_matmul_precision())
 
     model.get_input_embeddings().register_forward_hook(partial(counted, "embed"))
-    model.model.layers[1].register_forward_hook(partial(counted, "block"))
+    model.model.layers[0].self_attn.q_proj.register_forward_hook(partial(counted, "first"))
+    model.model.layers[2].self_attn.q_proj.register_forward_hook(partial(counted, "last"))
     model.lm_head.register_forward_hook(partial(counted, "head"))
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
@@ -125,14 +128,56 @@ def test_embeddings_run_once_per_sample_and_every_block_three_times_without_tf32
     finally:
         torch.set_float32_matmul_precision(before)
     assert precisions == {"highest"}
-    assert count == {"embed": 5, "block": 15, "head": 0}  # recorded, measured, propagated
+    batches = [2, 2, 1]
+    checked = [1]  # a few tokens, before the walk
+    assert rows["embed"] == 2 * checked + batches
+    assert rows["first"] == checked + batches + batches
+    assert rows["last"] == checked + batches
+    assert not rows["head"]
     shown = capsys.readouterr().err
-    assert "prune (wanda)" in shown and "3/3" in shown
+    assert "prune (wanda):   0%|          | 0/25 " in shown and "25/25" in shown and "block 3/3" in shown
+
+
+@pytest.mark.parametrize("pruner", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("name", WALKED)
+def test_the_size_of_a_batch_changes_nothing(name, pruner, monkeypatch):
+    expected = build(name)
+    for model, batch_tokens in ((expected, 10), (build(name), 20), (build(name), 1000)):
+        monkeypatch.setattr(walk, "BATCH_TOKENS", batch_tokens)
+        prune_model(model, pruner, sparsity=0.5, pattern="unstructured", calibration=tokens())
+        for key, linear in decoder_linears(model).items():
+            assert torch.equal(linear.weight == 0, expected.get_submodule(key).weight == 0), key
+        assert_same_parameters(model, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("pruner", ["magnitude", "wanda"])
+def test_blocks_go_to_the_device_one_at_a_time_and_back(pruner, monkeypatch):
+    model, expected = build("llama"), build("llama")
+    request = {"sparsity": 0.5, "pattern": "unstructured", "calibration": tokens()}
+    moves: list[tuple[int, str]] = []
+    for i, block in enumerate(model.model.layers):
+        monkeypatch.setattr(block, "to", lambda device, i=i: moves.append((i, str(device))))
+    prune_model(model, pruner, device="cuda", **request)
+    assert moves == [(i, device) for i in range(3) for device in ("cuda", "cpu")]
+    prune_model(expected, pruner, device="cpu", **request)
+    assert_same_parameters(model, expected, rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", WALKED)
+def test_blocks_of_a_model_on_the_cpu_are_pruned_on_a_gpu(name):
+    model, expected = build(name), build(name).cuda()
+    request = {"sparsity": 0.5, "pattern": "unstructured"}
+    prune_model(model, "wanda", device="cuda", calibration=tokens(), **request)
+    prune_model(expected, "wanda", calibration=tokens().cuda(), **request)
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+    assert_same_parameters(model, expected.cpu(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_memory_is_that_of_hidden_states_and_of_the_statistics_of_one_block(attention: str) -> None:
+def test_memory_is_that_of_hidden_states_and_of_the_statistics_of_one_block(attention: str, monkeypatch) -> None:
     """What else a block is given, masks and angles, is kept once if it is equal."""
+    monkeypatch.setattr(walk, "BATCH_TOKENS", 32)
 
     def peak(samples: int, blocks: int) -> int:
         model = replace(WALKED["llama"], fields=THREE | {"attn_implementation": attention, "num_hidden_layers": blocks})
@@ -184,6 +229,48 @@ def test_bad_requests_change_nothing(change, message):
     with pytest.raises(ValueError, match=message):
         prune_model(model, **request)
     assert_same_parameters(model, dense, rtol=0, atol=0)
+
+
+def run_oddly(model: nn.Module, oddity: str, input_ids: Tensor, use_cache: bool) -> Tensor:
+    """In place of the forward of a Llama without head."""
+    x = model.embed_tokens(input_ids)
+    angles = model.rotary_emb(x, torch.arange(x.shape[1])[None])
+    seen: list[Tensor] = []
+    extra: dict[str, object] = {}
+    for block in reversed(model.layers) if oddity == "order" else model.layers[: 2 if oddity == "skips" else 3]:
+        if oddity == "keyword":
+            x = block(hidden_states=x, position_embeddings=angles)
+            continue
+        before, x = x, block(x, position_embeddings=angles, **extra)
+        seen.append(x - before)
+        extra = {
+            "tensor": {"extra": before},
+            "float": {"extra": float(x.std())},
+            "nested": {"extra": (seen[0],)},
+            "container": {"extra": seen},
+        }.get(oddity, {})
+        if oddity == "between":
+            x = x + 1e-3 * before
+    return model.norm(x)
+
+
+@pytest.mark.parametrize("oddity", ["between", "order", "skips", "keyword", "tensor", "float", "nested", "container"])
+def test_models_whose_blocks_are_given_something_else_are_refused_unchanged(oddity):
+    model, dense = build("llama"), build("llama")
+    model.model.forward = partial(run_oddly, model.model, oddity)
+    message = "by keyword" if oddity == "keyword" else r"block \d of LlamaForCausalLM does not get what"
+    with pytest.raises(ValueError, match=message):
+        prune_model(model, "wanda", sparsity=0.5, pattern="unstructured", calibration=tokens())
+    assert_same_parameters(model, dense, rtol=0, atol=0)
+    assert not any("forward" in vars(block) for block in model.model.layers)
+
+
+def test_a_model_with_a_forward_of_its_own_is_pruned_like_its_twin():
+    model, expected = build("llama"), build("llama")
+    model.model.forward = partial(run_oddly, model.model, "none")
+    for each in (model, expected):
+        prune_model(each, "wanda", sparsity=0.5, pattern="unstructured", calibration=tokens())
+    assert_same_parameters(model, expected, rtol=0, atol=0)
 
 
 def test_models_that_cannot_be_pruned():

@@ -6,14 +6,15 @@ out feeds the next block. So statistics see the pruning of earlier blocks, thoug
 the same block, as in Wanda (arXiv 2306.11695) and SparseGPT (arXiv 2301.00774).
 
 The other arguments of a block (rotary embeddings, a mask of its own kind in a sliding-window layer, anything
-a future model invents) are those that the model itself passes: they are recorded in one run of the dense
-model.
+a future model invents) are those that the model itself passes: its own forward runs with stubs in place of the
+blocks, which note their arguments and hand on their input. That this is what the blocks are given is checked
+before, on a few tokens that run through the blocks themselves.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten_with_path, tree_leaves
 from tqdm.auto import tqdm
 
 from lors.blocks import block_linears, decoder_blocks, decoder_linears
@@ -38,6 +40,12 @@ PRUNERS: dict[str, tuple[Callable[..., Tensor], Callable[[Tensor], Tensor] | Non
 }
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a block gets besides the hidden states: args, kwargs
+Rest = tuple[Any, ...] | None  # what a block returns behind the hidden states; None: it returns these alone
+
+# Tokens of as many samples as run through a block at once: the papers' one sample. More make no product faster.
+BATCH_TOKENS = 2048
+# Tokens of the run through the whole dense model that shows what its blocks are given.
+CHECKED_TOKENS = 16
 
 
 @torch.no_grad()
@@ -48,9 +56,13 @@ def prune_model(
     sparsity: float | None,
     pattern: str,
     calibration: Tensor | None,
+    device: torch.device | str | None = None,
     **options: Any,
 ) -> None:
-    """Prune every linear inside the decoder blocks in place, with a progress bar over the blocks.
+    """Prune every linear inside the decoder blocks in place, with a progress bar.
+
+    In memory besides the model: the hidden states of all samples, what one block makes of a batch of samples, and the
+    statistics of its linears.
 
     Args:
         model: A decoder-only model of transformers in any floating type; statistics and scores are float32.
@@ -58,12 +70,15 @@ def prune_model(
         sparsity: See ``lors.sparsity.resolve_sparsity``.
         pattern: ``unstructured`` or ``n:m``.
         calibration: Token ids ``[samples, length]``, unpadded; None for magnitude, which looks at no data.
+        device: Where blocks are pruned; each is moved there and back, so that a model on the CPU needs a GPU for
+            one block. None: where they are.
         **options: Keyword arguments of the pruner: ``group`` for magnitude, ``block_size`` and ``damping``
             for sparsegpt.
 
     Raises:
         ValueError: Before anything is changed: an unknown pruner or option, a bad sparsity or pattern, a
-            width that the pattern does not divide, bad tokens, a model that ``lors.blocks`` cannot read.
+            width that the pattern does not divide, bad tokens, a model that ``lors.blocks`` cannot read or whose
+            blocks are not given what the walk from block to block would give them.
             Naming the layer, with earlier layers pruned by then: weights or statistics that are not finite.
     """
     if pruner not in PRUNERS:
@@ -74,22 +89,30 @@ def prune_model(
     _check_model(model, pattern)
     rule = partial(rule, sparsity=sparsity, pattern=pattern, **options)
     name, blocks = decoder_blocks(model)
-    bar = tqdm(blocks, desc=f"prune ({pruner})", unit="block")
     if statistic is None:
-        for i, block in enumerate(bar):
-            for linear_name, linear in block_linears(f"{name}.{i}", block):
-                _prune_linear(linear_name, linear, rule)
+        for i, block in enumerate(tqdm(blocks, desc=f"prune ({pruner})", unit="block")):
+            with _moved(block, device):
+                for linear_name, linear in block_linears(f"{name}.{i}", block):
+                    _prune_linear(linear_name, linear, rule)
         return
     _check_calibration(model, calibration)
-    with _measuring(model):
-        hidden, calls = _record(model, blocks, calibration)
-        for i, block in enumerate(bar):
+    passes = 2 * len(blocks) - 1  # the last block feeds no other
+    bar = tqdm(total=passes * len(calibration), desc=f"prune ({pruner})", unit="sample")
+    with _measuring(model), bar:
+        hidden, calls = _record(model, blocks, calibration, _check_walk(model, blocks, calibration))
+        for i, block in enumerate(blocks):
+            bar.set_postfix_str(f"block {i + 1}/{len(blocks)}")
             linears = dict(block_linears(f"{name}.{i}", block))
-            sums = _gather(block, linears, hidden, calls[i], statistic)
-            for linear_name, linear in linears.items():
-                _prune_linear(linear_name, linear, rule, sums.pop(linear_name))
-            for sample, call in enumerate(calls[i]):
-                hidden[sample] = _run(block, hidden[sample], call)
+            with _moved(block, device):
+                sums = _gather(block, linears, hidden, calls[i], statistic, bar)
+                for linear_name, linear in linears.items():
+                    _prune_linear(linear_name, linear, rule, sums.pop(linear_name))
+                if i + 1 == len(blocks):
+                    break
+                for batch, call in enumerate(calls[i]):
+                    hidden[batch] = _run(block, hidden[batch], call)
+                    bar.update(len(hidden[batch]))
+            calls[i].clear()
 
 
 def _prune_linear(name: str, linear: nn.Linear, rule: Callable[..., Tensor], *statistic: Tensor) -> None:
@@ -105,18 +128,22 @@ def _gather(
     hidden: list[Tensor],
     calls: list[Call],
     statistic: Callable[[Tensor], Tensor],
+    bar: tqdm,
 ) -> dict[str, Tensor]:
     """Run all samples through a block; per linear, the statistic of its inputs summed over samples."""
     sums: dict[str, Tensor] = {}
 
     def add(name: str, linear: nn.Linear, args: tuple[Tensor, ...]) -> None:
-        part = statistic(args[0].flatten(0, -2))  # (..., in) -> (tokens, in)
-        sums[name] = sums[name].add_(part) if name in sums else part
+        X = args[0]
+        for x in X if X.ndim > 2 else (X,):  # one sample after the other: the sum is the same whatever the batch
+            part = statistic(x.flatten(0, -2))  # (..., in) -> (tokens, in)
+            sums[name] = sums[name].add_(part) if name in sums else part
 
     hooks = [linear.register_forward_pre_hook(partial(add, name)) for name, linear in linears.items()]
     try:
         for x, call in zip(hidden, calls, strict=True):
             _run(block, x, call)
+            bar.update(len(x))
     finally:
         for hook in hooks:
             hook.remove()
@@ -127,55 +154,155 @@ def _gather(
 
 
 def _run(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
-    """Hidden states (1 x L x d) after a block."""
+    """Hidden states (B x L x d) after a block, on the device that they came from."""
+    device = next(block.parameters(), hidden).device
     args, kwargs = call
-    output = block(hidden, *args, **kwargs)
+    output = block(_to(device, hidden), *_to(device, args), **{key: _to(device, x) for key, x in kwargs.items()})
+    return _hidden(output).to(hidden.device)
+
+
+def _hidden(output: Tensor | tuple) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def _record(model: nn.Module, blocks: nn.ModuleList, calibration: Tensor) -> tuple[list[Tensor], list[list[Call]]]:
-    """Run the dense model once on every sample (1 x L).
+def _to(device: torch.device, value: Any) -> Any:
+    """An argument on a device. Dicts and lists stay what they are: blocks may leave something there for later ones."""
+    if type(value) is tuple:
+        return tuple(_to(device, x) for x in value)
+    return value.to(device) if isinstance(value, Tensor) else value
 
-    Returns the hidden states that enter the first block, per sample (1 x L x d), and the other arguments of
-    every block, per block and sample. Equal tensors (all samples have one length, so nearly all are) are kept
-    once.
+
+@contextmanager
+def _moved(block: nn.Module, device: torch.device | str | None) -> Iterator[None]:
+    """The block is on the device, and afterwards where it was."""
+    if device is None:
+        yield
+        return
+    home = next(block.parameters()).device
+    try:
+        block.to(device)
+        yield
+    finally:
+        block.to(home)
+
+
+@contextmanager
+def _in_place_of(blocks: nn.ModuleList, stub: Callable[..., Any]) -> Iterator[None]:
+    """A call of block i is one of ``stub(i, forward, *args, **kwargs)`` with the block's own forward."""
+    own = [vars(block).get("forward") for block in blocks]  # accelerate puts one there
+    try:
+        for i, block in enumerate(blocks):
+            block.forward = partial(stub, i, block.forward)
+        yield
+    finally:
+        for block, forward in zip(blocks, own, strict=True):
+            if forward is not None:
+                block.forward = forward
+            else:
+                vars(block).pop("forward", None)
+
+
+def _forward(model: nn.Module, tokens: Tensor) -> None:
+    """Run the model on tokens (B x L), without the head, whose logits nobody reads."""
+    getattr(model, "base_model", model)(
+        input_ids=tokens.to(model.get_input_embeddings().weight.device), use_cache=False
+    )
+
+
+def _record(
+    model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, rests: Sequence[Rest]
+) -> tuple[list[Tensor], list[list[Call]]]:
+    """Run what the model computes around its blocks, for batches of samples.
+
+    Args:
+        tokens: All samples (samples x L).
+        rests: What each block returns behind the hidden states.
+
+    Returns:
+        The hidden states that enter the first block, per batch (B x L x d), and the other arguments of every block,
+        per block and batch. Equal tensors (all samples have one length, so nearly all are) are kept once.
+    """
+    hidden: list[Tensor] = []
+    calls: list[list[Call]] = [[] for _ in blocks]
+
+    def record(i: int, _: Callable[..., Any], x: Tensor, /, *args: Any, **kwargs: Any) -> Tensor | tuple:
+        if i == 0:
+            hidden.append(x)
+            x = x.clone()  # what the model does to it behind the blocks must not reach the first one
+        twin_args, twin_kwargs = calls[i][0] if calls[i] else ((), {})
+        shared = {key: _share(value, twin_kwargs.get(key)) for key, value in kwargs.items()}
+        calls[i].append((_share(args, twin_args), shared))
+        return x if rests[i] is None else (x, *rests[i])
+
+    with _in_place_of(blocks, record):
+        for batch in tokens.split(max(1, BATCH_TOKENS // tokens.shape[1])):
+            _forward(model, batch)
+    return hidden, calls
+
+
+def _check_walk(model: nn.Module, blocks: nn.ModuleList, calibration: Tensor) -> list[Rest]:
+    """Compare what the walk would give each block with what it is given in a run of the model on a few tokens.
+
+    That must be the output of the block before it; besides, what that block was given or has left in its arguments,
+    or what the model computes without its blocks.
+
+    Returns:
+        What each block returns behind the hidden states, with zeros for the numbers.
 
     Raises:
         ValueError: The model computes something between its blocks, which the walk from block to block would miss.
     """
-    hidden: list[Tensor] = []
-    calls: list[list[Call]] = [[] for _ in blocks]
-    given: list[Tensor] = []  # the output of the block before
+    kind = type(model).__name__
+    refused = f"{kind} does not get what the block before it gives: allowed are models that compute nothing between "
+    refused += "their blocks"
+    tokens = calibration[:1, :CHECKED_TOKENS]
+    rests: list[Rest] = []
+    others: list[dict[Any, Any]] = []  # per block, by their place: arguments that it does not have from the one before
+    output: Tensor | tuple = ()
+    known: list[Any] = []
 
-    def record(i: int, block: nn.Module, args: tuple, kwargs: dict) -> None:
+    def watch(i: int, forward: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Tensor | tuple:
+        nonlocal output, known
         if not args:
-            raise ValueError(f"{type(block).__name__} gets its hidden states by keyword: this model is not supported")
-        if i == 0:
-            hidden.append(args[0])
-        elif not torch.allclose(given.pop().to(args[0].device), args[0], rtol=0, atol=0, equal_nan=True):
-            raise ValueError(
-                f"block {i} of {type(model).__name__} does not get what the block before it gives: allowed are models "
-                "that compute nothing between their blocks"
-            )
-        twin_args, twin_kwargs = calls[i][0] if calls[i] else ((), {})
-        shared_args = _share(args[1:], twin_args)
-        calls[i].append((shared_args, {key: _share(x, twin_kwargs.get(key)) for key, x in kwargs.items()}))
+            name = type(blocks[i]).__name__
+            raise ValueError(f"{name} gets its hidden states by keyword: this model is not supported")
+        if i != len(rests) or (i and not _same(args[0], _hidden(output))):
+            raise ValueError(f"block {i} of {refused}")
+        passed = {id(value) for value in known if isinstance(value, Tensor)}
+        leaves = tree_flatten_with_path((args[1:], kwargs))[0]
+        others.append({place: _copy(value) for place, value in leaves if id(value) not in passed})
+        output = forward(*args, **kwargs)
+        known = tree_leaves((args[1:], kwargs))
+        rests.append(tuple(map(_blank, output[1:])) if isinstance(output, tuple) else None)
+        return output
 
-    def note(block: nn.Module, args: tuple, output: Tensor | tuple) -> None:
-        given[:] = [output[0] if isinstance(output, tuple) else output]
+    with _in_place_of(blocks, watch):
+        _forward(model, tokens)
+    if len(rests) != len(blocks):
+        raise ValueError(f"block {len(rests)} of {refused}")
+    _, calls = _record(model, blocks, tokens, rests)
+    for i, (given, (call,)) in enumerate(zip(others, calls, strict=True)):
+        walked = dict(tree_flatten_with_path(call)[0])
+        if not all(place in walked and _same(value, walked[place]) for place, value in given.items()):
+            raise ValueError(f"block {i} of {refused}")
+    return rests
 
-    hooks = [block.register_forward_pre_hook(partial(record, i), with_kwargs=True) for i, block in enumerate(blocks)]
-    hooks += [block.register_forward_hook(note) for block in blocks]
-    # Without the head, whose logits nobody reads.
-    decoder = getattr(model, "base_model", model)
-    try:
-        samples = calibration.to(model.get_input_embeddings().weight.device)
-        for sample in tqdm(samples, desc="record the dense model", unit="sample"):
-            decoder(input_ids=sample[None], use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return hidden, calls
+
+def _same(value: Any, other: Any) -> bool:
+    """Whether two arguments are equal; of what is neither tensor nor plain value only the type is looked at."""
+    if isinstance(value, Tensor) and isinstance(other, Tensor):
+        other = other.to(value.device)
+        alike = value.shape == other.shape and value.dtype == other.dtype
+        return alike and bool(((value == other) | ((value != value) & (other != other))).all())  # NaN is itself here
+    return type(value) is type(other) and (not isinstance(value, bool | int | float | str) or value == other)
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _blank(value: Any) -> Any:
+    return torch.zeros_like(value) if isinstance(value, Tensor) else value
 
 
 def _share(value: Any, twin: Any) -> Any:
