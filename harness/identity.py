@@ -21,7 +21,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from harness.errors import BadInput, one_line
 from harness.microworld import CHECKPOINT
+from harness.stock_tasks import local_files
 
 __all__ = [
     "VERSIONS",
@@ -65,9 +66,15 @@ ABSENT: Mapping[str, Any] = {
     "method.peft.forward_product": "dense",
     "method.peft.storage": "dense",
     "method.version": 1,
+    "model.attn_implementation": None,
+    "model.device_map": None,
+    "model.dtype": None,
+    "model.pad_token": None,
 }
 # Keys that say where results go, which jobs are run and how, not what is computed.
 NOT_IN_KEY = ("force", "only", "name", "runs_root", "cache_root", "save_merged", "launch", "train.checkpoint_every")
+# Where snapshots are, and how one is made; what is in them counts.
+NOT_IN_KEY += ("data_root", "model.wheel")
 # The rates of all methods and the steps of all modes; train.learning_rate and train.steps are those that count.
 NOT_IN_KEY += ("train.tuned", "train.steps_by_mode")
 # Outside of mode=run there are no tokens and no weights but random ones, and no scores.
@@ -124,7 +131,8 @@ def with_fingerprints(cfg: DictConfig) -> dict[str, Any]:
             *parents, last = name.split(".")
             section = _select(config, parents)
             try:
-                section[last] = fingerprint(path)
+                files = local_files(config["eval"]) if name == "eval.data_root" else None
+                section[last] = fingerprint(path, files)
             except OSError as error:
                 raise BadInput(f"{name}={section[last]}: cannot be read ({one_line(error)})") from error
     return config
@@ -143,10 +151,17 @@ def local_path(source: str | None) -> Path | None:
     return path if os.path.exists(path) else None
 
 
-def fingerprint(path: Path) -> str:
-    """Hash of the content of a file, or of a folder, whose documentation and hidden files do not count."""
+def fingerprint(path: Path, only: Iterable[str] | None = None) -> str:
+    """Hash of the content of a file, or of a folder, whose documentation and hidden files do not count.
+
+    Args:
+        path: The file or folder.
+        only: The files of the folder that count, as far as they are there; None: all.
+    """
     if path.is_file():
         files = {"": path}
+    elif only is not None:
+        files = {name: path / name for name in sorted(only) if (path / name).exists()}
     else:
         entries = {entry.relative_to(path).as_posix(): entry for entry in path.rglob("*") if entry.is_file()}
         files = {name: entry for name, entry in sorted(entries.items()) if _counts(name)}

@@ -25,6 +25,7 @@ from harness.feasible import check_fit, check_memory, reason
 from harness.identity import digest, local_path, with_fingerprints
 from harness.method import Method
 from harness.method_from_config import build_method
+from harness.sources import REMEDY
 from harness.weights import check_files, load_weights
 
 __all__ = ["Inputs", "Source", "check_inputs", "read_inputs"]
@@ -237,5 +238,6 @@ def _from_pretrained(kind: type, source: Source, wanted: str) -> Any:
     try:
         return kind.from_pretrained(path, revision=source.revision, trust_remote_code=False)
     except Exception as error:  # what a damaged file raises is up to its format
-        place = "the folder has" if source.folder else "no such folder, and the Hub gave"
-        raise BadInput(f"{source.shown}: {place} no usable {wanted} ({reason(error)})") from error
+        place = "the folder has" if source.folder else "no such folder or snapshot, and the Hub gave"
+        remedy = "" if source.folder else f"; {REMEDY}"
+        raise BadInput(f"{source.shown}: {place} no usable {wanted} ({reason(error)}){remedy}") from error

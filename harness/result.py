@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from harness.environment import environment
+from harness.sources import provenance, recorded
 from lors.blocks import decoder_linears
 from lors.sparse_layer import SparseLinear
 from lors.storage import count_weights
@@ -38,7 +39,8 @@ def blank_result(cfg: DictConfig, key: str, stages: Mapping[str, int], device: t
         "support": None,
         "seed": cfg.seed,
         # In tables too, results of two versions do not mix.
-        "config": OmegaConf.to_container(cfg, resolve=True) | ({"stages": dict(stages)} if stages else {}),
+        "config": recorded(cfg) | ({"stages": dict(stages)} if stages else {}),
+        "provenance": provenance(cfg),
         "environment": environment(device),
         "parameters": None,
         "end_state": None,

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BaseModel, Field, StringConstraints, Valida
 from harness.corpora import read_rows
 from harness.errors import BadInput
 
-__all__ = ["ZERO_SHOT", "local_items"]
+__all__ = ["ZERO_SHOT", "local_files", "local_items"]
 
 
 class StockTask(NamedTuple):
@@ -71,6 +71,14 @@ ZERO_SHOT = {
     "arc_challenge": _task("test", "arc", question=str, choices=Choices, answerKey=Label),
     "openbookqa": _task("test", "openbookqa", question_stem=str, choices=Choices, answerKey=PaddedLabel),
 }
+
+
+def local_files(eval_cfg: Any) -> list[str]:
+    """What is read below ``eval.data_root``: a file for each stock task, and WikiText-2 where its perplexity counts."""
+    splits = {task: ZERO_SHOT[task].split for task in eval_cfg["tasks"] if task in ZERO_SHOT}
+    if eval_cfg["perplexity"] is not None and eval_cfg["perplexity"]["text"] == "wikitext":
+        splits["wikitext"] = "test"
+    return [f"{task}/{split}.jsonl" for task, split in splits.items()]
 
 
 def local_items(root: str, task: str) -> list[dict[str, Any]]:

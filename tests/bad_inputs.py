@@ -301,7 +301,7 @@ UNREADABLE, NO_MODEL = "its weights cannot be read", "makes no model that can be
 MODELS = [
     *entries(
         ("model.path=./nowhere", "model.path=./nowhere: no such folder; must be a model folder or a name on the Hub"),
-        ("model.path=nobody/nothing", "model.path=nobody/nothing: no such folder, and the Hub gave " + NO_CONFIG),
+        ("model.path=nobody/nothing", "model.path=nobody/nothing: no such folder or snapshot, and the Hub gave " + NO_CONFIG),
         ("model.path={model}/config.json", "model.path={model}/config.json: is a file; must be a model folder"),
         ("model.path={sources}", "model.path={sources}: the folder has " + NO_CONFIG),
     ),

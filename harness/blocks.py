@@ -1,0 +1,53 @@
+"""The jobs of a sweep: a list of blocks, each a product (`hydra_plugins.block_sweeper`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
+__all__ = ["expand"]
+
+
+def expand(
+    parser: OverridesParser,
+    params: Mapping[str, Any],
+    blocks: Mapping[str, Mapping[str, Any] | None],
+    arguments: Sequence[str],
+) -> list[list[str]]:
+    """The overrides of every job, block by block; the last key of a block varies fastest.
+
+    Args:
+        parser: Hydra's, which knows the options of the groups.
+        params: Key -> values, for every block.
+        blocks: Name -> key -> values; None leaves a block out.
+        arguments: Overrides of the command line, which replace all values but the single ones of a block.
+
+    Raises:
+        HydraException: Every block sets the key of an argument itself; values that match no option; blocks of another
+            form.
+    """
+    given = parser.parse_overrides(list(arguments))
+    unused = {argument.key_or_group: argument for argument in given}
+    jobs: list[list[str]] = []
+    chosen = {name: block for name, block in blocks.items() if block is not None}
+    for name, axes in {"params": params, **{f"blocks.{name}": block for name, block in chosen.items()}}.items():
+        if not isinstance(axes, Mapping):
+            raise HydraException(f"hydra.sweeper.{name}={axes}: must be a mapping of keys and values")
+    for block in list(chosen.values()) or [{}]:
+        own = parser.parse_overrides([f"{key}={values}" for key, values in {**params, **block}.items()])
+        single = {axis.key_or_group for axis in own if axis.key_or_group in block and not axis.is_sweep_override()}
+        taken = [argument for argument in given if argument.key_or_group not in single]
+        for argument in taken:
+            unused.pop(argument.key_or_group, None)
+        for axis in [*own, *taken]:
+            if axis.is_sweep_override() and not list(axis.sweep_string_iterator()):
+                raise HydraException(f"{axis.input_line}: must match something")
+        jobs += BasicSweeper.split_arguments([*own, *taken], max_batch_size=None)[0]
+    if unused:
+        argument = next(iter(unused.values()))
+        raise HydraException(f"{argument.input_line}: every block of the sweep sets {argument.key_or_group} itself")
+    return jobs
