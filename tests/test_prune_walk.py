@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from harness.live_memory import LiveTensors
 from lors.blocks import block_linears, decoder_blocks, decoder_linears
-from lors.pruning import prune_model, prune_sparsegpt, prune_wanda, walk
+from lors.pruning import prune_model, prune_sparsegpt, prune_wanda, squared_norms, walk
 from lors.sparsity import follows_pattern, sparsity_of
 
 THREE = {"num_hidden_layers": 3, "vocab_size": 40}
@@ -108,6 +108,9 @@ def test_sparsegpt_walk_equals_full_passes(name):
 
 def test_every_batch_runs_twice_through_a_block_and_once_through_the_last_without_tf32(capsys, monkeypatch):
     monkeypatch.setattr(walk, "BATCH_TOKENS", 20)
+    measured: list[int] = []  # tokens: the order of the sum is that of the samples, whatever the batch
+    spy = lambda X: (measured.append(len(X)), squared_norms(X))[1]  # noqa: E731
+    monkeypatch.setitem(walk.PRUNERS, "wanda", (prune_wanda, spy))
     model = build("llama")
     rows: dict[str, list[int]] = {"embed": [], "first": [], "last": [], "head": []}
     precisions = set()
@@ -134,6 +137,7 @@ def test_every_batch_runs_twice_through_a_block_and_once_through_the_last_withou
     assert rows["first"] == checked + batches + batches
     assert rows["last"] == checked + batches
     assert not rows["head"]
+    assert measured == [10] * 5 * len(decoder_linears(model))
     shown = capsys.readouterr().err
     assert "prune (wanda):   0%|          | 0/25 " in shown and "25/25" in shown and "block 3/3" in shown
 
@@ -236,38 +240,63 @@ def run_oddly(model: nn.Module, oddity: str, input_ids: Tensor, use_cache: bool)
     x = model.embed_tokens(input_ids)
     angles = model.rotary_emb(x, torch.arange(x.shape[1])[None])
     seen: list[Tensor] = []
-    extra: dict[str, object] = {}
+    extra: dict[str, object] = {"extra": model.store} if oddity == "left" else {}
+    model.store.clear()
     for block in reversed(model.layers) if oddity == "order" else model.layers[: 2 if oddity == "skips" else 3]:
         if oddity == "keyword":
             x = block(hidden_states=x, position_embeddings=angles)
             continue
         before, x = x, block(x, position_embeddings=angles, **extra)
+        if isinstance(x, tuple):
+            x, rest = x
+            extra = {"extra": rest} if oddity == "rest" else {}
+            continue
         seen.append(x - before)
         extra = {
             "tensor": {"extra": before},
             "float": {"extra": float(x.std())},
             "nested": {"extra": (seen[0],)},
             "container": {"extra": seen},
+            "left": extra,
         }.get(oddity, {})
         if oddity == "between":
             x = x + 1e-3 * before
-    return model.norm(x)
+    return model.norm(x.mul_(2))
 
 
-@pytest.mark.parametrize("oddity", ["between", "order", "skips", "keyword", "tensor", "float", "nested", "container"])
-def test_models_whose_blocks_are_given_something_else_are_refused_unchanged(oddity):
-    model, dense = build("llama"), build("llama")
+def odd_llama(oddity: str) -> PreTrainedModel:
+    model = build("llama")
+    model.model.store = {}
     model.model.forward = partial(run_oddly, model.model, oddity)
+    for i, block in enumerate(model.model.layers):
+        block.mlp.register_forward_hook(lambda _, args, y, i=i: model.model.store.update({i: y}))
+        if oddity in ("rest", "unused rest"):
+            block.forward = partial(returns_more, block.forward)
+    return model
+
+
+def returns_more(forward, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    x = forward(*args, **kwargs)
+    return x, x + 1
+
+
+@pytest.mark.parametrize(
+    "oddity", ["between", "order", "skips", "keyword", "tensor", "float", "nested", "container", "rest"]
+)
+def test_models_whose_blocks_are_given_something_else_are_refused_unchanged(oddity):
+    model, dense = odd_llama(oddity), build("llama")
+    before = [vars(block).get("forward") for block in model.model.layers]
     message = "by keyword" if oddity == "keyword" else r"block \d of LlamaForCausalLM does not get what"
     with pytest.raises(ValueError, match=message):
         prune_model(model, "wanda", sparsity=0.5, pattern="unstructured", calibration=tokens())
     assert_same_parameters(model, dense, rtol=0, atol=0)
-    assert not any("forward" in vars(block) for block in model.model.layers)
+    assert [vars(block).get("forward") for block in model.model.layers] == before
 
 
-def test_a_model_with_a_forward_of_its_own_is_pruned_like_its_twin():
-    model, expected = build("llama"), build("llama")
-    model.model.forward = partial(run_oddly, model.model, "none")
+@pytest.mark.parametrize("oddity", ["none", "left", "unused rest"])
+def test_a_model_with_a_forward_of_its_own_is_pruned_like_its_twin(oddity):
+    """Blocks may leave something for later ones in a dict that all of them get, or return what nobody uses."""
+    model, expected = odd_llama(oddity), build("llama")
     for each in (model, expected):
         prune_model(each, "wanda", sparsity=0.5, pattern="unstructured", calibration=tokens())
     assert_same_parameters(model, expected, rtol=0, atol=0)
