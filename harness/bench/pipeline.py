@@ -1,0 +1,422 @@
+"""Time of the parts of the pipeline, each beside what it stands in for, on one model in one process.
+
+=====  =======================================  ==================================================================
+part   ours                                     theirs
+=====  =======================================  ==================================================================
+prune  `lors.pruning.prune_model`, Wanda        the walk of Wanda's authors, as their paper and code describe it
+score  `harness.evaluate.evaluate`              the same with the stock model class of lm-eval, on the same tokens
+train  `harness.train.train`, LoRA              a plain Trainer with PEFT's LoRA: same rows, batches and optimizer
+init   `harness.method.adapt`, LoRS             forward and backward passes of the same batches through the frozen
+                                                model, to the linear layers: the least that a gradient costs
+=====  =======================================  ==================================================================
+
+The two take turns; a ratio (time of ours over theirs) is that of one round. ``pipeline.csv`` has a row for each part.
+
+    python -m harness.bench.pipeline microworld
+    python -m harness.bench.pipeline MODEL_FOLDER --data ROOT --limit 20 prune.samples=16 train.steps=8
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from typing import Any, NamedTuple
+from unittest import mock
+
+import pandas as pd
+import torch
+from hydra import compose, initialize_config_dir
+from lm_eval.models.huggingface import HFLM
+from omegaconf import DictConfig
+from peft import get_peft_model
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+from harness.bench.cases import CONF
+from harness.config import resolve
+from harness.environment import default_device, environment
+from harness.evaluate import evaluate
+from harness.inputs import Inputs, read_inputs
+from harness.log_likelihood import PromptSharingLM
+from harness.meter import Meter
+from harness.method import PRECISIONS, adapt, tuner_config
+from harness.method_from_config import build_method
+from harness.train import train
+from harness.weights import load_weights
+from lors.blocks import block_linears, decoder_blocks, decoder_linears
+from lors.pruning import prune_model
+
+__all__ = ["main", "prune_by_sample"]
+
+SPARSITY = 0.5
+QUICK = ["train.steps=12", "train.timing_warmup=4", "train.checkpoint_every=null", "eval.perplexity=null"]
+# Of a run with real data: the calibration of the published walk, and the files of a folder of data sets.
+REAL = ["prune.samples=64", "prune.sequence_length=512", "prune.text={0}/c4/train.jsonl", "eval=zeroshot"]
+REAL += ["eval.data_root={0}", "data=alpaca", "data.path={0}/alpaca_gpt4/train.jsonl"]
+
+
+class Measured(NamedTuple):
+    """One run of one side.
+
+    Attributes:
+        amount: What was done in the time: samples, items, tokens or rows.
+        result: What the two sides are compared by.
+    """
+
+    seconds: float
+    amount: int
+    result: dict[str, Any]
+
+
+class Setting(NamedTuple):
+    """One part: its config, its inputs, and the model, of which each run takes a copy."""
+
+    cfg: DictConfig
+    inputs: Inputs
+    model: PreTrainedModel
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line and measure; exit code 0, or 2 after one line about bad input."""
+    parser = argparse.ArgumentParser(prog="python -m harness.bench.pipeline", description=__doc__.partition("\n")[0])
+    parser.add_argument("model", help="a model folder, or microworld")
+    parser.add_argument("overrides", nargs="*", help="of the config, as for run.py: prune.samples=16 train.steps=8")
+    parser.add_argument(
+        "--data", type=Path, help="folder of data sets, <name>/<split>.jsonl; default: the microworld's"
+    )
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what is timed")
+    parser.add_argument("--limit", type=int, default=20, help="items of each task")
+    parser.add_argument("--rounds", type=int, default=3, help="samples of each side")
+    parser.add_argument("--output", type=Path, default=Path("runs/bench"), help="folder for what is written")
+    options = parser.parse_intermixed_args(arguments)
+    set_verbosity_error()
+    disable_progress_bar()
+    try:
+        if options.rounds < 1:
+            raise ValueError(f"--rounds {options.rounds}: must be a whole number >= 1")
+        rows = []
+        for part in options.parts:
+            rows.append(measure(part, options))
+            table = pd.DataFrame(rows)
+            options.output.mkdir(parents=True, exist_ok=True)
+            table.to_csv(options.output / "pipeline.csv", index=False)  # a part is not lost with the next one
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    shown = ["part", "unit", "amount", "ours", "theirs", "ratio", "ratio_min", "ratio_max", "rounds", "difference"]
+    print(table[shown].to_string(index=False, float_format="{:.4g}".format))
+    return 0
+
+
+def measure(part: str, options: argparse.Namespace) -> dict[str, Any]:
+    """One row: seconds of both sides (median), their ratio (median, least and greatest of the rounds), what was done.
+
+    ``difference`` is, of prune, the part of the weights that only one side keeps; of score, the largest difference of
+    a log-likelihood; of train, that of the mean loss.
+    """
+    sides, unit, overrides = PARTS[part]
+    setting = _setting(options, overrides)
+    times: list[list[float]] = [[], []]
+    results: list[Measured] = [None, None]
+    for i in tqdm(range(options.rounds), desc=part, unit="round"):
+        for side in (0, 1) if i % 2 == 0 else (1, 0):
+            results[side] = sides[side](setting)
+            times[side].append(results[side].seconds)
+    ratios = [ours / theirs for ours, theirs in zip(*times, strict=True)]
+    ours, theirs = (side.result for side in results)
+    cfg, machine = setting.cfg, environment(default_device())
+    return {
+        **{"part": part, "unit": unit, "amount": results[0].amount},
+        **{"ours": statistics.median(times[0]), "theirs": statistics.median(times[1])},
+        **{"ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios)},
+        **{"rounds": options.rounds, "difference": max((_apart(ours[key], theirs[key]) for key in ours), default=0.0)},
+        **{"model": cfg.model.name, "precision": cfg.train.precision, "batch_size": cfg.train.batch_size},
+        **{"samples": cfg.prune.samples, "sample_tokens": cfg.prune.sequence_length, "limit": cfg.eval.limit},
+        **{"eval_batch_size": cfg.eval.batch_size, "overrides": " ".join(options.overrides)},
+        **{name: machine[name] for name in ("device", "threads", "torch", "transformers", "peft", "lm_eval")},
+        **{name: machine[name] for name in ("git_commit", "git_dirty", "platform")},
+    }
+
+
+def _setting(options: argparse.Namespace, overrides: Sequence[str]) -> Setting:
+    model = [] if options.model == "microworld" else ["model=hf", f"model.path={options.model}"]
+    data = [] if options.data is None else [override.format(options.data.absolute()) for override in REAL]
+    limit = f"eval.limit={options.limit}"
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        composed = compose(
+            "config", [*model, *data, *QUICK, limit, f"sparsity={SPARSITY}", *overrides, *options.overrides]
+        )
+    cfg = resolve(composed)
+    method = build_method(cfg)
+    inputs = read_inputs(cfg, method)
+    source, dtype = inputs.source, PRECISIONS[cfg.train.precision].base
+    model = load_weights(source.path, source.revision, shown=source.shown, dtype=dtype)
+    if method.trains:
+        prune_model(model, "magnitude", sparsity=SPARSITY, pattern="unstructured", calibration=None)
+    return Setting(cfg, inputs, model)
+
+
+def _apart(value: Any, other: Any) -> float:
+    """Of numbers how far, of supports which part."""
+    return (value != other).float().mean().item() if isinstance(value, Tensor) else abs(value - other)
+
+
+@contextmanager
+def _timed(seconds: list[float]) -> Iterator[None]:
+    """Add the seconds of what runs inside, the device synchronised at both ends."""
+    _synchronise()
+    start = perf_counter()
+    yield
+    _synchronise()
+    seconds.append(perf_counter() - start)
+
+
+def _synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+# ---- prune
+
+
+def _prune(walk: Callable[[nn.Module, Tensor], None], setting: Setting) -> Measured:
+    model, seconds = copy.deepcopy(setting.model), []
+    calibration = setting.inputs.calibration.to(model.device)
+    with _timed(seconds):
+        walk(model, calibration)
+    kept = torch.cat([(linear.weight != 0).flatten() for linear in decoder_linears(model).values()])
+    return Measured(seconds[0], len(calibration), {"support": kept})
+
+
+def _prune_ours(model: nn.Module, calibration: Tensor) -> None:
+    prune_model(model, "wanda", sparsity=SPARSITY, pattern="unstructured", calibration=calibration)
+
+
+class _Caught(Exception):  # noqa: N818 - no error: it ends a forward pass that has gone far enough
+    pass
+
+
+@torch.no_grad()
+def prune_by_sample(model: nn.Module, calibration: Tensor) -> None:
+    """Wanda (arXiv 2306.11695) in the published order, one sample (1 x L) at a time.
+
+    The inputs of the first block are caught in forward passes that end there, with the arguments of the last of them
+    for all samples and blocks. Per block: a pass of all samples while hooks keep the running mean of the squared
+    norms, a sort of the scores of each row, and another pass.
+    """
+    name, blocks = decoder_blocks(model)
+    caught: list[Tensor] = []
+    arguments: dict[str, Any] = {}
+
+    def catch(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        caught.append(args[0])
+        arguments.update(kwargs)
+        raise _Caught
+
+    hook = blocks[0].register_forward_pre_hook(catch, with_kwargs=True)
+    for sample in calibration:
+        with suppress(_Caught):
+            model(input_ids=sample[None], use_cache=False)
+    hook.remove()
+    inputs = torch.cat(caught)  # samples x L x d
+    outputs = torch.zeros_like(inputs)
+
+    def run(block: nn.Module) -> None:
+        for j in range(len(inputs)):
+            output = block(inputs[j : j + 1], **arguments)
+            outputs[j] = output[0] if isinstance(output, tuple) else output
+
+    for i, block in enumerate(blocks):
+        linears = dict(block_linears(f"{name}.{i}", block))
+        scaler_rows = {key: torch.zeros(linear.in_features, device=inputs.device) for key, linear in linears.items()}
+        seen = dict.fromkeys(linears, 0)
+
+        def add(key: str, _: nn.Module, args: tuple[Tensor, ...], rows=scaler_rows, seen=seen) -> None:
+            X = args[0].flatten(0, -2).t().float()  # in x tokens
+            rows[key] *= seen[key] / (seen[key] + 1)
+            seen[key] += 1
+            rows[key] += X.norm(p=2, dim=1) ** 2 / seen[key]
+
+        hooks = [linear.register_forward_pre_hook(partial(add, key)) for key, linear in linears.items()]
+        run(block)
+        for hook in hooks:
+            hook.remove()
+        for key, linear in linears.items():
+            score = linear.weight.abs() * scaler_rows[key].sqrt()
+            lowest = score.sort(dim=-1, stable=True).indices[:, : int(score.shape[1] * SPARSITY)]
+            linear.weight.scatter_(1, lowest, 0.0)
+        run(block)
+        inputs, outputs = outputs, inputs
+
+
+# ---- score
+
+
+class StockLM(HFLM):
+    """lm-eval's model class, on the tokens that ours sees: where BOS goes does not depend on the tokenizer."""
+
+    tok_encode = PromptSharingLM.tok_encode
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: Any, *, batch_size: int, add_bos_token: bool, **_: Any
+    ) -> None:
+        super().__init__(
+            pretrained=model,
+            backend="causal",
+            tokenizer=tokenizer,
+            batch_size=batch_size,
+            add_bos_token=add_bos_token,
+            softmax_dtype=torch.float32,
+        )
+
+    def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        return super().loglikelihood(requests, disable_tqdm=True)
+
+
+def _score(kind: type[HFLM], setting: Setting) -> Measured:
+    """The time is that of the model class: wrapping the model, encoding and running; not that of loading the tasks."""
+    seconds: list[float] = []
+    found: dict[Any, float] = {}
+
+    class Watched(kind):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            with _timed(seconds):
+                super().__init__(*args, **kwargs)
+
+        def loglikelihood(self, requests: list, **kwargs: Any) -> list[tuple[float, bool]]:
+            with _timed(seconds):
+                answers = super().loglikelihood(requests, **kwargs)
+            found.update({request.args: answer[0] for request, answer in zip(requests, answers, strict=True)})
+            return answers
+
+    with mock.patch("harness.log_likelihood.PromptSharingLM", Watched):
+        scores = evaluate(setting.model, setting.inputs.tokenizer, setting.cfg.eval, None, progress=False)
+    return Measured(sum(seconds), sum(task["n"] for task in scores["tasks"].values()), found)
+
+
+# ---- train
+
+
+class _Clock(TrainerCallback):
+    """When each step ended."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        _synchronise()
+        self.ends.append(perf_counter())
+
+
+def _train(run: Callable[..., None], setting: Setting) -> Measured:
+    """The time is that of the steps after the warm-up, with reading and padding between them."""
+    clock, tokens = _Clock(), []
+
+    def pad(rows: list) -> dict[str, Tensor]:
+        batch = setting.inputs.pad(rows)
+        tokens.append(int(batch["attention_mask"].sum()))
+        return batch
+
+    model = copy.deepcopy(setting.model)
+    set_seed(setting.cfg.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        loss = run(setting, model, pad, clock, Path(folder))
+    warmup, steps = setting.cfg.train.timing_warmup, setting.cfg.train.steps
+    accumulated = setting.cfg.train.gradient_accumulation
+    amount = sum(tokens[warmup * accumulated : steps * accumulated])
+    return Measured(clock.ends[-1] - clock.ends[warmup - 1], amount, {"loss": loss})
+
+
+def _train_ours(setting: Setting, model: nn.Module, pad: Callable, clock: _Clock, folder: Path) -> float:
+    cfg, method = setting.cfg, build_method(setting.cfg)
+    model = adapt(method, model, seed=cfg.seed, precision=cfg.train.precision)
+    with mock.patch.object(method, "callbacks", lambda: [clock]):
+        outcome = train(model, setting.inputs.rows, pad, cfg.train, method, Meter(0), folder, cfg.seed)
+    return statistics.fmean(step["loss"] for step in outcome.history)
+
+
+def _train_theirs(setting: Setting, model: nn.Module, pad: Callable, clock: _Clock, folder: Path) -> float:
+    cfg, method = setting.cfg.train, build_method(setting.cfg)
+    torch.manual_seed(setting.cfg.seed)
+    model = get_peft_model(model, tuner_config(method, model))
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=cfg.steps,
+        per_device_train_batch_size=cfg.batch_size,
+        gradient_accumulation_steps=cfg.gradient_accumulation,
+        max_grad_norm=cfg.max_grad_norm,
+        bf16=PRECISIONS[cfg.precision].autocast,
+        use_cpu=default_device().type == "cpu",
+        seed=setting.cfg.seed,
+        data_seed=setting.cfg.seed,
+        learning_rate=cfg.learning_rate,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr": cfg.minimum_learning_rate},
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+    )
+    optimizers = (method.optimizer(model, cfg), None)
+    rows = setting.inputs.rows
+    trainer = Trainer(model, arguments, pad, rows, optimizers=optimizers, callbacks=[clock])
+    trainer.remove_callback(PrinterCallback)
+    return trainer.train().training_loss
+
+
+# ---- init
+
+
+def _init(run: Callable[[Setting, nn.Module, list], None], setting: Setting) -> Measured:
+    rows, size = setting.inputs.rows[: setting.cfg.train.init_rows], setting.cfg.train.batch_size
+    model, seconds = copy.deepcopy(setting.model), []
+    batches = [setting.inputs.pad(rows[start : start + size]) for start in range(0, len(rows), size)]
+    batches = [{key: value.to(model.device) for key, value in batch.items()} for batch in batches]
+    with _timed(seconds):
+        run(setting, model, batches)
+    return Measured(seconds[0], len(rows), {})
+
+
+def _init_ours(setting: Setting, model: nn.Module, batches: list[dict[str, Tensor]]) -> None:
+    precision = setting.cfg.train.precision
+    adapt(build_method(setting.cfg), model, batches, setting.cfg.seed, precision=precision)
+
+
+def _init_theirs(setting: Setting, model: nn.Module, batches: list[dict[str, Tensor]]) -> None:
+    model.train().requires_grad_(False)
+    name, blocks = decoder_blocks(model)
+    for _, linear in block_linears(f"{name}.0", blocks[0]):  # a gradient reaches each output, and none the embedding
+        linear.register_forward_hook(lambda _, args, y: y if y.requires_grad else y.requires_grad_())
+    autocast = PRECISIONS[setting.cfg.train.precision].autocast
+    for batch in batches:
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=autocast):
+            loss = model(**batch, use_cache=False).loss
+        loss.backward()
+
+
+# Part -> ours and theirs, the unit of the amount, what its config must say.
+PARTS: dict[str, tuple[tuple[Callable[[Setting], Measured], ...], str, tuple[str, ...]]] = {
+    "prune": ((partial(_prune, _prune_ours), partial(_prune, prune_by_sample)), "sample", ("method=none",)),
+    "score": ((partial(_score, PromptSharingLM), partial(_score, StockLM)), "item", ("method=none",)),
+    "train": (
+        (partial(_train, _train_ours), partial(_train, _train_theirs)),
+        "token",
+        ("method=lora", "train.precision=bf16_mixed"),
+    ),
+    "init": ((partial(_init, _init_ours), partial(_init, _init_theirs)), "row", ("method=lors",)),
+}
+
+if __name__ == "__main__":
+    sys.exit(main())
