@@ -51,6 +51,7 @@ from harness.log_likelihood import PromptSharingLM
 from harness.meter import Meter
 from harness.method import PRECISIONS, adapt, tuner_config
 from harness.method_from_config import build_method
+from harness.recipe import cosine_with_floor
 from harness.train import train
 from harness.weights import load_weights
 from lors.blocks import block_linears, decoder_blocks, decoder_linears
@@ -157,6 +158,9 @@ def _setting(options: argparse.Namespace, overrides: Sequence[str]) -> Setting:
             "config", [*model, *data, *QUICK, limit, f"sparsity={SPARSITY}", *overrides, *options.overrides]
         )
     cfg = resolve(composed)
+    warmup, steps = cfg.train.timing_warmup, cfg.train.steps
+    if steps is None or not 1 <= warmup < steps:
+        raise ValueError(f"train.timing_warmup={warmup}: must be at least 1 and less than train.steps={steps}")
     method = build_method(cfg)
     inputs = read_inputs(cfg, method)
     source, dtype = inputs.source, PRECISIONS[cfg.train.precision].base
@@ -359,9 +363,6 @@ def _train_theirs(setting: Setting, model: nn.Module, pad: Callable, clock: _Clo
         use_cpu=default_device().type == "cpu",
         seed=setting.cfg.seed,
         data_seed=setting.cfg.seed,
-        learning_rate=cfg.learning_rate,
-        lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr": cfg.minimum_learning_rate},
         logging_strategy="no",
         save_strategy="no",
         report_to="none",
@@ -369,9 +370,9 @@ def _train_theirs(setting: Setting, model: nn.Module, pad: Callable, clock: _Clo
         remove_unused_columns=False,
         dataloader_pin_memory=False,
     )
-    optimizers = (method.optimizer(model, cfg), None)
-    rows = setting.inputs.rows
-    trainer = Trainer(model, arguments, pad, rows, optimizers=optimizers, callbacks=[clock])
+    optimizer = method.optimizer(model, cfg)
+    optimizers = (optimizer, cosine_with_floor(optimizer, cfg, cfg.steps))
+    trainer = Trainer(model, arguments, pad, setting.inputs.rows, optimizers=optimizers, callbacks=[clock])
     trainer.remove_callback(PrinterCallback)
     return trainer.train().training_loss
 
