@@ -23,8 +23,8 @@ import copy
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -43,6 +43,7 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from harness.bench.cases import CONF
+from harness.bench.measure import timed
 from harness.config import resolve
 from harness.environment import default_device, environment
 from harness.evaluate import evaluate
@@ -59,7 +60,7 @@ from lors.pruning import prune_model
 
 __all__ = ["main", "prune_by_sample"]
 
-SPARSITY = 0.5
+SPARSITY, BF16 = 0.5, "train.precision=bf16_mixed"
 QUICK = ["train.steps=12", "train.timing_warmup=4", "train.checkpoint_every=null", "eval.perplexity=null"]
 # Of a run with real data: the calibration of the published walk, and the files of a folder of data sets.
 REAL = ["prune.samples=64", "prune.sequence_length=512", "prune.text={0}/c4/train.jsonl", "eval=zeroshot"]
@@ -175,31 +176,15 @@ def _apart(value: Any, other: Any) -> float:
     return (value != other).float().mean().item() if isinstance(value, Tensor) else abs(value - other)
 
 
-@contextmanager
-def _timed(seconds: list[float]) -> Iterator[None]:
-    """Add the seconds of what runs inside, the device synchronised at both ends."""
-    _synchronise()
-    start = perf_counter()
-    yield
-    _synchronise()
-    seconds.append(perf_counter() - start)
-
-
-def _synchronise() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 # ---- prune
 
 
 def _prune(walk: Callable[[nn.Module, Tensor], None], setting: Setting) -> Measured:
-    model, seconds = copy.deepcopy(setting.model), []
+    model = copy.deepcopy(setting.model)
     calibration = setting.inputs.calibration.to(model.device)
-    with _timed(seconds):
-        walk(model, calibration)
+    seconds = timed(lambda: walk(model, calibration), 1)
     kept = torch.cat([(linear.weight != 0).flatten() for linear in decoder_linears(model).values()])
-    return Measured(seconds[0], len(calibration), {"support": kept})
+    return Measured(seconds, len(calibration), {"support": kept})
 
 
 def _prune_ours(model: nn.Module, calibration: Tensor) -> None:
@@ -283,9 +268,6 @@ class StockLM(HFLM):
             softmax_dtype=torch.float32,
         )
 
-    def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        return super().loglikelihood(requests, disable_tqdm=True)
-
 
 def _score(kind: type[HFLM], setting: Setting) -> Measured:
     """The time is that of the model class: wrapping the model, encoding and running; not that of loading the tasks."""
@@ -294,12 +276,12 @@ def _score(kind: type[HFLM], setting: Setting) -> Measured:
 
     class Watched(kind):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            with _timed(seconds):
-                super().__init__(*args, **kwargs)
+            seconds.append(timed(lambda: super(Watched, self).__init__(*args, **kwargs), 1))
 
-        def loglikelihood(self, requests: list, **kwargs: Any) -> list[tuple[float, bool]]:
-            with _timed(seconds):
-                answers = super().loglikelihood(requests, **kwargs)
+        def loglikelihood(self, requests: list, **_: Any) -> list[tuple[float, bool]]:
+            answers: list[tuple[float, bool]] = []
+            run = super().loglikelihood
+            seconds.append(timed(lambda: answers.extend(run(requests, disable_tqdm=True)), 1))
             found.update({request.args: answer[0] for request, answer in zip(requests, answers, strict=True)})
             return answers
 
@@ -318,7 +300,8 @@ class _Clock(TrainerCallback):
         self.ends: list[float] = []
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        _synchronise()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         self.ends.append(perf_counter())
 
 
@@ -335,10 +318,9 @@ def _train(run: Callable[..., None], setting: Setting) -> Measured:
     set_seed(setting.cfg.seed)
     with tempfile.TemporaryDirectory() as folder:
         loss = run(setting, model, pad, clock, Path(folder))
-    warmup, steps = setting.cfg.train.timing_warmup, setting.cfg.train.steps
-    accumulated = setting.cfg.train.gradient_accumulation
-    amount = sum(tokens[warmup * accumulated : steps * accumulated])
-    return Measured(clock.ends[-1] - clock.ends[warmup - 1], amount, {"loss": loss})
+    cfg = setting.cfg.train
+    counted = slice(cfg.timing_warmup * cfg.gradient_accumulation, cfg.steps * cfg.gradient_accumulation)
+    return Measured(clock.ends[-1] - clock.ends[cfg.timing_warmup - 1], sum(tokens[counted]), {"loss": loss})
 
 
 def _train_ours(setting: Setting, model: nn.Module, pad: Callable, clock: _Clock, folder: Path) -> float:
@@ -382,17 +364,14 @@ def _train_theirs(setting: Setting, model: nn.Module, pad: Callable, clock: _Clo
 
 def _init(run: Callable[[Setting, nn.Module, list], None], setting: Setting) -> Measured:
     rows, size = setting.inputs.rows[: setting.cfg.train.init_rows], setting.cfg.train.batch_size
-    model, seconds = copy.deepcopy(setting.model), []
+    model = copy.deepcopy(setting.model)
     batches = [setting.inputs.pad(rows[start : start + size]) for start in range(0, len(rows), size)]
     batches = [{key: value.to(model.device) for key, value in batch.items()} for batch in batches]
-    with _timed(seconds):
-        run(setting, model, batches)
-    return Measured(seconds[0], len(rows), {})
+    return Measured(timed(lambda: run(setting, model, batches), 1), len(rows), {})
 
 
 def _init_ours(setting: Setting, model: nn.Module, batches: list[dict[str, Tensor]]) -> None:
-    precision = setting.cfg.train.precision
-    adapt(build_method(setting.cfg), model, batches, setting.cfg.seed, precision=precision)
+    adapt(build_method(setting.cfg), model, batches, setting.cfg.seed, precision=setting.cfg.train.precision)
 
 
 def _init_theirs(setting: Setting, model: nn.Module, batches: list[dict[str, Tensor]]) -> None:
@@ -407,15 +386,11 @@ def _init_theirs(setting: Setting, model: nn.Module, batches: list[dict[str, Ten
         loss.backward()
 
 
-# Part -> ours and theirs, the unit of the amount, what its config must say.
+# Part -> ours and theirs, the unit of the amount, what its config says.
 PARTS: dict[str, tuple[tuple[Callable[[Setting], Measured], ...], str, tuple[str, ...]]] = {
     "prune": ((partial(_prune, _prune_ours), partial(_prune, prune_by_sample)), "sample", ("method=none",)),
     "score": ((partial(_score, PromptSharingLM), partial(_score, StockLM)), "item", ("method=none",)),
-    "train": (
-        (partial(_train, _train_ours), partial(_train, _train_theirs)),
-        "token",
-        ("method=lora", "train.precision=bf16_mixed"),
-    ),
+    "train": ((partial(_train, _train_ours), partial(_train, _train_theirs)), "token", ("method=lora", BF16)),
     "init": ((partial(_init, _init_ours), partial(_init, _init_theirs)), "row", ("method=lors",)),
 }
 
