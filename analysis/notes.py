@@ -67,7 +67,8 @@ def slug(value: object) -> str:
 def notes_of(group: Group) -> list[str]:
     """Errors over the items, what perplexity and memory are, and the machine; only what there is."""
     rows = _finished(group)
-    notes = [_contradiction(group.controls), _items(rows), _perplexity(rows), _memory(group.runs), _machine(rows)]
+    scores = [_contradiction(group.controls), _items(rows), _perplexity(rows)]
+    notes = [_weights(rows), _snapshots(rows), *scores, _memory(group.runs), _machine(rows)]
     commits = sorted({commit[:10] for commit in rows.git_commit.dropna()})
     return [note for note in notes if note] + ([f"Code: {', '.join(commits)}."] if commits else [])
 
@@ -129,6 +130,20 @@ def _contradiction(controls: pd.DataFrame) -> str | None:
     twice = scored[scored.duplicated(["method", *MACHINE], keep=False)]
     names = " and ".join(dict.fromkeys(twice.method))
     return f"The {names} model was scored differently: code or data changed between these runs." if names else None
+
+
+def _weights(rows: pd.DataFrame) -> str | None:
+    """Weights that are not those that were published, but made of them."""
+    models = [sources.get("model.path", {}) for sources in rows.provenance]
+    known = {f"{model['source'].rpartition('/')[2]}: {model['values']}" for model in models if model.get("values")}
+    return f"{'; '.join(sorted(known))}." if known else None
+
+
+def _snapshots(rows: pd.DataFrame) -> str | None:
+    """What was read from local copies, which may be a part of what they are named after."""
+    texts = [text for sources in rows.provenance for key, text in sources.items() if key != "model.path"]
+    counted = {f"{text['source']} ({sum(text['rows'].values())} rows)" for text in texts if text.get("rows")}
+    return f"Local copies of {', '.join(sorted(counted))}." if counted else None
 
 
 def _items(rows: pd.DataFrame) -> str | None:

@@ -56,6 +56,7 @@ Result = _part(
     sparsity=float,
     seed=int,
     support=(_part(sha256=str) | None, None),
+    provenance=(dict[str, dict[str, Any]] | None, None),
     config=Config,
     environment=Environment,
     end_state=EndState | None,

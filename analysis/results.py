@@ -11,6 +11,7 @@ that no mean can pick up what a broken run had measured before it broke. The col
     run       key, path (of result.json; of a packed run its file with the key below it), experiments (all that the run
               was made for, and the packed files that it was found in), error, config (nested, resolved)
     machine   MACHINE, python, git_commit, git_dirty
+    provenance  config key -> where that model or text comes from; empty for older results
     quality   accuracy and accuracy_stderr (points), accuracy_metric, averaged (tasks), tasks, task_stderr, task_metric,
               task_norm and task_items (by task; acc_norm where a task has one, and points of each item if recorded),
               perplexity, heldout_loss and heldout_stderr (nats), heldout_items (nats of each window, or None),
@@ -183,6 +184,7 @@ def _run(result: Result) -> dict[str, Any]:
         "label": result["pattern"] if result["pattern"] != "unstructured" else f"{sparsity:.4g}",
         "error": None if error is None else f"{error['type']}: {' '.join(error['message'].split())}",
         **{name: environment[name] for name in (*MACHINE, "python", "git_commit", "git_dirty")},
+        "provenance": result.get("provenance") or {},
         **_numbers(result, SIZES),
     }
 

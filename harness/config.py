@@ -311,6 +311,10 @@ def _check_together(config: dict[str, Any]) -> None:
         raise BadInput(f"train.warmup_steps={train['warmup_steps']}: must be below train.steps={train['steps']}")
     if model["name"] == "microworld" != model["path"]:
         raise BadInput(f"model.path={model['path']}: must be microworld here; model=hf takes the path of a model")
+    formats = {"float32": ("float32",), "bf16_mixed": ("bfloat16", "float32"), "bf16": ("bfloat16",)}
+    if model.get("dtype") not in (None, *formats[train["precision"]]):
+        fitting = " or ".join(formats[train["precision"]])
+        raise BadInput(f"model.dtype={model['dtype']}: must be {fitting} with train.precision={train['precision']}")
     if mode == "run" and model["layers"] is not None:
         raise BadInput(f"model.layers={model['layers']}: must be null in mode=run")
     if mode == "run" and data["kind"] != "microworld" and data["path"] is None:

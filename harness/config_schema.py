@@ -98,6 +98,11 @@ class Model(Section):
     layers: Count | None
     shape: dict[str, Any] | None
     wheel: Wheel | None = None
+    # Not the name of a kernel on the Hub, which is code.
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flex_attention"] | None = None
+    device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | dict[str, int | str] | None = None
+    dtype: Literal["float32", "bfloat16"] | None = None
+    pad_token: Text | None = None
 
 
 class Unpruned(Section):
@@ -159,7 +164,7 @@ class Data(Section):
     path: Text | None
     split: Text
     loss_on: Literal["all", "answer"]
-    template: Literal["alpaca"] | None
+    template: Literal["alpaca", "chat"] | None
     limit: Count | None
 
 
@@ -188,6 +193,7 @@ class Train(Section):
     max_grad_norm: Positive | None
     precision: Literal["float32", "bf16_mixed", "bf16"]
     activation_checkpointing: bool
+    logits_at_once: Count | None
     init_rows: Count
     timing_warmup: Whole
     checkpoint_every: Count | None
@@ -199,6 +205,7 @@ class Perplexity(Section):
 
     text: Text
     window: Length
+    windows: Count | None = None
 
 
 class Eval(Section):
@@ -211,6 +218,7 @@ class Eval(Section):
     batch_size: Count
     add_bos_token: bool
     perplexity: Perplexity | None
+    held_out: Count | None = None
     baselines: bool
     split: Literal["test", "validation"] = "test"
 

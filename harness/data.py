@@ -7,8 +7,8 @@ Evaluation has its own explicit switch, ``eval.add_bos_token``.
 Instruction rows (Alpaca, Taori et al. 2023; the choices are those of the LoRS authors, arXiv 2501.08582):
     BOS prompt answer EOS, cut to `sequence_length`, EOS only if it still fits. The loss is on prompt and
     answer, or on the answer alone. Prompt and answer are encoded as one text, so that the tokens are those of
-    plain inference; a token that holds any character of the answer belongs to the answer. (A chat template would
-    encode the two apart, and base models have none.)
+    plain inference; a token that holds any character of the answer belongs to the answer. With data.template=chat
+    the tokenizer's own chat template takes the place of prompt, BOS and EOS.
 Text for language modelling and for calibration:
     BOS document EOS BOS document EOS ..., cut into pieces of `sequence_length` - 1 tokens with BOS in front
     of each.
@@ -33,14 +33,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import LongTensor, Tensor
 from transformers import DataCollatorForSeq2Seq, default_data_collator
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from harness.alpaca import alpaca_prompt
 from harness.corpora import MICROWORLD, has_splits, instructions, texts
-from harness.errors import BadInput
+from harness.errors import BadInput, one_line
 from harness.identity import digest, fingerprint
 from harness.store import computed_once
 
@@ -54,6 +54,7 @@ __all__ = [
     "calibration_tokens",
     "check_token_ids",
     "collator",
+    "held_out_rows",
     "random_data",
     "tokenised_rows",
     "training_rows",
@@ -91,6 +92,34 @@ def training_rows(
     rows = _made_once(cfg, fingerprinted, chosen, lambda: tokenised_rows(cfg.data, train, tokenizer))
     check_token_ids((max(row["input_ids"]) for row in rows), tokenizer, vocabulary, "the training rows")
     random.Random(cfg.seed).shuffle(rows)
+    return rows
+
+
+def held_out_rows(
+    cfg: DictConfig, fingerprinted: Mapping[str, Any], tokenizer: Tokenizer, vocabulary: int
+) -> list[Row]:
+    """The ``eval.held_out`` rows of the training data that follow its first ``data.limit``; answers are the targets.
+
+    Arguments as for `training_rows`.
+
+    Raises:
+        BadInput: The training reads all rows, or there are not so many more; see also `tokenised_rows`.
+    """
+    asked, first = f"eval.held_out={cfg.eval.held_out}", cfg.data.limit
+    if cfg.data.kind == "text" or first is None:
+        raise BadInput(f"{asked}: needs instructions and a data.limit; the rows after it are held out")
+    last = first + cfg.eval.held_out
+    data = {**cfg.data, "limit": last, "loss_on": "answer"}
+
+    def make() -> list[Row]:
+        rows = list(instructions(OmegaConf.create(data)))
+        if len(rows) < last:
+            raise BadInput(f"{asked}: the data has {len(rows)} rows, {first} of them to train on (data.limit)")
+        return _instruction_rows(rows[first:], OmegaConf.create(data), cfg.train, tokenizer)
+
+    chosen = ["held out", {**fingerprinted["data"], **data}, first, cfg.train.sequence_length]
+    rows = _made_once(cfg, fingerprinted, chosen, make)
+    check_token_ids((max(row["input_ids"]) for row in rows), tokenizer, vocabulary, "the held-out rows")
     return rows
 
 
@@ -225,14 +254,20 @@ def _rows_needed(train_cfg: Any) -> int | None:
 def _instruction_rows(
     source: Iterable[tuple[str, str, str]], data_cfg: Any, train_cfg: Any, tokenizer: Tokenizer
 ) -> list[Row]:
-    if data_cfg.template != "alpaca":
-        raise BadInput(f"data.template={data_cfg.template}: must be alpaca for data.kind={data_cfg.kind}")
+    if data_cfg.template is None:
+        raise BadInput(f"data.template=null: must be alpaca or chat for data.kind={data_cfg.kind}")
+    chat = data_cfg.template == "chat"
+    if chat and not tokenizer.chat_template:
+        raise BadInput("data.template=chat: the tokenizer of the model has no chat template; must be alpaca")
     if data_cfg.loss_on == "answer" and not tokenizer.is_fast:
         raise BadInput("data.loss_on=answer: this tokenizer reports no character offsets; must be all")
     length = train_cfg.sequence_length
-    pairs = ((alpaca_prompt(instruction, context), answer) for instruction, context, answer in source)
+    if chat:
+        pairs = (_as_chat(tokenizer, *row) for row in source)
+    else:
+        pairs = ((alpaca_prompt(instruction, context), answer) for instruction, context, answer in source)
     chunks = _chunks(pairs, ENCODED_AT_ONCE)
-    encoded = [row for chunk in chunks for row in _encode_rows(chunk, tokenizer, data_cfg.loss_on, length)]
+    encoded = [row for chunk in chunks for row in _encode_rows(chunk, tokenizer, data_cfg.loss_on, length, chat)]
     # A prompt that fills the row leaves nothing to learn from, and a batch of such rows has no mean loss.
     rows = [row for row in encoded if any(label != IGNORED for label in row["labels"])]
     if not encoded:
@@ -245,13 +280,27 @@ def _instruction_rows(
     return rows
 
 
+def _as_chat(tokenizer: Tokenizer, instruction: str, context: str, answer: str) -> tuple[str, str]:
+    """Prompt and answer as the chat template of the tokenizer has them, with its special tokens."""
+    question = {"role": "user", "content": f"{instruction}\n\n{context}" if context else instruction}
+    chat = [question, {"role": "assistant", "content": answer}]
+    try:
+        prompt = tokenizer.apply_chat_template([question], tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(chat, tokenize=False)
+    except Exception as error:  # whatever a template raises
+        raise BadInput(f"data.template=chat: the template of the model fails ({one_line(error)})") from error
+    if not whole.startswith(prompt):
+        raise BadInput("data.template=chat: the template of the model does not begin an answer as it begins a reply")
+    return prompt, whole.removeprefix(prompt)
+
+
 def _encode_rows(
-    pairs: Sequence[tuple[str, str]], tokenizer: Tokenizer, loss_on: str, sequence_length: int
+    pairs: Sequence[tuple[str, str]], tokenizer: Tokenizer, loss_on: str, sequence_length: int, chat: bool = False
 ) -> Iterator[Row]:
     answer_only = loss_on == "answer"
     joined = [prompt + answer for prompt, answer in pairs]
     encoding = tokenizer(joined, add_special_tokens=False, return_offsets_mapping=answer_only, verbose=False)
-    bos, eos = _if_any(tokenizer.bos_token_id), _if_any(tokenizer.eos_token_id)
+    bos, eos = ([] if chat else _if_any(token) for token in (tokenizer.bos_token_id, tokenizer.eos_token_id))
     for i, ids in enumerate(encoding["input_ids"]):
         labels = ids
         if answer_only:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache, lru_cache, partial
 from itertools import accumulate
@@ -33,9 +33,9 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from harness import microworld
-from harness.data import check_token_ids
+from harness.data import Row, check_token_ids
 from harness.errors import BadInput, one_line
-from harness.perplexity import perplexity, perplexity_windows
+from harness.perplexity import held_out_perplexity, perplexity, perplexity_windows
 from harness.stock_tasks import ZERO_SHOT, local_items
 from lors.randomness import modes_kept, random_state_kept
 
@@ -43,6 +43,7 @@ __all__ = ["ZERO_SHOT", "check_scoring", "check_tasks", "evaluate"]
 
 MICROWORLD_TASKS = {f"microworld_{task}": task for task in microworld.TASKS}
 MICROWORLD_FOLDER = Path(microworld.__file__).parent / "tasks"
+MARGIN_DIGITS = 4  # of an item, in nats
 BOOTSTRAP = 1000  # draws for the standard error of a metric that is no mean; that of a mean is exact
 FEWSHOT_SEED = 1234  # lm-eval's default; for tasks that bring examples, which none of the seven does
 
@@ -92,20 +93,28 @@ def check_scoring(model: PreTrainedModel, tokenizer: Tokenizer, eval_cfg: Any) -
 
 
 def evaluate(
-    model: PreTrainedModel, tokenizer: Tokenizer, eval_cfg: Any, windows: LongTensor | None, progress: bool = True
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    eval_cfg: Any,
+    windows: LongTensor | None,
+    held_out: Sequence[Row] = (),
+    progress: bool = True,
 ) -> dict[str, Any]:
-    """Score a model on the tasks and the text of ``conf/eval``; its mode is afterwards what it was.
+    """Score a model on the tasks and texts of ``conf/eval``; its mode is afterwards what it was.
 
     Args:
         eval_cfg: ``tasks``, ``data_root``, ``limit`` (first items of each task), ``batch_size`` (rows per forward
             pass), ``add_bos_token``, ``perplexity.text``, ``split`` (of the microworld's items: test or validation).
         windows: The text whose perplexity is measured, see `check_tasks`; None: no perplexity.
+        held_out: Rows of instructions whose answers' perplexity is measured, see `data.held_out_rows`.
 
     Returns:
         ``tasks``: name -> {metric, value, stderr, n, version, and where the task has them acc_norm,
-            acc_norm_stderr, and correct: a text of "1" (by `acc`) and "0", one for each item in the task's order};
+            acc_norm_stderr, and correct: a text of "1" (by `acc`) and "0", one for each item in the task's order; and
+            margin, margin_stderr and margins: by how much the right answer is likelier than the best wrong one};
         ``average``: {metric: acc, value, stderr, tasks (the averaged names)} or None without a task that has `acc`;
-        ``perplexity``: see `perplexity.perplexity`, with ``text``; or None.
+        ``perplexity``: see `perplexity.perplexity`, with ``text``; or None;
+        ``held_out``: see `perplexity.held_out_perplexity`; or None.
 
     Raises:
         BadInput: See `check_tasks`.
@@ -116,7 +125,8 @@ def evaluate(
         text = None
         if windows is not None:
             text = {"text": eval_cfg.perplexity.text, **perplexity(model, windows, progress=progress)}
-    return {"tasks": tasks, "average": _average(tasks), "perplexity": text}
+        answers = held_out_perplexity(model, held_out, progress=progress) if held_out else None
+    return {"tasks": tasks, "average": _average(tasks), "perplexity": text, "held_out": answers}
 
 
 def _average(tasks: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
@@ -139,7 +149,7 @@ def _zero_shot(
     loaded = _load_tasks(eval_cfg)
     lm = _language_model(model, tokenizer, eval_cfg, progress)
     scores = _lm_eval().evaluate(lm, loaded, limit=eval_cfg.limit, bootstrap_iters=BOOTSTRAP, log_samples=True)
-    return {name: _score(scores, name) for name in loaded["tasks"]}
+    return {name: _score(scores, name, task) for name, task in loaded["tasks"].items()}
 
 
 def _language_model(model: PreTrainedModel, tokenizer: Tokenizer, eval_cfg: Any, progress: bool) -> Any:
@@ -220,7 +230,7 @@ def _no_metric_code() -> Iterator[list[str]]:
         metrics.load = load
 
 
-def _score(scores: dict[str, Any], name: str) -> dict[str, Any]:
+def _score(scores: dict[str, Any], name: str, task: Any) -> dict[str, Any]:
     """One task of lm-eval's results, whose keys are ``<metric>,<filter>`` and ``<metric>_stderr,<filter>``."""
     found = scores["results"][name]
     values = {key.partition(",")[0]: None if found[key] == "N/A" else found[key] for key in found if "," in key}
@@ -237,6 +247,8 @@ def _score(scores: dict[str, Any], name: str) -> dict[str, Any]:
         score |= {"acc_norm": float(values["acc_norm"]), "acc_norm_stderr": values.get("acc_norm_stderr")}
     if metric == "acc":
         score |= _correct(scores["samples"][name])
+    if task.OUTPUT_TYPE == "multiple_choice":
+        score |= _margins(scores["samples"][name], task)
     return score
 
 
@@ -246,6 +258,24 @@ def _correct(samples: list[dict[str, Any]]) -> dict[str, str]:
     if not set(values.values()) <= {0.0, 1.0}:
         return {}
     return {"correct": "".join(str(int(values[item])) for item in sorted(values))}
+
+
+def _margins(samples: list[dict[str, Any]], task: Any) -> dict[str, Any]:
+    """By how much the right answer is likelier than the best wrong one: of each item, in the order of the task and in
+    nats, with mean and standard error; nothing where an item has several right answers."""
+    right = task.doc_to_text if task.multiple_input else task.doc_to_target
+    margins = []
+    for _, sample in sorted({sample["doc_id"]: sample for sample in samples}.items()):
+        gold, scores = right(sample["doc"]), [score for score, _ in sample["filtered_resps"]]
+        answers = task.doc_to_choice(sample["doc"])
+        gold = answers.index(gold) if gold in answers else gold
+        if not isinstance(gold, int) or len(scores) != len(answers):
+            return {}
+        margins.append(scores.pop(gold) - max(scores))
+    values = torch.tensor(margins, dtype=torch.float64)
+    error = (values.std() / len(values) ** 0.5).item() if len(values) > 1 else None
+    shown = [round(margin, MARGIN_DIGITS) for margin in margins]
+    return {"margin": values.mean().item(), "margin_stderr": error, "margins": shown}
 
 
 @cache

@@ -22,8 +22,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from harness.config import method_refusal
 from harness.config_schema import needs_calibration
 from harness.errors import BadInput, one_line
-from harness.method import PRECISIONS, Method, tuner_config
+from harness.method import Method, tuner_config
 from harness.simulate import simulate
+from harness.weights import base_format
 from lors.blocks import decoder_linears
 from lors.injection import check_names
 from lors.sparsity import check_width
@@ -81,7 +82,7 @@ def check_fit(cfg: DictConfig, method: Method, shape: PretrainedConfig) -> None:
     if cfg.mode == "simulate":
         _check_simulated(method)
     if needs_calibration(cfg.prune.name) and not torch.cuda.is_available():
-        width = shape.get_text_config().hidden_size * PRECISIONS[cfg.train.precision].base.itemsize
+        width = shape.get_text_config().hidden_size * base_format(cfg).itemsize
         states = cfg.prune.samples * cfg.prune.sequence_length * width
         _refuse_above_free([(f"prune.samples={cfg.prune.samples}", states, "what they are at one layer")])
     if method.peft is not None:

@@ -11,14 +11,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from harness.config_schema import needs_calibration
-from harness.data import Batch, Collator, Row, batches_of, calibration_samples, random_data, training_rows
+from harness.data import (
+    Batch,
+    Collator,
+    Row,
+    batches_of,
+    calibration_samples,
+    held_out_rows,
+    random_data,
+    training_rows,
+)
 from harness.errors import BadInput, one_line
 from harness.evaluate import check_tasks
 from harness.feasible import check_fit, check_memory, reason
@@ -43,12 +53,14 @@ class Source(NamedTuple):
         revision: On the Hub.
         shown: What a message says of it.
         folder: The folder; None on the Hub.
+        options: Of ``from_pretrained``, that ``model`` sets.
     """
 
     path: str
     revision: str | None
     shown: str
     folder: Path | None
+    options: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -65,6 +77,7 @@ class Inputs:
         longest: The first batch, padded to ``train.sequence_length``.
         calibration: Token ids ``[samples, length]`` for the pruner; None if it looks at no data.
         windows: Token ids ``[windows, length]`` of the text whose perplexity is measured; None without one.
+        held_out: Rows whose answers' perplexity is measured.
     """
 
     shape: PretrainedConfig
@@ -76,6 +89,7 @@ class Inputs:
     longest: Batch | None = None
     calibration: Tensor | None = None
     windows: Tensor | None = None
+    held_out: Sequence[Row] = ()
 
 
 def read_inputs(cfg: DictConfig, method: Method) -> Inputs:
@@ -97,19 +111,20 @@ def read_inputs(cfg: DictConfig, method: Method) -> Inputs:
         pad, longest = batches_of(rows, train, None)
         return Inputs(shape, fingerprinted, source, rows=rows, pad=pad, longest=longest)
     _check_caches(cfg)
-    tokenizer = _read_tokenizer(source, shape)
+    tokenizer = _read_tokenizer(source, shape, OmegaConf.select(cfg, "model.pad_token"))
     _check_weights(source)
     vocabulary = shape.get_text_config().vocab_size
     try:
         windows = check_tasks(cfg.eval, tokenizer, vocabulary)
         rows = training_rows(cfg, fingerprinted, tokenizer, vocabulary)
+        held_out = held_out_rows(cfg, fingerprinted, tokenizer, vocabulary) if cfg.eval.held_out else ()
         calibrated = needs_calibration(cfg.prune.name)
         calibration = calibration_samples(cfg, fingerprinted, tokenizer, vocabulary) if calibrated else None
         check_memory(cfg, method, shape, len(rows))
         pad, longest = batches_of(rows, train, tokenizer)
     except (ValueError, OSError) as error:
         raise BadInput(one_line(error)) from error
-    return Inputs(shape, fingerprinted, source, tokenizer, rows, pad, longest, calibration, windows)
+    return Inputs(shape, fingerprinted, source, tokenizer, rows, pad, longest, calibration, windows, held_out)
 
 
 def check_inputs(jobs: Iterable[tuple[Sequence[str], DictConfig]]) -> None:
@@ -154,13 +169,15 @@ def _source(cfg: DictConfig, folder: Path | None) -> Source:
     """
     path, revision = cfg.model.path, cfg.model.revision
     shown = f"model.path={path}"
+    model = OmegaConf.to_container(cfg.model)
+    options = {name: model[name] for name in ("attn_implementation", "device_map") if model.get(name) is not None}
     if folder is not None:
         if not folder.is_dir():
             raise BadInput(f"{shown}: is a file; must be a model folder or a name on the Hub")
         if revision is not None:
             raise BadInput(f"model.revision={revision}: must be null for a folder; only the Hub has revisions")
-        return Source(str(folder), None, shown, folder)
-    return Source(path, revision, shown, None)
+        return Source(str(folder), None, shown, folder, options)
+    return Source(path, revision, shown, None, options)
 
 
 def _check_caches(cfg: DictConfig) -> None:
@@ -179,6 +196,14 @@ def _read_shape(cfg: DictConfig, source: Source) -> PretrainedConfig:
             raise BadInput(f"model.shape: describes no model ({reason(error)})") from error
     else:
         shape = _from_pretrained(AutoConfig, source, "config.json")
+    attention = source.options.get("attn_implementation")
+    if attention is not None:
+        shape._attn_implementation = attention
+        try:
+            with torch.device("meta"):
+                AutoModelForCausalLM.from_config(shape, trust_remote_code=False)
+        except Exception as error:  # of a package that is missing, or a model that has none of this kind
+            raise BadInput(f"model.attn_implementation={attention}: cannot be had here ({reason(error)})") from error
     if getattr(shape, "quantization_config", None) is not None:
         raise BadInput(f"{source.shown}: must not be quantized; its config.json has a quantization_config")
     if layers is None:
@@ -194,7 +219,7 @@ def _read_shape(cfg: DictConfig, source: Source) -> PretrainedConfig:
     return shape
 
 
-def _read_tokenizer(source: Source, shape: PretrainedConfig) -> Tokenizer:
+def _read_tokenizer(source: Source, shape: PretrainedConfig, pad_token: str | None) -> Tokenizer:
     """The tokenizer; without a padding token that the model knows end-of-text pads, else token 0 (no loss is on it)."""
     folder = source.folder
     if folder is not None:
@@ -208,8 +233,13 @@ def _read_tokenizer(source: Source, shape: PretrainedConfig) -> Tokenizer:
         tokenizer("a text", add_special_tokens=False)
     except Exception as error:  # of any of three libraries
         raise BadInput(f"{source.shown}: its tokenizer cannot encode a text ({reason(error)})") from error
+    vocabulary = shape.get_text_config().vocab_size
+    if pad_token is not None:
+        if tokenizer.get_vocab().get(pad_token, vocabulary) >= vocabulary:
+            raise BadInput(f"model.pad_token={pad_token}: must be a token that tokenizer and model know")
+        tokenizer.pad_token = pad_token
     padding = tokenizer.pad_token_id
-    if padding is None or padding >= shape.get_text_config().vocab_size:
+    if padding is None or padding >= vocabulary:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
 

@@ -36,6 +36,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from harness.deferred_head import head_deferred
 from harness.flops import CountFlops
 from harness.live_memory import LiveTensors, step_counted, training_step
 from harness.method import Method, adapt
@@ -208,7 +209,7 @@ class Phases:
 
 
 def initialization_memory(
-    method: Method, model: nn.Module, batches: Sequence[Mapping[str, Tensor]], seed: int, precision: str
+    method: Method, model: nn.Module, batches: Sequence[Mapping[str, Tensor]], seed: int, train_cfg: Any
 ) -> int:
     """Peak of live bytes while the method sets itself up, on a copy of the pruned model.
 
@@ -218,8 +219,8 @@ def initialization_memory(
     trial = copy.deepcopy(model)
     live = LiveTensors()
     live.count([*trial.parameters(), *trial.buffers()], "weights")
-    with live:
-        adapt(method, trial, batches[:2], seed, precision=precision)
+    with head_deferred(trial, train_cfg), live:
+        adapt(method, trial, batches[:2], seed, precision=train_cfg.precision)
     return live.peak
 
 
@@ -248,7 +249,7 @@ def training_cost(
     device = next(model.parameters()).device
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
     live, counted = LiveTensors(), CountFlops()
-    with state_kept(model):
+    with head_deferred(model, train_cfg), state_kept(model):
         optimizer = method.optimizer(model.train(), train_cfg)
         step = partial(training_step, model, batch, optimizer, method, train_cfg)
         step(LiveTensors(), counted)  # a ledger that is not entered counts nothing

@@ -9,6 +9,7 @@ the calibration tokens, the tasks, and so on.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Callable
 from functools import cached_property, partial
@@ -24,10 +25,10 @@ from harness.environment import default_device
 from harness.evaluate import evaluate
 from harness.identity import digest, version_of
 from harness.inputs import Inputs, Source
-from harness.method import PRECISIONS
 from harness.sealed_folder import sealed_once
+from harness.sources import provenance
 from harness.store import computed_once
-from harness.weights import load_weights
+from harness.weights import base_format, load_weights
 from lors.pruning import prune_model
 
 __all__ = ["Models"]
@@ -46,20 +47,21 @@ class Models:
     def __init__(self, cfg: DictConfig, inputs: Inputs) -> None:
         self.cfg = cfg
         self.inputs = inputs
-        self.dtype = PRECISIONS[cfg.train.precision].base
+        self.dtype = base_format(cfg)
         self.cache = Path(cfg.cache_root)
 
     def pruned(self) -> Source:
         """Where the model to fine-tune is; the model is pruned first unless it is in the cache."""
+        log.info("the model is %s", json.dumps(provenance(self.cfg)["model.path"]))
         if self.cfg.prune.name == "none":
             return self.inputs.source
         folder = sealed_once(self.cache / "pruned", self.pruned_key, self._prune)
-        return Source(str(folder), None, str(folder), folder)
+        return Source(str(folder), None, str(folder), folder, self.inputs.source.options)
 
     def _dense(self, dtype: torch.dtype | str) -> PreTrainedModel:
         """The model as it comes, on the device of the run; ``"auto"`` keeps the format of the file."""
         source = self.inputs.source
-        return load_weights(source.path, source.revision, shown=source.shown, dtype=dtype)
+        return load_weights(source.path, source.revision, shown=source.shown, dtype=dtype, **source.options)
 
     def baselines(self, model: PreTrainedModel, sparsity: float) -> dict[str, Any]:
         """Scores of the pruned model and of what it was made from, which of one that comes sparse nobody knows.
@@ -85,7 +87,7 @@ class Models:
             {
                 "stages": {stage: version_of(stage) for stage in ("evaluate", "microworld")},
                 "model": self.dense_key if which == "dense" else self.pruned_key,
-                "eval": settings,
+                "eval": settings | ({"held_out": digest(self.inputs.held_out)} if self.inputs.held_out else {}),
                 "dtype": str(self.dtype),
                 "device": default_device().type,
                 "versions": [version(name) for name in ("torch", "transformers", "lm_eval")],
@@ -94,13 +96,14 @@ class Models:
 
         def compute() -> dict[str, Any]:
             log.info("scores of the %s model: not in the cache, computed now", which)
-            return evaluate(load(), self.inputs.tokenizer, self.cfg.eval, self.inputs.windows)
+            return evaluate(load(), self.inputs.tokenizer, self.cfg.eval, self.inputs.windows, self.inputs.held_out)
 
         return computed_once(self.cache / "scores" / f"{key}.sealed", compute)
 
     @cached_property
     def dense_key(self) -> str:
-        return digest([self.inputs.fingerprinted["model"]["path"], self.inputs.fingerprinted["model"]["revision"]])
+        model, attention = self.inputs.fingerprinted["model"], self.inputs.source.options.get("attn_implementation")
+        return digest([model["path"], model["revision"]] + ([attention] if attention else []))
 
     @cached_property
     def pruned_key(self) -> str:

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from harness.data import IGNORED
+from harness.deferred_head import DeferredHead
 from harness.method import Method
 from lors.randomness import modes_kept, random_state_kept
 
@@ -50,18 +51,21 @@ def target_count(labels: Tensor) -> Tensor:
     return labels[:, 1:].ne(IGNORED).sum()
 
 
-def causal_lm_loss(logits: Tensor, labels: Tensor, targets: Tensor | int) -> Tensor:
+def causal_lm_loss(logits: Tensor, labels: Tensor, targets: Tensor | int, head: nn.Module | None = None) -> Tensor:
     """Cross entropy summed over the targets of this micro-batch, divided by `targets` of the whole step.
 
     Args:
-        logits: B x T x V.
+        logits: B x T x V; hidden states B x T x d while the head is deferred.
         labels: B x T token ids, ``IGNORED`` where there is no target.
         targets: Number of targets in the step.
+        head: The output head of the model, which may be deferred (`deferred_head`).
     """
+    if isinstance(head, DeferredHead):
+        return head.loss(logits, labels, targets)
     # The labels are shifted, not the logits: a slice of the logits would have to be copied to be flattened.
-    following = F.pad(labels[:, 1:], (0, 1), value=IGNORED)  # B x T
+    following = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()  # B T
     flat = logits.float().view(-1, logits.shape[-1])  # B T x V
-    return F.cross_entropy(flat, following.flatten(), ignore_index=IGNORED, reduction="sum") / targets
+    return F.cross_entropy(flat, following, ignore_index=IGNORED, reduction="sum") / targets
 
 
 def batch_loss(
@@ -80,7 +84,7 @@ def batch_loss(
     labels = batch["labels"]
     with torch.autocast(labels.device.type, torch.bfloat16, enabled=autocast):
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-    loss = causal_lm_loss(logits, labels, micro_batches * target_count(labels))
+    loss = causal_lm_loss(logits, labels, micro_batches * target_count(labels), model.get_output_embeddings())
     extra = penalty(model) if penalty else None
     return loss if extra is None else loss + extra / micro_batches
 

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from harness.config import resolve
+from harness.deferred_head import head_deferred
 from harness.device_lock import device_lock
 from harness.environment import default_device, now
 from harness.errors import BadInput, one_line
@@ -35,7 +36,7 @@ from harness.flops import count_inference_flops
 from harness.inputs import Inputs, read_inputs
 from harness.live_memory import forward_memory
 from harness.meter import Meter, Phases, initialization_memory, parts_of_peak, process_rss_peak, training_cost
-from harness.method import PRECISIONS, Method, adapt, finish
+from harness.method import Method, adapt, finish
 from harness.method_from_config import build_method
 from harness.models import Models
 from harness.result import blank_result, count_parameters, held_out_loss
@@ -43,7 +44,7 @@ from harness.simulate import simulate
 from harness.store import RunStore, check_writable
 from harness.summary import summary
 from harness.train import train
-from harness.weights import load_weights, random_model
+from harness.weights import base_format, load_weights, random_model
 from harness.zeros import check_zeros, starting_sparsity
 from lors.kernels import in_use
 from lors.sparsity import supports
@@ -157,7 +158,7 @@ class Job:
                 for field, values in simulate(cfg, self.method, inputs.shape).items():
                     result[field] = (result[field] or {}) | values
             return
-        dtype = PRECISIONS[cfg.train.precision].base
+        dtype = base_format(cfg)
         if cfg.mode == "profile":
             with self.phase("load"):
                 model = random_model(inputs.shape, dtype, cfg.sparsity, cfg.pattern, cfg.seed)
@@ -166,7 +167,7 @@ class Job:
             with self.phase("prune"):
                 pruned = models.pruned()
             with self.phase("load"):
-                model = load_weights(pruned.path, pruned.revision, shown=pruned.shown, dtype=dtype)
+                model = load_weights(pruned.path, pruned.revision, shown=pruned.shown, dtype=dtype, **pruned.options)
         M = supports(model)
         if cfg.mode == "run":
             result |= starting_sparsity(cfg, M)
@@ -181,18 +182,19 @@ class Job:
     def _fine_tune(self, model: PreTrainedModel) -> nn.Module:
         """Initialise the adapter, measure one step apart, train."""
         cfg, method, inputs, result = self.cfg, self.method, self.inputs, self.result
-        precision, size = cfg.train.precision, cfg.train.batch_size
+        size = cfg.train.batch_size
         # In a profile only the memory counts, and the second batch reaches the peak.
         count = (method.init_rows or cfg.train.init_rows) if cfg.mode == "run" else 2 * size
         rows = inputs.rows[: count if method.reads_rows else 0]
         batches = [inputs.pad(rows[start : start + size]) for start in range(0, len(rows), size)]
         if model.device.type == "cpu" and method.trains:
             result["memory"]["init_peak"] = self.store.once(
-                "init_memory", lambda: initialization_memory(method, model, batches, cfg.seed, precision)
+                "init_memory", lambda: initialization_memory(method, model, batches, cfg.seed, cfg.train)
             )
         with self.phase("init") as peak:
             transformers.set_seed(cfg.seed)
-            adapted = adapt(method, model, batches, cfg.seed, precision=precision)
+            with head_deferred(model, cfg.train):
+                adapted = adapt(method, model, batches, cfg.seed, precision=cfg.train.precision)
         if peak.allocated is not None:
             result["memory"]["init_peak"] = peak.allocated
         result["parameters"] = counts = count_parameters(adapted)
@@ -244,13 +246,15 @@ class Job:
                 result["flops"]["inference"] = count_inference_flops(model, inputs.longest)
                 if model.device.type == "cpu":
                     result["memory"]["eval_peak"] = forward_memory(model, inputs.longest)
-            if cfg.mode == "run" and (cfg.eval.tasks or cfg.eval.perplexity):
+            if cfg.mode == "run" and (cfg.eval.tasks or cfg.eval.perplexity or cfg.eval.held_out):
                 row["eval"] = result["baselines"]["pruned"] if not method.trains else None
                 if row["eval"] is None:
                     with self.phase("evaluate") as peak:
                         scores = self.store.once(
                             f"scores_{variant}",
-                            lambda model=model: evaluate(model, inputs.tokenizer, cfg.eval, inputs.windows),
+                            lambda model=model: evaluate(
+                                model, inputs.tokenizer, cfg.eval, inputs.windows, inputs.held_out
+                            ),
                         )
                     row["eval"] = scores
                     result["memory"]["eval_peak"] = result["memory"]["eval_peak"] or peak.allocated

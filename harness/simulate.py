@@ -43,12 +43,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from harness.deferred_head import head_deferred
 from harness.flops import CountFlops
 from harness.live_memory import LiveTensors, Peak, step_counted, training_step
 from harness.method import PRECISIONS, Method, wrap
 from harness.module_trace import ModuleTrace, module_names, without_index
 from harness.recipe import enable_activation_checkpointing
 from harness.result import count_parameters
+from harness.weights import base_format
 from lors import compress
 from lors.blocks import decoder_blocks
 
@@ -81,7 +83,7 @@ def simulate(cfg: DictConfig, method: Method, shape: PretrainedConfig) -> dict[s
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     model = _model(cfg, method, shape, mode)
     names = module_names(model)
-    with mode, _ReadsAsOne():
+    with mode, _ReadsAsOne(), head_deferred(model, train):
         optimizer = _with_state(method.optimizer(model, train), on_lists=device == "cuda")
         # Without padding: three int64 tensors of B x T.
         batch = {
@@ -113,7 +115,7 @@ def _model(cfg: DictConfig, method: Method, shape: PretrainedConfig, mode: FakeT
     """The model on fake tensors, set up by the method, as a training begins with it."""
     formats = PRECISIONS[cfg.train.precision]
     with torch.device("meta"):  # outside of fake tensors, whose modules cannot change type
-        model = AutoModelForCausalLM.from_config(shape, dtype=formats.base, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(shape, dtype=base_format(cfg), trust_remote_code=False)
         if model.config._attn_implementation == "sdpa":
             model.set_attn_implementation(UNMASKED)
         model = wrap(method, model, precision=cfg.train.precision)

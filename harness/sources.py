@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from harness.corpora import WELL_KNOWN, is_on_hub
 from harness.errors import BadInput, one_line
-from harness.identity import SOURCES, fingerprint, local_path, with_fingerprints
+from harness.identity import ABSENT, SOURCES, fingerprint, local_path, with_fingerprints
 from harness.sealed_folder import MANIFEST, damage
 from harness.stock_tasks import local_files
 
@@ -54,7 +54,7 @@ class Text(NamedTuple):
 
 def snapshots(config: dict[str, Any]) -> Path:
     """The folder of snapshots of a config."""
-    return Path(config["data_root"] or os.path.join(config["cache_root"], "snapshots")).expanduser()
+    return Path(config.get("data_root") or os.path.join(config["cache_root"], "snapshots")).expanduser()
 
 
 def model_folder(root: Path, name: str) -> Path:
@@ -167,8 +167,11 @@ def _origin(cfg: DictConfig, key: str, name: str) -> dict[str, Any]:
 
 
 def recorded(cfg: DictConfig) -> dict[str, Any]:
-    """The config as a result holds it: a snapshot is what is in it, wherever it lay, so that runs of two machines are
-    the same run; the key that follows from it is that of the run."""
+    """The config as a result holds it; the key that follows from it is that of the run.
+
+    A snapshot is what is in it, wherever it lay, and an option that is what its absence meant is absent: so results of
+    two machines, and of two versions, are of the same run where the run is the same.
+    """
     config, contents = OmegaConf.to_container(cfg, resolve=True), with_fingerprints(cfg)
     roots = {str(snapshots(config)), os.path.join(cfg.cache_root, "snapshots")}
     for key in SOURCES:
@@ -176,10 +179,15 @@ def recorded(cfg: DictConfig) -> dict[str, Any]:
         value = OmegaConf.select(cfg, key)
         if value is not None and any(value == root or value.startswith(os.path.join(root, "")) for root in roots):
             _section(config, section)[last] = _section(contents, section)[last]
+    config["model"].pop("wheel", None)
+    for key, absent in ABSENT.items():
+        section, _, last = key.rpartition(".")
+        if not key.startswith("method.") and OmegaConf.select(cfg, key) == absent:
+            (_section(config, section) or {}).pop(last, None)
     return config
 
 
 def _section(config: dict[str, Any], name: str) -> dict[str, Any]:
     for part in name.split("."):
-        config = config[part]
+        config = config and config.get(part)
     return config

@@ -38,6 +38,7 @@ from transformers import (
 
 from harness.checkpoints import drop_older, newest_intact, whole_or_gone
 from harness.data import Collator, Row
+from harness.deferred_head import head_deferred
 from harness.meter import Meter
 from harness.method import PRECISIONS, Method
 from harness.recipe import (
@@ -121,7 +122,7 @@ def train(
     if train_cfg.activation_checkpointing:
         enable_activation_checkpointing(model)
     clipping = gradient_clipping(train_cfg, method)
-    with _trainer_changes_undone(model):
+    with head_deferred(model, train_cfg), _trainer_changes_undone(model):
         trainer = MeasuredTrainer(
             model=model,
             args=_arguments(train_cfg, clipping, output_dir, seed, next(model.parameters()).device),
@@ -262,7 +263,7 @@ class MeasuredTrainer(Trainer):
     def _loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | None = None) -> Tensor:
         """Share of this micro-batch in the loss of the step; the penalty is shared out likewise."""
         targets = target_count(labels) if num_items_in_batch is None else num_items_in_batch
-        loss = causal_lm_loss(outputs.logits, labels, targets)
+        loss = causal_lm_loss(outputs.logits, labels, targets, self.model.get_output_embeddings())
         penalty = self._penalty(self.model)
         if penalty is not None:
             loss = loss + penalty * (target_count(labels) / targets)

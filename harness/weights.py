@@ -9,22 +9,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import DictConfig, OmegaConf
 from safetensors import safe_open
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from harness.config import as_written
 from harness.environment import default_device
-from harness.errors import BadInput
+from harness.errors import BadInput, one_line
+from harness.method import PRECISIONS
 from lors.blocks import decoder_linears
 from lors.sparsity import random_support
 
-__all__ = ["check_files", "load_weights", "random_model"]
+__all__ = ["base_format", "check_files", "load_weights", "random_model"]
 
 NAMED = 3  # weights that a message names
 # Of safetensors: what a weight may be stored as. Anything else is a number that a scale beside it belongs to.
 FORMATS = ("F64", "F32", "F16", "BF16")
 INDEX = ".index.json"
 NO_ZERO = 1e-3
+
+
+def base_format(cfg: DictConfig) -> torch.dtype:
+    """Format of the weights of a model while it is fine-tuned and scored."""
+    chosen = OmegaConf.select(cfg, "model.dtype")
+    return PRECISIONS[cfg.train.precision].base if chosen is None else getattr(torch, chosen)
 
 
 def load_weights(path: str, revision: str | None = None, *, shown: str, **options: Any) -> PreTrainedModel:
@@ -39,16 +48,23 @@ def load_weights(path: str, revision: str | None = None, *, shown: str, **option
         options: Of ``from_pretrained``; ``device_map="meta"`` reads names and shapes only.
 
     Raises:
-        BadInput: Weights are missing, or left over, or have another shape.
+        BadInput: Weights are missing, or left over, or have another shape; a ``device_map`` that cannot be, or leaves
+            some of them elsewhere.
     """
-    model, report = AutoModelForCausalLM.from_pretrained(
-        path,
-        revision=revision,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # reported below, with the others
-        trust_remote_code=False,
-        **options,
-    )
+    places = options.get("device_map")
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path,
+            revision=revision,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, with the others
+            trust_remote_code=False,
+            **options,
+        )
+    except (ValueError, RuntimeError) as error:
+        if places in (None, "meta"):
+            raise
+        raise BadInput(f"model.device_map={as_written(places)}: does not fit this model ({one_line(error)})") from error
     wrong = [
         f"{len(names)} {what} ({_first(names)})"
         for key, what in (
@@ -61,7 +77,11 @@ def load_weights(path: str, revision: str | None = None, *, shown: str, **option
     if wrong or report.get("error_msgs"):
         found = "; ".join(wrong) or " ".join(report["error_msgs"])
         raise BadInput(f"{shown}: config.json and weights do not belong together: weights {found}")
-    return model.eval() if "device_map" in options else model.to(default_device()).eval()
+    if places == "meta":
+        return model.eval()
+    if places is not None:
+        _check_places(model, places)
+    return model.to(default_device()).eval()
 
 
 def random_model(
@@ -106,6 +126,15 @@ def check_files(folder: Path, model: PreTrainedModel, shown: str) -> None:
                 kind = stored.get_slice(name).get_dtype()
                 if kind not in FORMATS and name.removeprefix(prefix) in weights:
                     raise BadInput(f"{shown}: {name} of {file.name} is stored as {kind}; must be {', '.join(FORMATS)}")
+
+
+def _check_places(model: PreTrainedModel, places: Any) -> None:
+    """Pruning and merging write weights, which those that are offloaded do not keep, and one device is measured."""
+    device = default_device()
+    elsewhere = {str(tensor.device) for tensor in model.parameters() if tensor.device != device}
+    if elsewhere:
+        where = ", ".join(sorted(elsewhere)).replace("meta", "the CPU or the disk")
+        raise BadInput(f"model.device_map={as_written(places)}: must leave all weights on {device}, not on {where}")
 
 
 def _files_of(index: Path) -> Iterator[str]:

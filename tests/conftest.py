@@ -66,7 +66,13 @@ def recipe(**fields: object) -> SimpleNamespace:
     keys = {
         **{"steps": 7, "epochs": None, "batch_size": 2, "gradient_accumulation": 2, "sequence_length": 10},
         **{"learning_rate": 1e-2, "minimum_learning_rate": 1e-3, "warmup_steps": 2, "weight_decay": 0.0},
-        **{"betas": [0.9, 0.999], "max_grad_norm": 1.0, "precision": "float32", "activation_checkpointing": False},
+        **{
+            "betas": [0.9, 0.999],
+            "max_grad_norm": 1.0,
+            "precision": "float32",
+            "activation_checkpointing": False,
+            "logits_at_once": None,
+        },
         "checkpoint_every": 2,
     }
     return SimpleNamespace(**(keys | fields))

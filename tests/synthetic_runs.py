@@ -76,6 +76,7 @@ def result(
         "status": status,
         "error": error,
         **{"mode": mode, "method": method, "model": model, "pruner": pruner, "pattern": pattern},
+        "provenance": None,
         "support": None if support is None else {"sparsity": sparsity, "pattern": pattern, "sha256": support},
         **{"sparsity": sparsity, "seed": seed, "config": full, "environment": _environment() | (environment or {})},
         "parameters": {"total": 10**6, "trainable": trainable, "adapter_bytes": 4 * trainable},
@@ -132,7 +133,7 @@ def _config(
         own["peft"] |= {"init": "gradient", "scaling": "rank_stabilized", "exact_gradient": False}
     return {
         **{"sparsity": sparsity, "pattern": pattern, "seed": seed, "mode": mode, "force": False, "name": "test"},
-        **{"runs_root": "runs", "cache_root": None, "save_merged": False},
+        **{"runs_root": "runs", "cache_root": "cache", "save_merged": False},
         "adapter": {"r": 16, "alpha": 16, "targets": ["q_proj"]},
         "model": {"name": model, "path": HUB.get(model, model), "revision": None, "layers": None, "shape": None},
         "prune": {"name": pruner, "samples": 128, "sequence_length": 2048, "seed": 0, "text": None},

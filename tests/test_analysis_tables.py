@@ -380,3 +380,18 @@ def test_every_format_says_the_same_and_every_pair_of_rows_has_its_difference(ta
     assert pair.n == 3 and 0 < pair.p < 0.01 and pair.difference == pytest.approx(5.9)
     error = pairs.set_index(["a", "b"]).loc[("LoRS", "LoRA, with adapter"), "error"]
     assert error == pytest.approx(row_of(table, "LoRS").cells["average_minus_lora"].std, rel=1e-3)
+
+
+def test_a_caption_says_what_the_weights_and_the_texts_are(tmp_path):
+    """Dequantised weights are not the published ones; a result from before there was a provenance has no such note."""
+    values = "four-bit (Q4_1, 210 matrices) values, dequantised to float32"
+    weights = {"source": "HuggingFaceTB/SmolLM2-135M-Instruct", "revision": "12fd", "values": values}
+    data = {"source": "vicgalle/alpaca-gpt4", "rows": {"train.jsonl": 999}}
+    known = result("lors") | {"provenance": {"model.path": weights, "data.path": data}}
+    (table,) = tables_of(tmp_path / "known", known)
+    assert f"SmolLM2-135M-Instruct: {values}." in table.notes
+    assert "Local copies of vicgalle/alpaca-gpt4 (999 rows)." in table.notes
+    published = {"model.path": {"source": "microworld"}, "data.path": {"source": "microworld"}}
+    for number, older in enumerate((result("lors"), result("lors") | {"provenance": published})):
+        (table,) = tables_of(tmp_path / str(number), older)
+        assert not any("dequantised" in note or "copies" in note for note in table.notes)

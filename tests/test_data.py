@@ -12,10 +12,11 @@ import torch
 from conftest import make_tokenizer, sentence, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from harness import data as data_module
 from harness.corpora import read_rows, texts, wikitext_rows
-from harness.data import IGNORED, calibration_tokens, collator, random_data, tokenised_rows
+from harness.data import IGNORED, calibration_tokens, collator, held_out_rows, random_data, tokenised_rows
 from harness.errors import BadInput
 
 TOKENIZER = make_tokenizer()
@@ -73,6 +74,24 @@ def test_rows_are_the_alpaca_template_between_bos_and_eos(instructions):
         assert row["labels"] == [IGNORED, *row["input_ids"][1:]]
 
 
+def test_held_out_rows_follow_those_that_are_trained_on(tmp_path):
+    rows = [{"instruction": "Say.", "input": "", "output": f"It is {i}."} for i in range(5)]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    cfg = {"data": vars(data_cfg(file, limit=2)), "train": vars(train_cfg()), "eval": {"held_out": 3}}
+    cfg = OmegaConf.create(cfg | {"cache_root": str(tmp_path)})
+    fingerprinted = {"data": {"path": "sha256:1"}, "model": {"path": "m", "revision": None}}
+    for _ in range(2):  # made, then from the cache
+        found = held_out_rows(cfg, fingerprinted, TOKENIZER, len(TOKENIZER))
+        answers = [decode([t for t in row["labels"] if t != IGNORED]) for row in found]
+        assert answers == [f"It is {i}.</s>" for i in (2, 3, 4)]
+    cfg.eval.held_out = 4
+    with pytest.raises(BadInput, match=r"eval.held_out=4: the data has 5 rows, 2 of them to train on"):
+        held_out_rows(cfg, fingerprinted, TOKENIZER, len(TOKENIZER))
+    cfg.data.limit = None
+    with pytest.raises(BadInput, match=r"eval.held_out=4: needs instructions and a data.limit"):
+        held_out_rows(cfg, fingerprinted, TOKENIZER, len(TOKENIZER))
+
+
 def test_loss_on_the_answer_alone(instructions):
     rows = tokenised_rows(data_cfg(instructions, loss_on="answer"), train_cfg(), TOKENIZER)
     assert {decode([t for t in row["labels"] if t != IGNORED]) for row in rows} == {"It is 3.</s>", "La la.</s>"}
@@ -82,6 +101,35 @@ def test_loss_on_the_answer_needs_a_tokenizer_that_says_where_it_begins(instruct
     monkeypatch.setattr(type(TOKENIZER), "is_fast", False)
     with pytest.raises(BadInput, match=r"data.loss_on=answer: this tokenizer reports no .* offsets; must be all"):
         tokenised_rows(data_cfg(instructions, loss_on="answer"), train_cfg(), TOKENIZER)
+
+
+CHAT = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+CHAT += "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+
+
+def test_the_chat_template_takes_the_place_of_prompt_and_special_tokens(instructions, monkeypatch):
+    monkeypatch.setattr(TOKENIZER, "chat_template", CHAT)
+    rows = tokenised_rows(data_cfg(instructions, template="chat"), train_cfg(), TOKENIZER)
+    questions = ["<s>user: Add.\n\n1 and 2</s>", "<s>user: Sing.</s>"]
+    answers = ["It is 3.</s>", "La la.</s>"]
+    assert [decode(row["input_ids"]) for row in rows] == [
+        f"{question}<s>assistant: {answer}" for question, answer in zip(questions, answers, strict=True)
+    ]
+    rows = tokenised_rows(data_cfg(instructions, template="chat", loss_on="answer"), train_cfg(), TOKENIZER)
+    assert [decode([t for t in row["labels"] if t != IGNORED]) for row in rows] == answers
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ raise_exception('no') }}", "the template of the model fails"),
+        (CHAT.replace("assistant: {% endif", "assistant: <think>{% endif"), "does not begin an answer"),
+    ],
+)
+def test_a_chat_template_that_cannot_be_used_is_named(instructions, monkeypatch, template, said):
+    monkeypatch.setattr(TOKENIZER, "chat_template", template)
+    with pytest.raises(BadInput, match=f"data.template=chat: .*{said}"):
+        tokenised_rows(data_cfg(instructions, template="chat"), train_cfg(), TOKENIZER)
 
 
 @settings(max_examples=40, deadline=None)

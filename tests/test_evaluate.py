@@ -4,6 +4,7 @@ import contextlib
 import math
 import os
 import random
+import statistics
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from conftest import make_tiny_llama, make_tokenizer, sentence, write_rows
 from harness import evaluate as evaluate_module
 from harness import microworld
 from harness.corpora import texts
+from harness.data import IGNORED
 from harness.errors import BadInput
 from harness.evaluate import MICROWORLD_TASKS, check_scoring, check_tasks, evaluate
 from harness.perplexity import perplexity_windows
@@ -75,8 +77,8 @@ def eval_cfg(tasks=(), data_root=None, **fields):
     return SimpleNamespace(**(base | {"tasks": list(tasks), "data_root": root} | fields))
 
 
-def text_cfg(source, window):
-    return SimpleNamespace(text=str(source), window=window)
+def text_cfg(source, window, windows=None):
+    return SimpleNamespace(text=str(source), window=window, windows=windows)
 
 
 def text_of(cfg):
@@ -150,6 +152,7 @@ def test_scores_of_all_tasks_from_local_files(world, data_root, no_network):
         assert len(score["correct"]) == ITEMS and score["correct"].count("1") / ITEMS == pytest.approx(score["value"])
         assert score["stderr"] == pytest.approx(math.sqrt(score["value"] * (1 - score["value"]) / (ITEMS - 1)))
         assert ("acc_norm" in score) == (task in WITH_NORM)
+        assert score["correct"] == "".join(str(int(margin > 0)) for margin in score["margins"])
     assert (tasks["boolq"]["version"], tasks["arc_easy"]["version"]) == (2.0, 1.0)
     average = result["average"]
     assert average["metric"] == "acc"
@@ -176,7 +179,7 @@ def test_scores_repeat_and_limit_takes_the_first_items(data_root):
 def test_accuracy_is_that_of_the_likeliest_answer(data_root):
     """rte by hand: a plain forward pass over prompt and answer, for both answers."""
     model = tiny()
-    right = ""
+    right, margins = "", []
     for row in items("rte"):
         prompt = f"{row['sentence1']}\nQuestion: {row['sentence2']} True or False?\nAnswer:"
         scores = []
@@ -186,8 +189,12 @@ def test_accuracy_is_that_of_the_likeliest_answer(data_root):
             logits = model(torch.tensor([ids])).logits[0].log_softmax(-1)
             scores.append(sum(logits[i - 1, ids[i]].item() for i in range(start, len(ids))))
         right += str(int(scores.index(max(scores)) == row["label"]))
+        margins.append(scores[row["label"]] - scores[1 - row["label"]])
     result = evaluate(model, TOKENIZER, eval_cfg(["rte"], data_root), None, progress=False)["tasks"]["rte"]
     assert result["correct"] == right and result["value"] == pytest.approx(right.count("1") / ITEMS)
+    assert result["margins"] == pytest.approx(margins, abs=2e-4)
+    assert result["margin"] == pytest.approx(statistics.mean(margins), abs=2e-4)
+    assert result["margin_stderr"] == pytest.approx(statistics.stdev(margins) / math.sqrt(ITEMS), abs=2e-4)
 
 
 def test_a_task_without_accuracy_has_its_first_metric_and_no_part_in_the_average(monkeypatch):
@@ -196,7 +203,7 @@ def test_a_task_without_accuracy_has_its_first_metric_and_no_part_in_the_average
         "n-samples": {"t": {"original": 9, "effective": 4}},
         "versions": {"t": 3.0},
     }
-    score = evaluate_module._score(scores, "t")
+    score = evaluate_module._score(scores, "t", SimpleNamespace(OUTPUT_TYPE="generate_until"))
     assert score == {"metric": "f1", "value": 0.5, "stderr": None, "n": 4, "version": 3.0}
     other = {"metric": "acc", "value": 0.25, "stderr": 0.1}
     for tasks, averaged in (({"t": score, "u": other}, ["u"]), ({"t": score}, None)):
@@ -222,11 +229,30 @@ def test_perplexity_in_the_result_and_its_text(tmp_path, world):
     result = evaluate(tiny(), TOKENIZER, cfg, windows, progress=False)["perplexity"]
     assert result["text"] == str(file)
     assert 1 < result["value"] < 1e6
+    assert len(perplexity_windows(TOKENIZER, eval_cfg(perplexity=text_cfg(file, 32, windows=1)))) == 1 < len(windows)
     pages = [{"page": " = A = \n \n One . "}, {"page": " = B = \n \n"}]
     write_rows(tmp_path / "wikitext" / "test.jsonl", pages)
     rows = ["", " = A = \n", "", " One . \n", " = B = \n", ""]
     cfg = eval_cfg(perplexity=text_cfg("wikitext", 4), data_root=tmp_path)
     assert "\n\n".join(rows).startswith(text_of(cfg)) and len(text_of(cfg)) > 20
+
+
+def test_perplexity_of_answers_counts_every_target_once():
+    """Against one row at a time; a row of one target has the weight of one target."""
+    model = tiny()
+    ids = [[1, 5, 6, 7, 8, 9], [1, 4, 4], [1, 9, 8, 7]]
+    rows = [{"input_ids": row, "labels": [IGNORED] * 2 + row[2:]} for row in ids]
+    means = []
+    for row in ids:
+        logits = model(torch.tensor([row])).logits[0].log_softmax(-1)
+        means.append(-statistics.mean(logits[i - 1, row[i]].item() for i in range(2, len(row))))
+    result = evaluate(model, TOKENIZER, eval_cfg(), None, rows, progress=False)["held_out"]
+    assert result["losses"] == pytest.approx(means, abs=1e-5)
+    assert (result["targets"], result["rows"], result["tokens"]) == ([4, 1, 2], 3, 7)
+    mean = (4 * means[0] + means[1] + 2 * means[2]) / 7
+    assert result["loss"] == pytest.approx(mean) and result["value"] == pytest.approx(math.exp(mean))
+    residuals = [count * (loss - mean) for count, loss in zip((4, 1, 2), means, strict=True)]
+    assert result["loss_stderr"] == pytest.approx(math.sqrt(3 / 2 * sum(x * x for x in residuals)) / 7, rel=1e-4)
 
 
 # ---- bad input

@@ -7,12 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import compose_config, make_tokenizer, sentence, write_rows
+from transformers import AutoModelForCausalLM
 
 from harness.config import resolve
 from harness.errors import BadInput
 from harness.inputs import Inputs, read_inputs
 from harness.method_from_config import build_method
+from harness.models import Models
+from harness.weights import base_format
 
 KNOWN = len(make_tokenizer())
 METHODS = sorted(file.stem for file in (Path(__file__).parents[1] / "conf/method").glob("*.yaml"))
@@ -68,3 +72,26 @@ def test_a_token_that_occurs_and_the_model_does_not_know_is_named(read, texts, p
         f"model.path: token {KNOWN + 1} ('zebra') occurs in {place}; "
         f"the tokenizer has {KNOWN + 2} tokens, the model {KNOWN}"
     )
+
+
+def test_a_padding_token_that_is_chosen(read) -> None:
+    assert read("model.pad_token=the").tokenizer.pad_token == "the"
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_the_attention_that_is_chosen_is_that_of_every_model(read, tmp_path: Path, attention: str) -> None:
+    inputs = read(f"model.attn_implementation={attention}", "train.steps=6")
+    cfg = resolve(compose_config("model=hf", f"model.path={inputs.source.path}", f"cache_root={tmp_path}/cache"))
+    assert AutoModelForCausalLM.from_config(inputs.shape).config._attn_implementation == attention
+    models = Models(cfg, inputs)
+    assert models._dense("auto").config._attn_implementation == attention
+    assert models.dense_key != Models(cfg, read()).dense_key
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype", "expected"),
+    [("bf16_mixed", "null", "bfloat16"), ("bf16_mixed", "float32", "float32"), ("bf16", "bfloat16", "bfloat16")],
+)
+def test_the_format_of_the_weights(precision: str, dtype: str, expected: str) -> None:
+    cfg = resolve(compose_config(f"train.precision={precision}", f"model.dtype={dtype}"))
+    assert base_format(cfg) == getattr(torch, expected)

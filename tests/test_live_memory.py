@@ -23,7 +23,7 @@ B, T, V = 3, 16, 64
 RECIPE = SimpleNamespace(
     steps=3, epochs=None, batch_size=B, gradient_accumulation=1, sequence_length=T, learning_rate=1e-2,
     minimum_learning_rate=1e-3, warmup_steps=0, weight_decay=0.0, betas=[0.9, 0.999], max_grad_norm=1.0,
-    precision="float32", activation_checkpointing=False, checkpoint_every=None,
+    precision="float32", activation_checkpointing=False, logits_at_once=None, checkpoint_every=None,
 )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ def tiny():
 
 def windows_of(text, folder, window=16, add_bos_token=True):
     (folder / "text.txt").write_text(text)
-    perplexity_cfg = SimpleNamespace(text=str(folder / "text.txt"), window=window)
+    perplexity_cfg = SimpleNamespace(text=str(folder / "text.txt"), window=window, windows=None)
     cfg = SimpleNamespace(perplexity=perplexity_cfg, data_root=None, add_bos_token=add_bos_token)
     return perplexity_windows(TOKENIZER, cfg)
 

@@ -186,6 +186,7 @@ def test_a_run_reads_the_snapshot_and_says_so(tiny_snapshot: Path, wheel: Path, 
     assert "four-bit" in provenance(cfg)["model.path"]["values"]
     assert recorded(cfg)["model"]["path"] == fingerprint(tiny_snapshot)
     assert run_key(OmegaConf.create(recorded(cfg))) == run_key(cfg)
+    assert not recorded(cfg)["model"].keys() & {"wheel", "dtype", "device_map"}, "as before there were such options"
     # In data_root, too, and without a snapshot it is the Hub, whose weights are others.
     shutil.copytree(tiny_snapshot, tmp_path / "data/models/smollm2_135m")
     elsewhere = run(f"data_root={tmp_path}/data", f"cache_root={tmp_path}/none")
@@ -285,7 +286,7 @@ def test_what_the_cache_lacks_comes_from_the_hub(source: Path, tmp_path: Path) -
 def test_the_sources_of_a_preset(tmp_path: Path, monkeypatch) -> None:
     asked: list[str] = []
     monkeypatch.setattr(snapshot, "_ensure", lambda place, *_: asked.append(place.relative_to(tmp_path).as_posix()))
-    experiment = ["experiment=zero_shot", "model=smollm2_135m", "data=alpaca", "eval=zeroshot", "seed=0,1"]
+    experiment = ["experiment=smoke", "model=smollm2_135m", "data=alpaca", "eval=zeroshot", "seed=0,1"]
     assert snapshot.main([*experiment, f"data_root={tmp_path}"]) == 0
     tasks = ["boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa", "wikitext"]
     assert sorted(asked) == sorted(["models/smollm2_135m", "alpaca_gpt4", "c4", *tasks])

@@ -11,6 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from harness.environment import default_device
 from harness.errors import BadInput
 from harness.weights import load_weights
 
@@ -55,3 +56,22 @@ def test_a_tied_head_is_not_missing(tiny_checkpoint, tmp_path) -> None:
     folder = changed(tiny_checkpoint, tmp_path / "model", without_head, tie_word_embeddings=True)
     model = load_weights(str(folder), shown="here")
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("places", ["auto", "sequential", {"": default_device().type}])
+def test_a_device_map_that_keeps_all_weights_on_the_device_of_the_run(tiny_checkpoint, places) -> None:
+    model = load_weights(str(tiny_checkpoint), shown="here", device_map=places)
+    assert {tensor.device.type for tensor in model.parameters()} == {default_device().type}
+
+
+@pytest.mark.parametrize(
+    ("places", "said"),
+    [
+        ({"model.embed_tokens": "cpu", "model.layers.0": "meta"}, "does not fit this model"),
+        ({"": "nowhere"}, "does not fit this model"),
+        ({"": "meta"}, "must leave all weights on .*, not on the CPU or the disk"),
+    ],
+)
+def test_a_device_map_that_cannot_work_is_named(tiny_checkpoint, places, said) -> None:
+    with pytest.raises(BadInput, match=rf"model.device_map=.*: {said}"):
+        load_weights(str(tiny_checkpoint), shown="here", device_map=places)
