@@ -76,7 +76,6 @@ def composed_quickly():
         (["microworld", "--rounds", "0"], "--rounds 0: must be a whole number >= 1"),
         (["microworld", "train.steps=4"], "train.timing_warmup=4: must be at least 1 and less than train.steps=4"),
         (["nowhere/at/all"], "model.path=nowhere/at/all"),
-        (["microworld", "--data", "nowhere"], ""),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, capsys, arguments, message) -> None:
@@ -87,7 +86,17 @@ def test_bad_input_is_one_line(tmp_path, capsys, arguments, message) -> None:
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="LORS_DATA_ROOT names no folder")
 def test_real_tasks_are_scored_alike(tmp_path) -> None:
-    arguments = ["microworld", "--data", str(REAL), "--parts", "score", "--rounds", "1", "--limit", "2"]
+    arguments = [
+        "microworld",
+        "eval=zeroshot",
+        f"data_root={REAL}",
+        "--parts",
+        "score",
+        "--rounds",
+        "1",
+        "--limit",
+        "2",
+    ]
     assert pipeline.main([*arguments, "--output", str(tmp_path), f"cache_root={tmp_path}", "prune.samples=1"]) == 0
     row = pd.read_csv(tmp_path / "pipeline.csv").iloc[0]
     # One step of float32 at the log-likelihood of a long ending in bytes, -400, is 3e-5.

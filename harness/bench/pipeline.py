@@ -6,14 +6,14 @@ part   ours                                     theirs
 prune  `lors.pruning.prune_model`, Wanda        the walk of Wanda's authors, as their paper and code describe it
 score  `harness.evaluate.evaluate`              the same with the stock model class of lm-eval, on the same tokens
 train  `harness.train.train`, LoRA              a plain Trainer with PEFT's LoRA: same rows, batches and optimizer
-init   `harness.method.adapt`, LoRS             forward and backward passes of the same batches through the frozen
-                                                model, to the linear layers: the least that a gradient costs
+init   `harness.method.adapt`, LoRS             its forward and backward passes alone: the same batches, a
+                                                gradient for every weight of the decoder's linear layers
 =====  =======================================  ==================================================================
 
 The two take turns; a ratio (time of ours over theirs) is that of one round. ``pipeline.csv`` has a row for each part.
 
     python -m harness.bench.pipeline microworld
-    python -m harness.bench.pipeline MODEL_FOLDER --data ROOT --limit 20 prune.samples=16 train.steps=8
+    python -m harness.bench.pipeline smollm2_135m --limit 20 prune.samples=16 train.steps=8
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 from harness.bench.cases import CONF
 from harness.bench.measure import timed
 from harness.config import resolve
+from harness.deferred_head import head_deferred
 from harness.environment import default_device, environment
 from harness.evaluate import evaluate
 from harness.inputs import Inputs, read_inputs
@@ -62,9 +63,8 @@ __all__ = ["main", "prune_by_sample"]
 
 SPARSITY, BF16 = 0.5, "train.precision=bf16_mixed"
 QUICK = ["train.steps=12", "train.timing_warmup=4", "train.checkpoint_every=null", "eval.perplexity=null"]
-# Of a run with real data: the calibration of the published walk, and the files of a folder of data sets.
-REAL = ["prune.samples=64", "prune.sequence_length=512", "prune.text={0}/c4/train.jsonl", "eval=zeroshot"]
-REAL += ["eval.data_root={0}", "data=alpaca", "data.path={0}/alpaca_gpt4/train.jsonl"]
+# Of any other model than the embedded one: what the tables of a real model are made with.
+REAL = ["prune.samples=64", "prune.sequence_length=512", "eval=zeroshot", "data=alpaca", "train=alpaca_60"]
 
 
 class Measured(NamedTuple):
@@ -91,11 +91,8 @@ class Setting(NamedTuple):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line and measure; exit code 0, or 2 after one line about bad input."""
     parser = argparse.ArgumentParser(prog="python -m harness.bench.pipeline", description=__doc__.partition("\n")[0])
-    parser.add_argument("model", help="a model folder, or microworld")
+    parser.add_argument("model", help="a name of conf/model, or a model folder")
     parser.add_argument("overrides", nargs="*", help="of the config, as for run.py: prune.samples=16 train.steps=8")
-    parser.add_argument(
-        "--data", type=Path, help="folder of data sets, <name>/<split>.jsonl; default: the microworld's"
-    )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what is timed")
     parser.add_argument("--limit", type=int, default=20, help="items of each task")
     parser.add_argument("--rounds", type=int, default=3, help="samples of each side")
@@ -151,8 +148,9 @@ def measure(part: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _setting(options: argparse.Namespace, overrides: Sequence[str]) -> Setting:
-    model = [] if options.model == "microworld" else ["model=hf", f"model.path={options.model}"]
-    data = [] if options.data is None else [override.format(options.data.absolute()) for override in REAL]
+    known = (CONF / "model" / f"{options.model}.yaml").exists()
+    model = [f"model={options.model}"] if known else ["model=hf", f"model.path={options.model}"]
+    data = [] if options.model == "microworld" else REAL
     limit = f"eval.limit={options.limit}"
     with initialize_config_dir(str(CONF), version_base="1.3"):
         composed = compose(
@@ -371,14 +369,14 @@ def _init(run: Callable[[Setting, nn.Module, list], None], setting: Setting) -> 
 
 
 def _init_ours(setting: Setting, model: nn.Module, batches: list[dict[str, Tensor]]) -> None:
-    adapt(build_method(setting.cfg), model, batches, setting.cfg.seed, precision=setting.cfg.train.precision)
+    with head_deferred(model, setting.cfg.train):
+        adapt(build_method(setting.cfg), model, batches, setting.cfg.seed, precision=setting.cfg.train.precision)
 
 
 def _init_theirs(setting: Setting, model: nn.Module, batches: list[dict[str, Tensor]]) -> None:
     model.train().requires_grad_(False)
-    name, blocks = decoder_blocks(model)
-    for _, linear in block_linears(f"{name}.0", blocks[0]):  # a gradient reaches each output, and none the embedding
-        linear.register_forward_hook(lambda _, args, y: y if y.requires_grad else y.requires_grad_())
+    for linear in decoder_linears(model).values():
+        linear.weight.requires_grad_(True)
     autocast = PRECISIONS[setting.cfg.train.precision].autocast
     for batch in batches:
         with torch.autocast(model.device.type, torch.bfloat16, enabled=autocast):
