@@ -6,7 +6,10 @@ import argparse
 import re
 import shlex
 import sys
+from collections.abc import Callable
+from functools import partialmethod
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -82,16 +85,17 @@ class ParsedError(Exception):
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("-m ")])
 def test_the_arguments_of_every_other_command_parse(monkeypatch, command: str) -> None:
-    original = argparse.ArgumentParser.parse_args
-
-    def parse(parser: argparse.ArgumentParser, arguments: list[str] | None = None) -> None:
+    def parse(parser: argparse.ArgumentParser, original: Callable, arguments: list[str] | None = None) -> None:
         original(parser, arguments)
         raise ParsedError
 
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
+    for name in ("parse_args", "parse_intermixed_args"):
+        original = getattr(argparse.ArgumentParser, name)
+        monkeypatch.setattr(argparse.ArgumentParser, name, partialmethod(parse, original))
     _, module, *arguments = COMMANDS[command]
+    package = find_spec(module).submodule_search_locations
     with pytest.raises(ParsedError):
-        import_module(f"{module}.__main__").main(arguments)
+        import_module(f"{module}.__main__" if package else module).main(arguments)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

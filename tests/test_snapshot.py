@@ -347,6 +347,7 @@ def test_a_split_is_added_to_those_that_are_there(source: Path, tmp_path: Path, 
     folder = tmp_path / "snapshots/alpaca_gpt4"
     assert damage(folder) is None
     assert json.loads((folder / "provenance.json").read_text())["rows"] == {"test.jsonl": 4, "train.jsonl": 4}
+    assert (folder / "train.jsonl").exists() and (folder / "test.jsonl").exists()
 
 
 def test_the_hub_gives_the_files_of_a_model_and_no_code(tiny_checkpoint: Path, tmp_path: Path, monkeypatch) -> None:
