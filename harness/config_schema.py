@@ -113,6 +113,7 @@ class Unpruned(Section):
     sequence_length: Whole
     seed: Seed
     text: Text | None
+    when: Literal["before", "after"] = "before"
 
 
 class Magnitude(Unpruned):

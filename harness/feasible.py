@@ -65,6 +65,10 @@ def check_fit(cfg: DictConfig, method: Method, shape: PretrainedConfig) -> None:
             the memory takes, a method that cannot be simulated, or whatever else the method's tuner or its ``prepare``
             refuses.
     """
+    if OmegaConf.select(cfg, "prune.when") == "after" and method.merges[0] != "merged":
+        raise BadInput(
+            f"prune.when=after: method={method.name} leaves its adapter beside the weights; must be one that merges"
+        )
     shown = f"model.path={cfg.model.path}" if cfg.mode == "run" else f"model={cfg.model.name}"
     positions = getattr(shape.get_text_config(), "max_position_embeddings", None)
     for key in ("train.sequence_length", "prune.sequence_length", "eval.perplexity.window"):

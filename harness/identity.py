@@ -67,6 +67,7 @@ ABSENT: Mapping[str, Any] = {
     "method.peft.storage": "dense",
     "method.version": 1,
     "train.logits_at_once": None,
+    "prune.when": "before",
     "eval.held_out": None,
     "eval.perplexity.windows": None,
     "model.attn_implementation": None,

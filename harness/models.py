@@ -53,9 +53,9 @@ class Models:
     def pruned(self) -> Source:
         """Where the model to fine-tune is; the model is pruned first unless it is in the cache."""
         log.info("the model is %s", json.dumps(provenance(self.cfg)["model.path"]))
-        if self.cfg.prune.name == "none":
+        if not self._prunes_first:
             return self.inputs.source
-        folder = sealed_once(self.cache / "pruned", self.pruned_key, self._prune)
+        folder = sealed_once(self.cache / "pruned", self.pruned_key, lambda: self.prune(self._dense("auto")))
         return Source(str(folder), None, str(folder), folder, self.inputs.source.options)
 
     def _dense(self, dtype: torch.dtype | str) -> PreTrainedModel:
@@ -64,19 +64,23 @@ class Models:
         return load_weights(source.path, source.revision, shown=source.shown, dtype=dtype, **source.options)
 
     def baselines(self, model: PreTrainedModel, sparsity: float) -> dict[str, Any]:
-        """Scores of the pruned model and of what it was made from, which of one that comes sparse nobody knows.
+        """Scores of the pruned model and of what it was made from, which of one that comes sparse nobody knows; of one
+        that is pruned after its fine-tuning there is no pruned model.
 
         Args:
             model: The pruned model.
             sparsity: Its share of zeros.
 
         Returns:
-            ``pruned`` and ``dense``: see `evaluate.evaluate`; ``dense`` may be None.
+            ``pruned`` and ``dense``: see `evaluate.evaluate`; either may be None.
         """
-        unpruned = self.cfg.prune.name == "none"
-        loaders = {"dense": (lambda: model) if unpruned else partial(self._dense, self.dtype), "pruned": lambda: model}
-        scored = ["dense", "pruned"] if not unpruned or sparsity == 0 else ["pruned"]
-        return {"dense": None} | {which: self._scores(which, loaders[which]) for which in scored}
+        dense = partial(self._dense, self.dtype) if self._prunes_first else lambda: model
+        loaders = {"dense": dense, "pruned": lambda: model}
+        if self.cfg.prune.name != "none":
+            scored = ["dense", "pruned"] if self._prunes_first else ["dense"]
+        else:
+            scored = ["dense", "pruned"] if sparsity == 0 else ["pruned"]
+        return dict.fromkeys(loaders) | {which: self._scores(which, loaders[which]) for which in scored}
 
     def _scores(self, which: str, load: Callable[[], PreTrainedModel]) -> dict[str, Any]:
         """Scores of the ``dense`` or the ``pruned`` model, from the cache if they were ever computed with this
@@ -121,11 +125,15 @@ class Models:
         return {
             key: value
             for key, value in OmegaConf.to_container(self.cfg.prune).items()
-            if key not in ("name", "samples", "sequence_length", "seed", "text")
+            if key not in ("name", "samples", "sequence_length", "seed", "text", "when")
         }
 
-    def _prune(self) -> PreTrainedModel:
-        model = self._dense("auto")
+    @property
+    def _prunes_first(self) -> bool:
+        return self.cfg.prune.name != "none" and self.cfg.prune.when == "before"
+
+    def prune(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Prune a model in place."""
         calibration = self.inputs.calibration
         prune_model(
             model,

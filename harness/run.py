@@ -14,14 +14,14 @@ from __future__ import annotations
 import logging
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -175,9 +175,12 @@ class Job:
             if cfg.eval.baselines:
                 with self.phase("baselines"):
                     result["baselines"] = models.baselines(model, result["sparsity"])
-                result["loss"]["eval_before"] = held_out_loss(result["baselines"]["pruned"])
+                result["loss"]["eval_before"] = held_out_loss(
+                    result["baselines"]["pruned"] or result["baselines"]["dense"]
+                )
         adapted = self._fine_tune(model)
-        self._end_states(adapted, M)
+        after = OmegaConf.select(cfg, "prune.when") == "after"
+        self._end_states(adapted, M, models.prune if after else None)
 
     def _fine_tune(self, model: PreTrainedModel) -> nn.Module:
         """Initialise the adapter, measure one step apart, train."""
@@ -225,16 +228,24 @@ class Job:
             result["artifacts"]["adapter"] = "adapter"
         return adapted
 
-    def _end_states(self, adapted: nn.Module, M: Mapping[str, Tensor]) -> None:
-        """Bring the model to each of its end states, check the zeros, score it."""
+    def _end_states(
+        self, adapted: nn.Module, M: Mapping[str, Tensor], prune: Callable[[PreTrainedModel], Any] | None
+    ) -> None:
+        """Bring the model to each of its end states, or to the first one and prune it; check the zeros, score it."""
         cfg, method, inputs, result = self.cfg, self.method, self.inputs, self.result
-        variants = method.merges if cfg.mode == "run" else method.merges[:1]
+        variants = method.merges if cfg.mode == "run" and prune is None else method.merges[:1]
         for variant in variants:
             # The first end state is the row itself. A side network or an adapter beside the weights costs more here.
             first = variant == variants[0]
             row = result if first else result["variants"].setdefault(variant, {})
             with self.phase("merge"):
                 model = finish(method, adapted, M, variant, in_place=variant == variants[-1])
+            if prune is not None:
+                with self.phase("prune"):
+                    prune(model)
+                M = supports(model)
+                result |= starting_sparsity(cfg, M)
+            with self.phase("merge"):
                 row |= {"end_state": variant, "zeros": check_zeros(result, method, variant, model, M), "eval": None}
             if cfg.save_merged and variant != "adapter" and result["artifacts"]["merged"] is None:
                 folder = self.store.artifact("merged")

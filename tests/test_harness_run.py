@@ -309,6 +309,28 @@ def test_the_dense_control_is_fine_tuned_without_pruning(tiny) -> None:
     assert result["loss"]["eval_after"] != result["loss"]["eval_before"]
 
 
+def test_the_dense_model_is_fine_tuned_and_then_pruned(tiny) -> None:
+    """Its training is that of the dense control, its zeros are those that were asked for."""
+    dense = execute(tiny("prune=none", "sparsity=0"))
+    after = execute(tiny("prune.when=after", "eval.held_out=null"))
+    assert after["status"] == "ok" and after["loss"]["last"] == dense["loss"]["last"]
+    assert after["end_state"] == "merged" and after["variants"] == {}
+    zeros = after["zeros"]
+    assert (
+        zeros["after_prune"] == zeros["after_merge"] == pytest.approx(after["sparsity"], abs=0.02)
+        and zeros["mergeable"]
+    )
+    assert after["support"]["sparsity"] == pytest.approx(after["sparsity"], abs=0.02)
+    assert after["baselines"]["pruned"] is None
+    assert after["baselines"]["dense"] == dense["baselines"]["dense"]
+    assert after["loss"]["eval_before"] == dense["loss"]["eval_before"] != after["loss"]["eval_after"]
+    assert after["eval"] != dense["eval"]
+    before = execute(tiny())
+    assert before["key"] != after["key"]
+    with pytest.raises(BadInput, match=r"prune.when=after: method=lora leaves its adapter beside the weights"):
+        execute(tiny("method=lora", "prune.when=after"))
+
+
 def test_the_pruned_model_as_it_is(tiny) -> None:
     result = execute(tiny("method=none"))
     assert result["status"] == "ok"
