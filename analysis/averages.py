@@ -1,18 +1,19 @@
-"""The averages of several tables side by side, as in the papers' main tables: a column for each way of pruning."""
+"""One score of several tables side by side, as in the papers' main tables: a column for each way of pruning."""
 
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from analysis.columns import Column
 from analysis.groups import AXES
 from analysis.notes import settings
 from analysis.render import shared_notes
-from analysis.table_cells import Cell, Row, Section, Table
+from analysis.table_cells import Row, Section, Table
 from analysis.table_writer import TextTable
 
 __all__ = ["AVERAGE", "side_by_side"]
 
-AVERAGE, DIFFERENCE = "average", "average_minus_lora"
+AVERAGE = "average"
 # What the tables of one comparison may differ in.
 PRUNING = ("pruner", "pattern", "sparsity", "label", "prune.seed")
 # Costs that may be the same whatever is zero.
@@ -20,18 +21,28 @@ COSTS = ("trainable", "train_peak_bytes", "flops")
 
 
 def side_by_side(tables: Sequence[Table]) -> list[Section]:
-    """One table for each model and protocol that was trained at several sparsities, after several pruners or draws of
-    the samples that a pruner calibrates on.
+    """One table for each score that is compared with LoRA, model and protocol that was trained at several sparsities,
+    after several pruners or draws of the samples that a pruner calibrates on.
 
-    Cells are those of the single tables: mean ± standard deviation of the average, bold by the test within its column,
+    Cells are those of the single tables: mean ± standard deviation of the score, bold by the test within its column,
     and the difference from LoRA with its standard error.
     """
     families: dict[str, list[Table]] = {}
     for table in tables:
-        if any(column.name == AVERAGE for column in table.quality) and table.cost:
+        if _compared(table) and table.cost:
             key = str({axis: value for axis, value in table.axes.items() if axis not in PRUNING})
             families.setdefault(key, []).append(table)
-    return [_joined(sorted(family, key=_order)) for family in families.values() if len(family) > 1]
+    joined = []
+    for family in families.values():
+        titles = {score: column.base.title for table in family for score, column in _compared(table).items()}
+        if len(family) > 1:
+            joined += [_joined(sorted(family, key=_order), score, title) for score, title in titles.items()]
+    return joined
+
+
+def _compared(table: Table) -> dict[str, Column]:
+    """By name of the score the column that compares it with LoRA."""
+    return {column.base.name: column for column in table.quality if column.relative == "difference"}
 
 
 def _order(table: Table) -> tuple[str, bool]:
@@ -39,14 +50,15 @@ def _order(table: Table) -> tuple[str, bool]:
     return table.axes["pruner"], table.axes["pattern"] != "unstructured"
 
 
-def _joined(tables: list[Table]) -> Section:
+def _joined(tables: list[Table], score: str, title: str) -> Section:
     axes = tables[0].axes
     protocol = settings({key: value for key, value in axes.items() if key not in (*AXES, *PRUNING)})
     by_pruner, by_seed = (len({table.axes.get(axis) for table in tables}) > 1 for axis in ("pruner", "prune.seed"))
     heads = [_head(table.axes, by_pruner, by_seed) for table in tables]
+    name = "averages" if score == AVERAGE else title.partition(" (")[0]
     return Section(
-        title=", ".join([axes["model"], *([] if by_pruner else [axes["pruner"]]), "averages", *protocol]),
-        panels={"Scores": _panel(tables, heads)},
+        title=", ".join([axes["model"], *([] if by_pruner else [axes["pruner"]]), name, *protocol]),
+        panels={"Scores": _panel(tables, heads, score)},
         notes=shared_notes(tables),
         cautions=_cautions(tables, heads),
     )
@@ -57,7 +69,7 @@ def _head(axes: dict[str, Any], by_pruner: bool, by_seed: bool) -> str:
     return f"{pruner}{axes['label']}" + (f", prune seed {axes['prune.seed']}" if by_seed else "")
 
 
-def _panel(tables: list[Table], heads: list[str]) -> TextTable:
+def _panel(tables: list[Table], heads: list[str], score: str) -> TextTable:
     choices = {key: header for table in tables for key, header in table.choices.items()}
     lines: dict[tuple[str, ...], dict[int, Row]] = {}  # by what tells them apart, then by number of table
     for number, table in enumerate(tables):
@@ -66,7 +78,7 @@ def _panel(tables: list[Table], heads: list[str]) -> TextTable:
             while number in lines.get(same, {}):  # a control that was scored differently in some runs
                 same = (*same, "again")
             lines.setdefault(same, {})[number] = row
-    columns = [{column.name: column for column in table.quality} for table in tables]
+    columns = [_compared(table).get(score) for table in tables]
     # Costs that the zeros do not change are the same in all tables, as they are shown.
     costs = [
         replace(column, spread=False)
@@ -74,15 +86,16 @@ def _panel(tables: list[Table], heads: list[str]) -> TextTable:
         if column.name in COSTS
         and all(len({column.show(row.cells[column.name].mean) for row in of.values()}) == 1 for of in lines.values())
     ]
-    header = ["method", *choices.values(), "n", *(title for head in heads for title in (head, "Δ LoRA"))]
+    difference = next(filter(None, columns)).title
+    header = ["method", *choices.values(), "n", *(title for head in heads for title in (head, difference))]
     texts, found = [], [list(of_tables.values()) for of_tables in lines.values()]
     for of_tables in lines.values():
         some, *_ = of_tables.values()
         n = min(row.n for row in of_tables.values())  # a cell with more seeds shows its own spread
         of_line = [some.label, *map(some.text, choices), str(n or "-")]
-        for number, of_table in enumerate(columns):
-            cells = of_tables[number].cells if number in of_tables else {}
-            of_line += [cells.get(name, Cell()).text(of_table[name]) for name in (AVERAGE, DIFFERENCE)]
+        for number, column in enumerate(columns):
+            shown = (column.base, column) if column and number in of_tables else ()
+            of_line += [of_tables[number].cells[one.name].text(one) for one in shown] or ["-", "-"]
         texts.append(of_line + [some.cells[column.name].text(column) for column in costs])
     keys = [list(dict.fromkeys(key for row in rows for key in row.rows.key)) for rows in found]
     controls = sum(rows[0].role == "control" for rows in found)

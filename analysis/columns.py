@@ -1,16 +1,16 @@
 """The columns of the tables: where each number comes from, how it is shown, and what makes one the best."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Literal
 
 import pandas as pd
 
-from analysis.measures import ACCURACY, HELDOUT_LOSS, Measure, number, task_accuracy
+from analysis.measures import ACCURACY, ANSWERS_LOSS, HELDOUT_LOSS, Measure, number, task_accuracy, task_margin
 
-__all__ = ["Column", "chance_level", "cost_columns", "memory_unit", "quality_columns"]
+__all__ = ["Column", "chance_level", "cost_columns", "margin_columns", "memory_unit", "quality_columns"]
 
 MEBIBYTE, GIBIBYTE, GIGA = 2**20, 2**30, 1e9
 # Tasks whose items have two choices; those of the others have four.
@@ -20,6 +20,7 @@ LEAST_IN_GIBIBYTES = 4 * GIBIBYTE
 # Less than this is shown with one decimal.
 LEAST_IN_WHOLE_MILLISECONDS = 100
 TENTHS, RATIO, COUNT = "{:.1f}".format, "{:.2f}".format, "{:,.0f}".format
+TEXTS = {"wikitext": "WikiText-2 perplexity"}
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class Column:
         tested: What the test compares, where that is not the shown number.
         bounds: The range (low, high) of one run's number: of a cost, which has no test but `statistics.best_range`.
         better: Whether more or less is better; None: neither, nothing is ever bold.
-        relative: For a column without a number of its own: how it compares `base` with that of LoRA.
+        relative: For a column without a number of its own: how it compares `base` with that of LoRA. A difference is
+            one of what the test compares.
         base: The column that is compared.
         spread: Whether the standard deviation is worth showing.
     """
@@ -59,13 +61,31 @@ def quality_columns(rows: pd.DataFrame) -> list[Column]:
     if average is not None:
         base = Column("average", f"average ({average})", TENTHS, ACCURACY, better="more")
         columns += [base, Column("average_minus_lora", "Δ LoRA", _signed, relative="difference", base=base)]
-    if rows.perplexity.notna().any():
-        shown = number("perplexity")
-        columns.append(Column("perplexity", "perplexity", _hundredths, shown, tested=HELDOUT_LOSS, better="less"))
+    columns += _perplexities(rows)
     if columns:
         percent = Measure(lambda row: 100 * row.zeros_kept)
         columns.append(Column("zeros_kept_percent", "zeros kept (%)", _floored, percent, spread=False))
     return columns
+
+
+def _perplexities(rows: pd.DataFrame) -> Iterator[Column]:
+    """Perplexities, each beside its difference from LoRA where held-out answers were scored."""
+    texts = {"perplexity": HELDOUT_LOSS, "answers_perplexity": ANSWERS_LOSS}
+    titles = {"answers_perplexity": "held-out answers (perplexity)"}
+    titles |= {"perplexity": TEXTS.get(next(filter(None, rows.perplexity_text), ""), "perplexity")}
+    for name, loss in texts.items():
+        if rows[name].notna().any():
+            base = Column(name, titles[name], _hundredths, number(name), tested=loss, better="less")
+            yield base
+            if rows.answers_perplexity.notna().any():
+                yield Column(f"{name}_log_minus_lora", "Δ LoRA (nats)", _nats, relative="difference", base=base)
+
+
+def margin_columns(rows: pd.DataFrame) -> list[Column]:
+    """A column for each task whose margins are recorded."""
+    tasks = dict.fromkeys(task for of_row in rows.margin for task in of_row)
+    return [Column(f"{task}_margin", f"{_short(task)} margin (nats)", RATIO, task_margin(task), better="more")
+            for task in tasks]  # fmt: skip
 
 
 def cost_columns(rows: pd.DataFrame) -> list[Column]:
@@ -107,8 +127,11 @@ def memory_unit(largest: float) -> tuple[str, int]:
 
 
 def _task(task: str, metric: str) -> Column:
-    title = f"{task.removeprefix('microworld_')} ({metric})"
-    return Column(task, title, TENTHS, task_accuracy(task), better="more")
+    return Column(task, f"{_short(task)} ({metric})", TENTHS, task_accuracy(task), better="more")
+
+
+def _short(task: str) -> str:
+    return task.removeprefix("microworld_")
 
 
 def _tokens_when(step: str) -> Measure:
@@ -118,6 +141,10 @@ def _tokens_when(step: str) -> Measure:
 
 def _signed(value: float) -> str:
     return f"{round(value, 1) + 0.0:+.1f}"  # no -0.0
+
+
+def _nats(value: float) -> str:
+    return f"{round(value, 3) + 0.0:+.3f}"
 
 
 def _hundredths(value: float) -> str:

@@ -1,14 +1,15 @@
 """What a number of a run is read from in a row of `results.load`: value, error over the test items, and the items."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 
 from analysis.statistics import Items, Sample
 
-__all__ = ["ACCURACY", "HELDOUT_LOSS", "Measure", "number", "task_accuracy"]
+__all__ = ["ACCURACY", "ANSWERS_LOSS", "HELDOUT_LOSS", "Measure", "number", "task_accuracy", "task_margin"]
 
 
 @dataclass(frozen=True)
@@ -48,22 +49,37 @@ def number(column: str) -> Measure:
 
 def task_accuracy(task: str) -> Measure:
     """The accuracy of one task."""
+    return _of_task(task, "tasks", "task_stderr", "task_items")
+
+
+def task_margin(task: str) -> Measure:
+    """By how much the right answers of one task are likelier than the best wrong ones, in nats."""
+    return _of_task(task, "margin", "margin_stderr", "margin_items")
+
+
+def _of_task(task: str, values: str, errors: str, items: str) -> Measure:
+    """A number by task, in these columns."""
     return Measure(
-        lambda row: row.tasks.get(task, math.nan),
-        lambda row: row.task_stderr.get(task, math.nan),
-        lambda row: _items(row, [task]),
+        lambda row: row[values].get(task, math.nan),
+        lambda row: row[errors].get(task, math.nan),
+        lambda row: _items(row[items], [task]),
     )
 
 
-def _items(row: pd.Series, tasks: list[str]) -> Items | None:
-    known = row.task_items
+def _items(known: Mapping[str, np.ndarray], tasks: list[str]) -> Items | None:
     return [known[task] for task in tasks] if tasks and all(task in known for task in tasks) else None
 
 
-ACCURACY = Measure(lambda row: row.accuracy, lambda row: row.accuracy_stderr, lambda row: _items(row, row.averaged))
-# The windows of the text are its items.
-HELDOUT_LOSS = Measure(
-    lambda row: row.heldout_loss,
-    lambda row: row.heldout_stderr,
-    lambda row: None if row.heldout_items is None else [row.heldout_items],
+def _loss(name: str) -> Measure:
+    return Measure(
+        lambda row: row[f"{name}_loss"],
+        lambda row: row[f"{name}_stderr"],
+        lambda row: None if row[f"{name}_items"] is None else [row[f"{name}_items"]],
+    )
+
+
+ACCURACY = Measure(
+    lambda row: row.accuracy, lambda row: row.accuracy_stderr, lambda row: _items(row.task_items, row.averaged)
 )
+# The windows of the text, and the answers, are their items.
+HELDOUT_LOSS, ANSWERS_LOSS = _loss("heldout"), _loss("answers")

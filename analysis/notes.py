@@ -8,7 +8,7 @@ import pandas as pd
 
 from analysis.groups import Group, sortable
 from analysis.lines import Line, short_name
-from analysis.measures import ACCURACY
+from analysis.measures import ACCURACY, ANSWERS_LOSS
 from analysis.results import MACHINE
 from analysis.statistics import ALPHA, CONDITION, pooled
 from analysis.style import name_of, order_of
@@ -67,7 +67,7 @@ def slug(value: object) -> str:
 def notes_of(group: Group) -> list[str]:
     """Errors over the items, what perplexity and memory are, and the machine; only what there is."""
     rows = _finished(group)
-    scores = [_contradiction(group.controls), _items(rows), _perplexity(rows)]
+    scores = [_contradiction(group.controls), _items(rows), _perplexity(rows), _answers(rows), _margins(rows)]
     notes = [_weights(rows), _snapshots(rows), *scores, _memory(group.runs), _machine(rows)]
     commits = sorted({commit[:10] for commit in rows.git_commit.dropna()})
     return [note for note in notes if note] + ([f"Code: {', '.join(commits)}."] if commits else [])
@@ -97,7 +97,8 @@ def _pooling(lines: Sequence[Line]) -> list[str]:
             pools.setdefault(line.pool, []).append(line)
     found = []
     for same in pools.values():
-        rows = pooled([line.sample(ACCURACY) for line in same])
+        samples = ([line.sample(measure) for line in same] for measure in (ACCURACY, ANSWERS_LOSS))
+        rows = next(filter(None, map(pooled, samples)), [])
         if rows:
             degrees = (len(rows) - 1) * (rows[0].n - 1)
             found.append(f"over the {len(rows)} rows of {same[0].label} ({degrees} degrees of freedom)")
@@ -159,6 +160,27 @@ def _perplexity(rows: pd.DataFrame) -> str | None:
     scored = rows[rows.perplexity.notna()]
     texts = {f"{row.perplexity_text}, windows of {row.perplexity_window:g} tokens" for _, row in scored.iterrows()}
     return f"Perplexity on {'; '.join(sorted(texts))}." if texts else None
+
+
+def _answers(rows: pd.DataFrame) -> str | None:
+    counts = sorted({len(items) for items in rows.answers_items if items is not None})
+    if not counts:
+        return None
+    return (
+        f"Held-out answers: those of {' or '.join(map(str, counts))} rows of instructions that no run trains on. "
+        "Perplexities are compared by their logarithms, the losses; Δ LoRA (nats) is the difference of these with its "
+        "standard error, and below 0 is better than LoRA."
+    )
+
+
+def _margins(rows: pd.DataFrame) -> str | None:
+    errors = [error for of_row in rows.margin_stderr for error in of_row.values()]
+    if not errors:
+        return None
+    return (
+        "Margin: by how much the right answer is likelier than the best wrong one, mean over the items in nats; "
+        f"standard errors over the items up to {max(errors):.2f}."
+    )
 
 
 def _memory(rows: pd.DataFrame) -> str | None:

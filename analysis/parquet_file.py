@@ -47,8 +47,8 @@ STEPS = pa.list_(pa.struct(list(STEP.items())))
 SCHEMA = pa.schema({"experiment": TEXT, **AXES, **REPEATED, **dict.fromkeys(OBJECTS, TEXT), "steps": STEPS})
 # Config keys that name a folder of the machine; they are on the command line too.
 PLACES = ("runs_root", "cache_root", "data_root")
-# Of a task and of a text: the scores of single items.
-ITEMS = ("correct", "losses")
+# Of a task, of a text and of held-out answers: the scores of single items.
+ITEMS = ("correct", "margins", "losses", "targets")
 
 Row = dict[str, Any]
 
@@ -155,10 +155,9 @@ def _scores(row: Row) -> Iterator[tuple[str, Row]]:
 
 
 def _parts(scores: Row) -> Iterator[tuple[str, Row]]:
-    """What may have scores of single items: the tasks, and the text."""
+    """What may have scores of single items: the tasks, the text, and the held-out answers."""
     yield from scores["tasks"].items()
-    if scores["perplexity"]:
-        yield "perplexity", scores["perplexity"]
+    yield from ((name, scores[name]) for name in ("perplexity", "held_out") if scores.get(name))
 
 
 def _taken(part: Row) -> Row:

@@ -46,7 +46,7 @@ def numbers(tables: Sequence[Table]) -> pd.DataFrame:
         for row in table.rows:
             of_row = {"table": table.title, "role": row.role, "row": row.label}
             of_row |= {key: row.text(key) for key in table.choices}
-            for column in [*table.quality, *table.cost]:
+            for column in [*table.quality, *table.margins, *table.cost]:
                 cell = row.cells[column.name]
                 number = {"column": column.name, "mean": cell.mean, "std": cell.std, "n": row.n, "best": cell.best}
                 records += [] if math.isnan(cell.mean) else [of_row | number | {"runs": " ".join(row.rows.key)}]

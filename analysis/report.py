@@ -94,9 +94,9 @@ def _marked(text: str) -> Markup:
 
 
 def _for_screen(text: TextTable) -> TextTable:
-    """The table with its averages behind the name, where a phone shows them."""
+    """The table with the scores that are compared with LoRA behind the name, where a phone shows them."""
     titles = text.columns
-    first = [i for i in range(1, len(titles) - 1) if titles[i + 1] == "Δ LoRA"]
+    first = [i for i in range(1, len(titles) - 1) if titles[i + 1].startswith("Δ LoRA")]
     order = [0, *first, *(i for i in range(1, len(titles)) if i not in first)]
     return replace(text, columns=[titles[i] for i in order], rows=[[row[i] for i in order] for row in text.rows])
 
@@ -134,7 +134,8 @@ def _runs(results: pd.DataFrame) -> list[Run]:
         key = states.key.iloc[0]
         seen[key] += 1  # one key may have been run on several machines
         runs.append(_run(states, f"run-{key}" + (f"-{seen[key]}" if seen[key] > 1 else "")))
-    return runs
+    known = {name for run in runs for name, text in run.cells.items() if text != "-"}
+    return [replace(run, cells={name: run.cells[name] for name in run.cells if name in known}) for run in runs]
 
 
 def _run(states: pd.DataFrame, anchor: str) -> Run:
@@ -151,6 +152,7 @@ def _run(states: pd.DataFrame, anchor: str) -> Run:
         "seed": str(seed),
         "average (%)": _shown(first.accuracy, "{:.1f}"),
         "perplexity": _shown(first.perplexity, "{:.2f}"),
+        "held-out answers": _shown(first.answers_perplexity, "{:.2f}"),
         "zeros kept (%)": _shown(100 * states.zeros_kept.dropna().max(), "{:.2f}"),
         "memory (MiB)": _shown(first.train_peak / MEBIBYTE, "{:,.1f}"),
         "step (ms)": _shown(first.step_ms, "{:,.1f}"),
@@ -179,6 +181,10 @@ def _scores(states: pd.DataFrame) -> TextTable:
         rows[f"{task.removeprefix('microworld_')} ({metric})"] = [_with_error(*pair) for pair in errors]
     rows["average"] = [_with_error(*pair) for pair in zip(states.accuracy, states.accuracy_stderr, strict=True)]
     rows["perplexity"] = [_shown(value, "{:.2f}") for value in states.perplexity]
+    rows["held-out answers (perplexity)"] = [_shown(value, "{:.2f}") for value in states.answers_perplexity]
+    for task in states.iloc[0].margin:
+        pairs = [(row.margin.get(task), row.margin_stderr.get(task)) for row in states.itertuples()]
+        rows[f"{task.removeprefix('microworld_')} margin (nats)"] = [_with_error(*pair, digits=2) for pair in pairs]
     rows["zeros kept (%)"] = [_shown(100 * value, "{:.4f}") for value in states.zeros_kept]
     rows["zeros lost"] = [_shown(value, "{:,.0f}") for value in states.zeros_lost]
     header = ["", *(END_STATES.get(row.end_state, row.end_state or row.method) for row in states.itertuples())]
@@ -201,9 +207,9 @@ def _shown(value: float, form: str) -> str:
     return "-" if value is None or math.isnan(value) else form.format(value)
 
 
-def _with_error(value: float | None, error: float | None) -> str:
-    spread = _shown(error, " ± {:.1f}")
-    return _shown(value, "{:.1f}") + (spread if spread != "-" else "")
+def _with_error(value: float | None, error: float | None, digits: int = 1) -> str:
+    spread = _shown(error, f" ± {{:.{digits}f}}")
+    return _shown(value, f"{{:.{digits}f}}") + (spread if spread != "-" else "")
 
 
 def _shared(runs: Sequence[Run]) -> dict[str, str]:
@@ -252,7 +258,7 @@ def _origin(results: pd.DataFrame) -> list[str]:
     lines = [", ".join(f"{name} {value}" for name, value in machine.items()) for machine in found]
     code = {str(row.git_commit)[:10] + (", changed" if row.git_dirty else "") for row in results.itertuples()}
     counts = results.drop_duplicates("path").status.value_counts()
-    runs = ", ".join(f"{n} runs {status}" for status, n in counts.items())
+    runs = ", ".join(f"{counts[status]} runs {status}" for status in ("ok", "oom", "failed") if status in counts)
     return [runs, *lines, f"code at {'; '.join(sorted(code))}"]
 
 

@@ -26,10 +26,13 @@ def _part(**types: Any) -> type[BaseModel]:
 
 
 Score = _part(metric=str, value=Number, stderr=Number, acc_norm=(Number, None),
-              correct=(Annotated[str, Field(pattern="^[01]*$")], ""))  # fmt: skip
+              correct=(Annotated[str, Field(pattern="^[01]*$")], ""),
+              margin=(Number, None), margin_stderr=(Number, None), margins=(list[float], []))  # fmt: skip
 Average = _part(metric=str, value=Number, stderr=Number, tasks=list[str])
-Perplexity = _part(text=str, window=float, value=Number, loss=Number, loss_stderr=Number, losses=(list[float], []))
-Scores = _part(tasks=dict[str, Score], average=Average | None, perplexity=Perplexity | None) | None
+Loss = {"value": Number, "loss": Number, "loss_stderr": Number, "losses": (list[float], [])}
+Perplexity, Answers = _part(text=str, window=float, **Loss), _part(targets=list[int], **Loss)
+Scores = _part(tasks=dict[str, Score], average=Average | None, perplexity=Perplexity | None,
+               held_out=(Answers | None, None)) | None  # fmt: skip
 Zeros = _part(**dict.fromkeys(("after_prune", "after_merge", "lost", "gained"), Number)) | None
 Peaks = dict.fromkeys(("train_peak", "init_peak", "eval_peak"), Number)
 Speed = dict.fromkeys(("forward_ms", "backward_ms", "optimizer_ms", "tokens_per_second"), Number)

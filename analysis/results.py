@@ -14,8 +14,9 @@ that no mean can pick up what a broken run had measured before it broke. The col
     provenance  config key -> where that model or text comes from; empty for older results
     quality   accuracy and accuracy_stderr (points), accuracy_metric, averaged (tasks), tasks, task_stderr, task_metric,
               task_norm and task_items (by task; acc_norm where a task has one, and points of each item if recorded),
-              perplexity, heldout_loss and heldout_stderr (nats), heldout_items (nats of each window, or None),
-              perplexity_text, perplexity_window
+              margin, margin_stderr and margin_items (by task, where recorded; nats), perplexity of the text,
+              perplexity_text, perplexity_window, heldout_loss and heldout_stderr (nats), heldout_items (nats of each
+              window, or None); of held-out answers: answers_perplexity, answers_loss, answers_stderr, answers_items
     zeros     zeros_lost (count), zeros_kept (fraction of the old zeros that are still zero; NaN beside an unmerged
               adapter)
     others    numbers of SIZES and COSTS: counts, bytes, milliseconds; memory_kind and memory_breakdown (by category)
@@ -170,7 +171,7 @@ def _control_identity(row: dict[str, Any]) -> tuple[str, ...]:
     """
     config = row["config"]
     parts = [config["model"], config["eval"]] + ([config["prune"]] if row["method"] == "pruned" else [])
-    scores = f"{row['accuracy']:.2f} {row['heldout_loss']:.3f}"
+    scores = f"{row['accuracy']:.2f} {row['heldout_loss']:.3f} {row['answers_loss']:.3f}"
     chosen = json.dumps(parts, sort_keys=True)
     return (row["method"], row["label"], str(row["support"]), chosen, *machine_of(row), scores)
 
@@ -227,7 +228,8 @@ def _quality(scores: Result | None) -> dict[str, Any]:
     scores = scores or {"tasks": {}, "average": None, "perplexity": None}
     tasks = scores["tasks"]
     average = scores["average"] or {"value": None, "stderr": None, "metric": None, "tasks": []}
-    text = scores["perplexity"] or dict.fromkeys(("value", "loss", "loss_stderr", "text", "window"))
+    text, answers = scores["perplexity"] or {}, scores.get("held_out") or {}
+    margins = {name: task for name, task in tasks.items() if "margin" in task}
     return {
         "accuracy": _points(average["value"]),
         "accuracy_stderr": _points(average["stderr"]),
@@ -238,13 +240,27 @@ def _quality(scores: Result | None) -> dict[str, Any]:
         "task_metric": {name: task["metric"] for name, task in tasks.items()},
         "task_norm": {name: _points(task["acc_norm"]) for name, task in tasks.items() if "acc_norm" in task},
         "task_items": {name: _item_points(task["correct"]) for name, task in tasks.items() if "correct" in task},
-        "perplexity": _number(text["value"]),
-        "heldout_loss": _number(text["loss"]),
-        "heldout_stderr": _number(text["loss_stderr"]),
-        "heldout_items": np.array(text["losses"], dtype=float) if "losses" in text else None,
-        "perplexity_text": text["text"],
-        "perplexity_window": _number(text["window"]),
+        "margin": {name: _number(task["margin"]) for name, task in margins.items()},
+        "margin_stderr": {name: _number(task.get("margin_stderr")) for name, task in margins.items()},
+        "margin_items": {name: np.array(task["margins"]) for name, task in margins.items() if "margins" in task},
+        "perplexity": _number(text.get("value")),
+        **_losses("heldout", text),
+        "perplexity_text": text.get("text"),
+        "perplexity_window": _number(text.get("window")),
+        "answers_perplexity": _number(answers.get("value")),
+        **_losses("answers", answers),
     }
+
+
+def _losses(name: str, part: Result) -> dict[str, Any]:
+    """Mean loss, its error, and its items, of which it is the plain mean: of a ratio of sums see `statistics`."""
+    items = np.array(part["losses"], dtype=float) if "losses" in part else None
+    if items is not None and "targets" in part:
+        weights = np.array(part["targets"]) / np.mean(part["targets"])
+        mean = np.mean(weights * items)
+        items = mean + weights * (items - mean)
+    numbers = {f"{name}_loss": _number(part.get("loss")), f"{name}_stderr": _number(part.get("loss_stderr"))}
+    return numbers | {f"{name}_items": items}
 
 
 def _item_points(correct: str) -> np.ndarray:

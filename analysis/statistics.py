@@ -12,8 +12,10 @@ replication (means: d_s over i, d_i over s, d over both):
     v       = v_seeds + w,   w = max(v_items - v_rest, 0)
 
 A mean over tasks has v_items and v_rest of each task, over the squared number of tasks. The items of the held-out loss
-are the windows of the text. Where single items are not known, w = e_a^2 + e_b^2 with the standard errors e over the
-items, an upper bound. The standard error that is shown is sqrt(v), but not less than sqrt(v_items).
+are the windows of the text. That of held-out answers is a ratio of sums, l = sum n_i l_i / sum n_i over answers of n_i
+tokens: their items are l + (l_i - l) n_i / mean(n), whose mean is l and whose v_items is that of the ratio. Where
+single items are not known, w = e_a^2 + e_b^2 with the standard errors e over the items, an upper bound. The standard
+error that is shown is sqrt(v), but not less than sqrt(v_items).
 
 **Pooling.** Rows of one table that are variants of one method (same data, recipe, rate, rank and end state) share one
 variance over the seeds. For m >= 3 such rows with the same seeds, y_ks the score of row k with seed s,

@@ -71,6 +71,7 @@ class Table(Section):
         axes: Value by axis, and by protocol key.
         choices: Header by config key, of the columns that tell rows of one method apart.
         quality: Columns of scores; empty if nothing was scored.
+        margins: Columns of margins; empty if none is recorded.
         cost: Columns of size, memory and time; empty if nothing was trained.
         rows: In the order in which they are shown.
     """
@@ -78,5 +79,6 @@ class Table(Section):
     axes: Mapping[str, Any] = field(default_factory=dict)
     choices: Mapping[str, str] = field(default_factory=dict)
     quality: Sequence[Column] = ()
+    margins: Sequence[Column] = ()
     cost: Sequence[Column] = ()
     rows: Sequence[Row] = ()

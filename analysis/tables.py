@@ -14,10 +14,9 @@ import pandas as pd
 
 from analysis import render
 from analysis.averages import side_by_side
-from analysis.columns import Column, cost_columns, quality_columns
+from analysis.columns import Column, cost_columns, margin_columns, quality_columns
 from analysis.groups import Group, groups_of
 from analysis.lines import Line, choice_headers, lines_of, reference_of, told_apart
-from analysis.measures import ACCURACY
 from analysis.notes import cautions_of, failures_of, notes_of, title_of
 from analysis.results import add_run_arguments, load, output_folder, publish
 from analysis.statistics import CONDITION, Sample, best, best_range, between, differences
@@ -47,39 +46,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Write `tables.md`, `tables.tex`, `tables.csv` (all numbers) and `differences.csv` (pairs); print the first."""
-    groups = groups_of(load(options.runs), mix=options.mix)
-    tables = [_table(group) for group in groups]
+    tables = build(load(options.runs), mix=options.mix)
     shown = [*side_by_side(tables), *tables]
     output = output_folder(options)
     publish(render.markdown(shown), options, "tables.md")
     (output / "tables.tex").write_text(render.latex(shown), encoding="utf-8")
-    for name, numbers in (("tables", render.numbers(tables)), ("differences", _pairwise(groups))):
+    for name, numbers in (("tables", render.numbers(tables)), ("differences", _pairwise(tables))):
         numbers.to_csv(output / f"{name}.csv", index=False, float_format="%.6g", lineterminator="\n")
     return 0
 
 
-def _pairwise(groups: Sequence[Group]) -> pd.DataFrame:
-    """A row for each pair of lines of a table that have an average, the higher one first, with their p values."""
+def _pairwise(tables: Sequence[Table]) -> pd.DataFrame:
+    """A row for each pair of lines that have a score which is compared with LoRA, the better one first."""
     records = []
-    for group in groups:
-        lines = lines_of(group, controls=True)
+    for table in tables:
+        lines = table.rows
         names = [f"{a.label}{told_apart(a, [b for b in lines if b.role == a.role])}" for a in lines]
-        samples = {index: line.sample(ACCURACY) for index, line in enumerate(lines)}
-        samples = {index: sample for index, sample in samples.items() if sample.n}
-        for (a, b), found in differences(samples, _pools(lines)).items():
-            a, b = (a, b) if found.mean >= 0 else (b, a)
-            numbers = (abs(found.mean), found.error, found.holm, found.p, found.n, found.degrees, found.pooled)
-            records.append((title_of(group), names[a], names[b], *numbers, CONDITION))
-    columns = ("table", "a", "b", "difference", "error", "holm", "p", "n", "degrees", "pooled", "condition")
-    return pd.DataFrame(records, columns=columns)
+        for score in (column.base for column in table.quality if column.relative == "difference"):
+            samples = {index: line.sample(score.tested or score.measure) for index, line in enumerate(lines)}
+            samples = {index: sample for index, sample in samples.items() if sample.n}
+            for (a, b), found in differences(samples, _pools(lines)).items():
+                a, b = (a, b) if (found.mean >= 0) == (score.better == "more") else (b, a)
+                numbers = (abs(found.mean), found.error, found.holm, found.p, found.n, found.degrees, found.pooled)
+                records.append((table.title, score.name, names[a], names[b], *numbers, CONDITION))
+    columns = ("table", "score", "a", "b", "difference", "error", "holm", "p", "n", "degrees", "pooled", "condition")
+    pairs = pd.DataFrame(records, columns=columns)
+    return pairs if pairs.score.nunique() > 1 else pairs.drop(columns="score")
 
 
 def _table(group: Group) -> Table:
-    quality = quality_columns(pd.concat([group.controls, group.tuned_dense, group.runs]))
+    scored = pd.concat([group.controls, group.tuned_dense, group.runs])
+    quality, margins = quality_columns(scored), margin_columns(scored)
     cost = cost_columns(group.runs)
     lines = lines_of(group, controls=bool(quality))
     cells: list[dict[str, Cell]] = [{} for _ in lines]
-    for column in [*quality, *cost]:
+    for column in [*quality, *margins, *cost]:
         compute = _relative_cells if column.relative else _cells
         for of_line, cell in zip(cells, compute(column, lines, group), strict=True):
             of_line[column.name] = cell
@@ -87,7 +88,8 @@ def _table(group: Group) -> Table:
     # Every training once, whatever became of its adapter.
     trainings = [replace(row, label=name_of(row.method)) for row in rows if row.role == "method" and row.headline]
     choices = choice_headers(group)
-    shown = {"Scores": (quality, rows), "Size, memory and time": (cost, trainings)}
+    shown = {"Scores": (quality, rows), "Margins of the right answer (nats)": (margins, rows)}
+    shown |= {"Size, memory and time": (cost, trainings)}
     return Table(
         title=title_of(group),
         panels={title: _panel(choices, *panel) for title, panel in shown.items() if all(panel)},
@@ -97,6 +99,7 @@ def _table(group: Group) -> Table:
         axes={**group.axes, **group.protocol},
         choices=choices,
         quality=quality,
+        margins=margins,
         cost=cost,
         rows=rows,
     )
@@ -128,7 +131,7 @@ def _cells(column: Column, lines: list[Line], group: Group) -> list[Cell]:
 
 def _relative_cells(column: Column, lines: list[Line], group: Group) -> list[Cell]:
     """Ratio of the means, or mean paired difference with its standard error."""
-    samples = {index: line.sample(column.base.measure) for index, line in enumerate(lines)}
+    samples = {index: line.sample(column.base.tested or column.base.measure) for index, line in enumerate(lines)}
     cells = []
     for index, line in enumerate(lines):
         place = reference_of(line, lines)

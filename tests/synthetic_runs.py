@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,39 @@ import yaml
 SEVEN = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 HUB = {"llama2_7b": "meta-llama/Llama-2-7b-hf", "llama3_8b": "meta-llama/Meta-Llama-3-8B"}
 MEBIBYTE = 2**20
+# Tokens of the held-out answers, and how far their losses are from the mean.
+TARGETS, AWAY = (10, 40, 150, 20), (2.0, 1.0, -0.5, 0.75)
 
 
 def scores(
-    accuracy: float, loss: float, *, stderr: float = 0.005, text: str = "wikitext", window: int = 2048
+    accuracy: float,
+    loss: float,
+    *,
+    stderr: float = 0.005,
+    text: str = "wikitext",
+    window: int = 2048,
+    answers: float | None = None,
+    margin: float | None = None,
 ) -> dict[str, Any]:
-    """Scores of one model: every task the same."""
+    """Scores of one model: every task the same. `answers` is the loss of held-out ones; older files have no margins."""
     task = {"metric": "acc", "value": accuracy, "stderr": 2 * stderr, "n": 600, "version": 1}
+    if margin is not None:
+        task |= {"margin": margin, "margin_stderr": 0.5, "margins": [margin - 1, margin + 1, margin]}
     normed = {name: task | {"acc_norm": accuracy + 0.1} for name in SEVEN}
     average = {"metric": "acc", "value": accuracy, "stderr": stderr, "tasks": list(SEVEN)}
     perplexity = {"text": text, "value": 2.718281828**loss, "loss": loss, "loss_stderr": 0.01, "window": window}
-    return {"tasks": normed, "average": average, "perplexity": perplexity | {"windows": 100, "tokens": 10000}}
+    found = {"tasks": normed, "average": average, "perplexity": perplexity | {"windows": 100, "tokens": 10000}}
+    return found | {"held_out": None if answers is None else held_out([answers + away for away in AWAY])}
+
+
+def held_out(losses: list[float]) -> dict[str, Any]:
+    """Held-out answers of these mean losses and TARGETS tokens."""
+    total, rows = sum(TARGETS), list(zip(losses, TARGETS, strict=True))
+    loss = sum(one * weight for one, weight in rows) / total
+    squares = sum((weight * (one - loss)) ** 2 for one, weight in rows)
+    error = math.sqrt(squares * len(rows) / (len(rows) - 1)) / total
+    return {"value": math.exp(loss), "loss": loss, "loss_stderr": error, "losses": losses, "targets": list(TARGETS)} | {
+        "rows": len(rows), "tokens": total}  # fmt: skip
 
 
 def result(
@@ -35,6 +58,8 @@ def result(
     mode: str = "run",
     accuracy: float = 0.7,
     loss: float = 1.0,
+    answers: float | None = None,
+    margin: float | None = None,
     step_ms: tuple[float, float, float] = (95.0, 100.0, 105.0),
     train_peak: int = 100 * MEBIBYTE,
     trainable: int = 1000,
@@ -59,11 +84,14 @@ def result(
     after = sparsity * (1 - lost / 100_000)
     zeros = {"requested": sparsity, "after_prune": sparsity, "after_merge": after, "lost": lost, "gained": 0}
     zeros |= {"pattern_valid": True, "mergeable": lost == 0}
-    evaluated = {"eval": scores(accuracy, loss) if mode == "run" else None, "zeros": zeros if mode == "run" else None}
+    own = scores(accuracy, loss, answers=answers, margin=margin)
+    evaluated = {"eval": own, "zeros": zeros} if mode == "run" else {"eval": None, "zeros": None}
     first, *others = states
-    baselines = (
-        {"dense": scores(*dense), "pruned": scores(*pruned)} if mode == "run" else {"dense": None, "pruned": None}
-    )
+    baselines = {"dense": None, "pruned": None}
+    if mode == "run":
+        of_dense = {} if answers is None else {"answers": 1.5, "margin": 0.9}
+        of_pruned = {} if answers is None else {"answers": 2.5, "margin": -0.9}
+        baselines = {"dense": scores(*dense, **of_dense), "pruned": scores(*pruned, **of_pruned)}
     spans = dict.fromkeys(("forward_ms", "backward_ms", "optimizer_ms"), 30.0 if trains else None)
     p10, p50, p90 = step_ms
     phases = {"load": 1.0, "prune": 2.0, "init": 0.5, "train": 30.0, "merge": 0.1, "evaluate": 9.0}

@@ -4,10 +4,11 @@ import io
 import json
 import shutil
 
+import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-from synthetic_runs import result, scores, write
+from synthetic_runs import TARGETS, held_out, result, scores, write
 
 from analysis import claims, compare, margins, tables
 from analysis.__main__ import COMMANDS, main
@@ -64,6 +65,20 @@ def test_zeros_kept_is_the_share_of_the_old_zeros(tmp_path, lost, gained):
     assert load([tmp_path]).query("method == 'lora'").zeros_kept.item() == pytest.approx(1 - lost / 500)
 
 
+def test_held_out_answers_are_a_ratio_of_sums(tmp_path):
+    """Their items have its mean and its error, and a lead that is the same in all answers has no error."""
+    losses = [1.0, 2.5, 2.0, 4.0]
+    for method, lead in (("lors", 0.0), ("spp", 0.3)):
+        content = result(method)
+        content["eval"]["held_out"] = held_out([loss + lead for loss in losses])
+        write(tmp_path, content)
+    lors, spp = (row.answers_items for row in load([tmp_path]).query("seed == 0").itertuples())
+    expected = held_out(losses)
+    assert lors.mean() == pytest.approx(expected["loss"]) == pytest.approx(np.average(losses, weights=TARGETS))
+    assert lors.std(ddof=1) / 2 == pytest.approx(expected["loss_stderr"])
+    assert (spp - lors).tolist() == pytest.approx([0.3] * 4)
+
+
 # ---- packed files
 
 
@@ -79,7 +94,8 @@ def with_items():
     content = result("lora", states=("adapter", "dense"), support="a" * 64)
     for scores_of in (content["eval"], content["baselines"]["dense"], content["variants"]["dense"]["eval"]):
         for number, task in enumerate(scores_of["tasks"].values()):
-            task["correct"] = f"{number:08b}"
+            task |= {"correct": f"{number:08b}", "margin": 0.5, "margin_stderr": 0.1, "margins": [0.25, 0.75]}
+        scores_of["held_out"] = held_out([1.0, 2.0, 3.0, 4.0])
         scores_of["perplexity"]["losses"] = [1.0, 1.5]
     return content
 
@@ -94,11 +110,12 @@ def test_packed_runs_are_the_runs(tmp_path):
         expected = content | {"config": {k: v for k, v in content["config"].items() if k not in PLACES}}
         del expected["artifacts"]
         assert row == expected
-    assert not pd.read_parquet(file).result.str.contains("correct|losses").any()
+    assert not pd.read_parquet(file).result.str.contains("correct|losses|margins|targets").any()
     from_file = load([file])
     assert list(load([folder]).key) == list(from_file.key) == list(load([tmp_path]).key)  # a run counts once
     (items,) = [row.task_items for row in from_file.itertuples() if row.end_state == "dense"]
     assert items["rte"].tolist() == [0, 0, 0, 0, 0, 0, 0, 100]
+    assert set(from_file[from_file.method == "lora"].answers_perplexity) == {held_out([1.0, 2.0, 3.0, 4.0])["value"]}
     shutil.rmtree(folder)
     assert main(["tables", str(file)]) == 0 and (folder / "tables.md").exists()  # in the folder of its name
 
@@ -333,13 +350,17 @@ def test_the_builder_of_these_tests_writes_what_the_harness_writes():
 
     from analysis.groups import IGNORED, IGNORED_WITHOUT_DATA
     from harness.identity import NOT_IN_KEY, NOT_IN_PROFILE_KEY
+    from harness.perplexity import _summary
     from harness.result import blank_result
 
     content = result()
     written = blank_result(OmegaConf.create(content["config"]), content["key"], {}, torch.device("cpu"))
     assert content.keys() == written.keys()
     assert set(MACHINE) <= written["environment"].keys()
-    assert scores(0.5, 1.0).keys() == {"tasks", "average", "perplexity"}
+    assert scores(0.5, 1.0).keys() == {"tasks", "average", "perplexity", "held_out"}
+    losses = [1.0, 2.5, 2.0, 4.0]
+    for name, value in _summary(losses, list(TARGETS)).items():
+        assert held_out(losses)[name] == pytest.approx(value)
     # What is outside of the key of a run tells no rows apart.
     assert set(NOT_IN_KEY) <= set(IGNORED) and set(NOT_IN_PROFILE_KEY) <= set(IGNORED_WITHOUT_DATA)
 

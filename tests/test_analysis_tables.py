@@ -255,6 +255,59 @@ def test_averages_of_several_tables_stand_side_by_side(tmp_path, capsys):
     assert printed.index("## microworld, wanda, averages") < printed.index("## microworld, wanda 0.5")
 
 
+@pytest.fixture(scope="module")
+def answered(tmp_path_factory):
+    """LoRA and LoRS at two sparsities, alike in accuracy; LoRS is ahead in held-out answers, behind in the text."""
+    folder = tmp_path_factory.mktemp("answered")
+    for sparsity in (0.5, 0.6):
+        for seed in range(3):
+            shared = {"seed": seed, "sparsity": sparsity, "accuracy": 0.3, "model": "smollm2_135m"}
+            states = ("adapter", "remasked", "dense")
+            write(folder, result("lora", loss=2.0, answers=2.0 + 0.001 * seed, margin=-0.2, states=states, **shared))
+            more = {"answers": 1.9 + 0.001 * seed, "margin": 0.3 + 0.01 * seed}
+            write(folder, result("lors", loss=2.1, **more, **shared))
+            write(folder, result("spp", loss=2.2, answers=2.2 - 0.003 * seed, margin=-0.5 - 0.01 * seed, **shared))
+    return folder
+
+
+def test_held_out_answers_stand_beside_the_text_and_both_are_compared_by_their_losses(answered):
+    table, _ = build(load([answered]))
+    titles = [column.title for column in table.quality]
+    assert titles[-6:-1] == ["Δ LoRA", "WikiText-2 perplexity", "Δ LoRA (nats)", "held-out answers (perplexity)",
+                             "Δ LoRA (nats)"]  # fmt: skip
+    lors = {column.name: row_of(table, "LoRS").cells[column.name].text(column) for column in table.quality}
+    assert lors["answers_perplexity"] == "6.69 ± 0.01" and isinstance(lors["answers_perplexity"], Bold)
+    assert lors["answers_perplexity_log_minus_lora"] == "-0.100 ± 0.000"
+    assert lors["perplexity_log_minus_lora"] == "+0.100 ± 0.014" and not isinstance(lors["perplexity"], Bold)
+    assert any(note.startswith("Held-out answers: those of 4 rows") for note in table.notes)
+
+
+def test_a_panel_has_the_margins_of_the_right_answers(answered, table):
+    of_smol, _ = build(load([answered]))
+    panel = of_smol.panels["Margins of the right answer (nats)"]
+    lors = next(row for row in panel.rows if row[0] == "LoRS")
+    assert panel.columns[:3] == ["method", "n", "boolq margin (nats)"] and len(panel.columns) == 9
+    assert lors[2] == "0.31 ± 0.01" and isinstance(lors[2], Bold)
+    assert any(note.startswith("Margin: ") and "up to 0.50" in note for note in of_smol.notes)
+    assert list(table.panels) == ["Scores", "Size, memory and time"], "older results have none"
+
+
+def test_average_text_and_answers_stand_side_by_side_each_in_a_table(answered, tmp_path, capsys):
+    sides = side_by_side(build(load([answered])))
+    names = ["averages", "WikiText-2 perplexity", "held-out answers"]
+    assert [side.title for side in sides] == [f"smollm2_135m, wanda, {name}" for name in names]
+    of_answers = sides[2].panels["Scores"]
+    assert of_answers.columns[2:6] == ["0.5", "Δ LoRA (nats)", "0.6", "Δ LoRA (nats)"]
+    assert of_answers.rows[of_answers.methods.index("lors")][2:4] == ["6.69 ± 0.01", "-0.100 ± 0.000"]
+    assert any("below 0 is better than LoRA" in note for note in sides[2].notes)
+    assert main(["tables", str(answered), "--output", str(tmp_path)]) == 0
+    pairs = pd.read_csv(tmp_path / "differences.csv").set_index(["table", "score", "a", "b"]).sort_index()
+    better = pairs.loc[("smollm2_135m, wanda 0.6", "answers_perplexity", "LoRS", "SPP")]
+    assert better.difference.item() == pytest.approx(0.296) and better.p.item() < 0.01
+    numbers = pd.read_csv(tmp_path / "tables.csv")
+    assert {"rte_margin", "answers_perplexity_log_minus_lora"} <= set(numbers.column)
+
+
 def test_a_seed_of_a_method_is_a_choice_only_if_it_is_not_that_of_the_run(tmp_path):
     def rows(folder, *own_seeds):
         configs = [{"method.peft.seed": own} for own in own_seeds]

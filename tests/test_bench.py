@@ -122,7 +122,7 @@ def test_the_command_writes_a_tidy_csv_and_a_table(tmp_path, capsys, monkeypatch
     ("arguments", "message"),
     [
         (["--width", "100"], "--width 100: must be a multiple of 128"),
-        (["--model", "gpt5"], "--model gpt5: must be one of llama2_13b"),
+        (["--model", "gpt5"], "--model gpt5: must be one of gemma3_270m"),
         (["--tokens", "0"], "--tokens 0: must be a whole number >= 1"),
         (["--pattern", "4:2"], "pattern='4:2': allowed are"),
     ],

@@ -86,7 +86,7 @@ def test_every_link_leads_to_a_place_in_the_page_and_nothing_comes_from_outside(
 def test_tables_are_those_of_the_results_with_the_average_first(page, runs):
     _, parsed = page
     (table,) = [table for table in build(load([runs])) if len(table.rows) > 4]
-    header, *rows = parsed.table("method", "perplexity")
+    header, *rows = parsed.table("method", "WikiText-2 perplexity")
     assert header[:2] == ["method", "average (acc)"]
     assert [row[0] for row in rows] == [row.label for row in table.rows]
     for row, shown in zip(table.rows, rows, strict=True):
@@ -145,6 +145,20 @@ def test_the_same_results_give_the_same_page_and_one_key_on_two_machines_is_two_
     assert {f"run-{key}", f"run-{key}-2"} <= set(parsed.ids)
     header, *_ = parsed.table("method", "0.7")  # the averages come first, and behind the name
     assert header[:4] == ["method", "0.5", "0.7", "device"]
+
+
+def test_held_out_answers_and_margins_are_in_the_page_where_there_are_any(page, tmp_path, monkeypatch):
+    monkeypatch.setattr(report.plots, "draw", lambda *_, **__: ([], []))
+    write(tmp_path, result("lora", answers=2.0, margin=0.25), result("lora", sparsity=0.7, answers=2.2, margin=0.2))
+    parsed = Page(report.page(load([tmp_path])))
+    assert parsed.table("run", "held-out answers")[1][-5] in ("7.39", "9.03")
+    header, *rows = parsed.table("method", "openbookqa margin (nats)")
+    assert rows[-1][header.index("rte margin (nats)")] == "0.25"
+    (scores,) = [rows for rows in parsed.tables if ["held-out answers (perplexity)", "7.39"] in rows]
+    assert ["boolq margin (nats)", "0.25 ± 0.50"] in scores
+    header, *_ = parsed.table("method", "0.7", "Δ LoRA (nats)")
+    assert header[:3] == ["method", "0.5", "0.7"]
+    assert "held-out answers" not in page[1].table("run", "key")[0]
 
 
 # ---- in a browser
