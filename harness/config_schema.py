@@ -218,6 +218,7 @@ class Eval(Section):
     limit: Count | None
     batch_size: Count
     add_bos_token: bool
+    chat_template: bool = False
     perplexity: Perplexity | None
     held_out: Count | None = None
     baselines: bool

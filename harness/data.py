@@ -117,7 +117,7 @@ def held_out_rows(
             raise BadInput(f"{asked}: the data has {len(rows)} rows, {first} of them to train on (data.limit)")
         return _instruction_rows(rows[first:], OmegaConf.create(data), cfg.train, tokenizer)
 
-    chosen = ["held out", {**fingerprinted["data"], **data}, first, cfg.train.sequence_length]
+    chosen = ["held out", {**data, "path": fingerprinted["data"]["path"]}, first, cfg.train.sequence_length]
     rows = _made_once(cfg, fingerprinted, chosen, make)
     check_token_ids((max(row["input_ids"]) for row in rows), tokenizer, vocabulary, "the held-out rows")
     return rows

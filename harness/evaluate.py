@@ -62,6 +62,8 @@ def check_tasks(eval_cfg: Any, tokenizer: Tokenizer, vocabulary: int) -> LongTen
             file, a malformed line, a missing column, or one that holds something else than the task reads; a text
             that is shorter than a window; in a task or the text a token that the model does not know.
     """
+    if getattr(eval_cfg, "chat_template", False) and not tokenizer.chat_template:
+        raise BadInput("eval.chat_template=true: the tokenizer of the model has no chat template; must be false")
     if not set(eval_cfg.tasks) <= MICROWORLD_TASKS.keys():
         _load_tasks(eval_cfg)
     check_token_ids(_task_tokens(eval_cfg, tokenizer), tokenizer, vocabulary, "eval.tasks")
@@ -104,7 +106,8 @@ def evaluate(
 
     Args:
         eval_cfg: ``tasks``, ``data_root``, ``limit`` (first items of each task), ``batch_size`` (rows per forward
-            pass), ``add_bos_token``, ``perplexity.text``, ``split`` (of the microworld's items: test or validation).
+            pass), ``add_bos_token``, ``chat_template``, ``perplexity.text``, ``split`` (of the microworld's items: test
+            or validation).
         windows: The text whose perplexity is measured, see `check_tasks`; None: no perplexity.
         held_out: Rows of instructions whose answers' perplexity is measured, see `data.held_out_rows`.
 
@@ -148,7 +151,10 @@ def _zero_shot(
 ) -> dict[str, dict[str, Any]]:
     loaded = _load_tasks(eval_cfg)
     lm = _language_model(model, tokenizer, eval_cfg, progress)
-    scores = _lm_eval().evaluate(lm, loaded, limit=eval_cfg.limit, bootstrap_iters=BOOTSTRAP, log_samples=True)
+    chat = getattr(eval_cfg, "chat_template", False)
+    scores = _lm_eval().evaluate(
+        lm, loaded, limit=eval_cfg.limit, bootstrap_iters=BOOTSTRAP, log_samples=True, apply_chat_template=chat
+    )
     return {name: _score(scores, name, task) for name, task in loaded["tasks"].items()}
 
 

@@ -68,6 +68,7 @@ ABSENT: Mapping[str, Any] = {
     "method.version": 1,
     "train.logits_at_once": None,
     "prune.when": "before",
+    "eval.chat_template": False,
     "eval.held_out": None,
     "eval.perplexity.windows": None,
     "model.attn_implementation": None,

@@ -191,9 +191,10 @@ class Job:
         rows = inputs.rows[: count if method.reads_rows else 0]
         batches = [inputs.pad(rows[start : start + size]) for start in range(0, len(rows), size)]
         if model.device.type == "cpu" and method.trains:
-            result["memory"]["init_peak"] = self.store.once(
-                "init_memory", lambda: initialization_memory(method, model, batches, cfg.seed, cfg.train)
-            )
+            with self.phase("measure"):
+                result["memory"]["init_peak"] = self.store.once(
+                    "init_memory", lambda: initialization_memory(method, model, batches, cfg.seed, cfg.train)
+                )
         with self.phase("init") as peak:
             transformers.set_seed(cfg.seed)
             with head_deferred(model, cfg.train):
@@ -209,7 +210,8 @@ class Job:
         if not method.trains:
             return adapted
         meter = Meter(cfg.train.timing_warmup)
-        cost = self.store.once("step", lambda: training_cost(adapted, inputs.longest, cfg.train, method))
+        with self.phase("measure"):
+            cost = self.store.once("step", lambda: training_cost(adapted, inputs.longest, cfg.train, method))
         result["memory"] |= cost["memory"]
         result["flops"] |= cost["flops"]
         with self.phase("train") as peak:

@@ -150,7 +150,7 @@ UNKNOWN = entries(
     ("+x=1", "x: no such key; the config has sparsity, pattern, seed"),
     ("++adapter.rank=3", "adapter.rank: no such key; adapter has r, alpha, targets"),
     ("+prune.damping=0.1", "prune.damping: no such key; prune has name, samples, sequence_length, seed, text"),
-    ("+eval.perplexity.windows=8", "eval.perplexity.windows: no such key; did you mean eval.perplexity.window?"),
+    ("+eval.perplexity.length=8", "eval.perplexity.length: no such key"),
     ("++method.peft.scalin=x", "method.peft.scalin: no such key; did you mean method.peft.scaling?"),
     ("method=sora +method.shrinkag=1", "method.shrinkag: no such key; did you mean method.shrinkage?"),
 )

@@ -18,6 +18,7 @@ from harness.corpora import texts
 from harness.data import IGNORED
 from harness.errors import BadInput
 from harness.evaluate import MICROWORLD_TASKS, check_scoring, check_tasks, evaluate
+from harness.log_likelihood import PromptSharingLM
 from harness.perplexity import perplexity_windows
 from harness.stock_tasks import ZERO_SHOT
 
@@ -195,6 +196,21 @@ def test_accuracy_is_that_of_the_likeliest_answer(data_root):
     assert result["margins"] == pytest.approx(margins, abs=2e-4)
     assert result["margin"] == pytest.approx(statistics.mean(margins), abs=2e-4)
     assert result["margin_stderr"] == pytest.approx(statistics.stdev(margins) / math.sqrt(ITEMS), abs=2e-4)
+
+
+def test_prompts_in_the_chat_template_of_the_model(data_root, monkeypatch):
+    tokenizer = make_tokenizer()
+    cfg = eval_cfg(["rte"], data_root, limit=1, chat_template=True)
+    with pytest.raises(BadInput, match=r"eval.chat_template=true: the tokenizer of the model has no chat template"):
+        check(cfg, tokenizer)
+    tokenizer.chat_template = "<s>{% for m in messages %}{{ m.role }} says {{ m.content }} {% endfor %}now"
+    check(cfg, tokenizer)
+    asked = []
+    encode = PromptSharingLM.tok_encode
+    monkeypatch.setattr(PromptSharingLM, "tok_encode", lambda self, text, **_: asked.append(text) or encode(self, text))
+    evaluate(tiny(), tokenizer, cfg, None, progress=False)
+    assert any(text.startswith("<s>user says") and text.endswith("now") for text in asked)
+    assert encode(SimpleNamespace(tokenizer=tokenizer, add_bos_token=True), asked[-1]).count(1) == 1  # one BOS
 
 
 def test_a_task_without_accuracy_has_its_first_metric_and_no_part_in_the_average(monkeypatch):

@@ -101,7 +101,16 @@ def test_a_run_from_end_to_end(tiny, capsys, no_network) -> None:
     assert sum(memory["breakdown"].values()) == memory["train_peak"] > memory["eval_peak"] > 0
     assert memory["init_peak"] > memory["breakdown"]["weights"]
     assert result["time"]["steps"] == 3 and result["time"]["warmup_steps"] == 1
-    assert set(result["time"]["phases"]) == {"load", "prune", "baselines", "init", "train", "merge", "evaluate"}
+    assert set(result["time"]["phases"]) == {
+        "load",
+        "prune",
+        "baselines",
+        "measure",
+        "init",
+        "train",
+        "merge",
+        "evaluate",
+    }
     assert result["flops"]["per_step"] > 0
     assert result["parameters"]["adapter_bytes"] == 4 * result["parameters"]["trainable"]
     assert result["parameters"]["adapted_share"] == 1
