@@ -33,7 +33,7 @@ def test_the_published_walk_keeps_the_same_weights(name) -> None:
 
 
 def test_the_command_compares_all_parts_on_one_model(tmp_path, capsys, no_network) -> None:
-    arguments = ["microworld", "--rounds", "1", "--limit", "2", "--output", str(tmp_path / "out")]
+    arguments = ["microworld", "--rounds", "1", "--limit", "2", "--profile", "--output", str(tmp_path / "out")]
     assert pipeline.main([*arguments, *TINY, f"cache_root={tmp_path}"]) == 0
     table = pd.read_csv(tmp_path / "out" / "pipeline.csv").set_index("part")
     assert list(table.index) == ["prune", "score", "train", "init"]
@@ -46,6 +46,9 @@ def test_the_command_compares_all_parts_on_one_model(tmp_path, capsys, no_networ
     assert {"ratio_min", "ratio_max", "rounds", "precision", "samples", "threads", "git_commit"} <= set(table)
     assert list(table.precision) == ["float32", "float32", "bf16_mixed", "float32"]
     assert "ratio" in capsys.readouterr().out
+    profile = pd.read_csv(tmp_path / "out" / "profile.csv")
+    assert set(profile.part) == set(table.index) and profile.groupby("part").share.sum().between(0.5, 1).all()
+    assert "aten::mm" in set(profile[profile.part == "train"].operator)
 
 
 def test_the_sides_take_turns(monkeypatch) -> None:

@@ -61,6 +61,7 @@ from lors.pruning import prune_model
 
 __all__ = ["main", "prune_by_sample"]
 
+PROFILED = 12  # operators
 SPARSITY, BF16 = 0.5, "train.precision=bf16_mixed"
 QUICK = ["train.steps=12", "train.timing_warmup=4", "train.checkpoint_every=null", "eval.perplexity=null"]
 # Of any other model than the embedded one: what the tables of a real model are made with.
@@ -96,6 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what is timed")
     parser.add_argument("--limit", type=int, default=20, help="items of each task")
     parser.add_argument("--rounds", type=int, default=3, help="samples of each side")
+    parser.add_argument("--profile", action="store_true", help="also write profile.csv, the share of each operator")
     parser.add_argument("--output", type=Path, default=Path("runs/bench"), help="folder for what is written")
     options = parser.parse_intermixed_args(arguments)
     set_verbosity_error()
@@ -103,12 +105,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.rounds < 1:
             raise ValueError(f"--rounds {options.rounds}: must be a whole number >= 1")
-        rows = []
+        options.output.mkdir(parents=True, exist_ok=True)
+        rows, profiles = [], []
         for part in options.parts:
             rows.append(measure(part, options))
             table = pd.DataFrame(rows)
-            options.output.mkdir(parents=True, exist_ok=True)
             table.to_csv(options.output / "pipeline.csv", index=False)  # a part is not lost with the next one
+            if options.profile:
+                profiles += profile(part, options)
+                pd.DataFrame(profiles).to_csv(options.output / "profile.csv", index=False)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -145,6 +150,20 @@ def measure(part: str, options: argparse.Namespace) -> dict[str, Any]:
         **{name: machine[name] for name in ("device", "threads", "torch", "transformers", "peft", "lm_eval")},
         **{name: machine[name] for name in ("git_commit", "git_dirty", "platform")},
     }
+
+
+def profile(part: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The operators that take most of the time of ours in one more run: a row each, with its share and its calls."""
+    sides, _, overrides = PARTS[part]
+    setting = _setting(options, overrides)
+    with torch.profiler.profile() as profiler:
+        sides[0](setting)
+    time = "self_device_time_total" if default_device().type == "cuda" else "self_cpu_time_total"
+    operators = profiler.key_averages()
+    times = {operator.key: getattr(operator, time) for operator in operators}
+    total = sum(times.values())
+    most = sorted(operators, key=lambda operator: -times[operator.key])[:PROFILED]
+    return [{"part": part, "operator": o.key, "share": times[o.key] / total, "calls": o.count} for o in most]
 
 
 def _setting(options: argparse.Namespace, overrides: Sequence[str]) -> Setting:
