@@ -14,7 +14,7 @@ from analysis.__main__ import main
 from analysis.rates import RECIPE
 from harness.config import resolve
 
-RATES = (1e-4, 1e-3, 1e-2)
+RATES = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1)
 
 
 @pytest.fixture
@@ -60,10 +60,57 @@ def test_the_winners_reach_the_recipe_and_the_rest_of_it_stays(search, recipe, c
 
 def test_a_rate_at_which_one_of_the_seeds_diverged_does_not_win(search, capsys) -> None:
     runs = search(lors=(0.7, 0.8, 0.9))
-    for rate, status in zip(RATES, ("ok", "ok", "failed"), strict=True):
+    for rate, status in zip(RATES, ("ok", "ok", "failed"), strict=False):
         write(runs, result("lors", seed=1, accuracy=0.7, status=status, config={"train.learning_rate": rate}))
     assert main(["lr", str(runs)]) == 0
     assert "| lors | 70.0 | **75.0** | diverged |" in capsys.readouterr().out
+
+
+@pytest.fixture
+def unscored(tmp_path) -> Callable[..., Path]:
+    """Function from method -> {rate: loss of held-out answers} to the folder of such a search, without tasks."""
+
+    def make(**methods: dict[float, float]) -> Path:
+        for method, losses in methods.items():
+            for rate, loss in losses.items():
+                content = result(method, answers=loss, config={"train.learning_rate": rate})
+                content["eval"] |= {"tasks": {}, "average": None, "perplexity": None}
+                write(tmp_path / "runs", content)
+        return tmp_path / "runs"
+
+    return make
+
+
+def test_without_tasks_the_least_loss_of_held_out_answers_wins_on_grids_of_each_method(
+    unscored, recipe, capsys
+) -> None:
+    of_lors = {1e-3: 2.0, 3e-3: 1.5, 1e-2: 1.75}
+    of_spp = {1e-2: 2.0, 3e-2: 1.9, 1e-1: 1.8, 3e-1: 1.7}
+    assert main(["lr", str(unscored(lors=of_lors, spp=of_spp)), "--recipe", str(recipe), "--write"]) == 0
+    printed = capsys.readouterr().out
+    assert "| method | 0.001 | 0.003 | 0.01 | 0.03 | 0.1 | 0.3 |" in printed
+    assert "| lors | 7.39 | **4.48** | 5.75 | - | - | - |" in printed
+    assert "| spp | - | - | 7.39 | 6.69 | 6.05 | **5.47** |" in printed
+    assert "Perplexity of held-out answers; the least wins." in printed
+    assert "Continued beyond 3 rates, since the best lay at an end: spp (4 rates)." in printed
+    assert "so that a rate beyond it may be better: spp." in printed
+    assert yaml.safe_load(recipe.read_text())["tuned"]["spp"] == 0.3
+
+
+def test_a_search_goes_on_beyond_the_end_at_which_the_best_lay_and_nowhere_else(unscored, capsys) -> None:
+    short = {1e-3: 2.0, 3e-3: 1.5, 1e-2: 1.75}
+    down = {3e-4: 1.6, 1e-3: 1.5, 3e-3: 1.7, 1e-2: 1.8}
+    assert main(["lr", str(unscored(lors=short, lora=down))]) == 0
+    more = {1e-4: 1.9, 3e-4: 1.6, 1e-3: 1.5, 3e-3: 1.7, 1e-2: 1.8}  # the best was inside
+    assert main(["lr", str(unscored(hira=more))]) == 2
+    assert "lora (3" not in (error := capsys.readouterr().err) and "and hira (5); a longer" in error
+
+
+def test_every_rate_has_the_same_seeds(search, capsys) -> None:
+    runs = search(lors=(0.7, 0.8, 0.6))
+    write(runs, result("lors", seed=1, accuracy=0.7, config={"train.learning_rate": RATES[0]}))
+    assert main(["lr", str(runs)]) == 2
+    assert "every rate must have the same seeds, here 0 or 0, 1" in capsys.readouterr().err
 
 
 def test_a_recipe_is_written_only_if_asked_and_whole_or_not_at_all(search, recipe, capsys, monkeypatch) -> None:
@@ -86,7 +133,8 @@ def test_a_recipe_is_written_only_if_asked_and_whole_or_not_at_all(search, recip
 @pytest.mark.parametrize(
     ("methods", "message"),
     [
-        ({"lors": (0.7, 0.8, 0.7), "spp": (0.6, 0.7)}, "not the same search for lors (3 runs) and spp (2)"),
+        ({"lors": (0.8, 0.7, 0.75), "spp": (0.6, 0.7)}, "not the same search for spp (2 rates) and lors (3); a longer"),
+        ({"lors": (0.7, 0.8, 0.7, 0.6, 0.5)}, "rates must be a constant factor apart, here 3 to 10"),
         ({"lors": (None, None, None)}, "lors ended well at no rate"),
         ({"none": (0.6,)}, "no fine-tuned run below"),
         ({"lors": (0.7,), "spp": (0.6,)}, "only the rate 0.0001 below; a search has two or more"),
