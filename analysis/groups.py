@@ -38,6 +38,8 @@ CHOICES = (
     *("adapter", "method", "train.learning_rate", "train.minimum_learning_rate", "train.warmup_steps"),
     *("train.weight_decay", "train.betas", "train.max_grad_norm", *MACHINE),
 )
+# Before the fine-tuning, or after it: then a control.
+WHEN = "prune.when"
 # Digits of a fingerprint.
 SHOWN = 12
 # Folders of conf/ in which every file has keys of its own: values are compared between runs of the same file.
@@ -57,7 +59,7 @@ class Group:
         protocol: Value by config key, of the protocol keys in which tables differ.
         choices: Config keys (and columns of MACHINE, if mixed) in which rows of this table differ.
         runs: The trained runs, and those that failed.
-        tuned_dense: The dense model with the same fine-tuning.
+        tuned_dense: The dense model with the same fine-tuning, and pruned after it.
         controls: The dense and the pruned model, scored or failed.
     """
 
@@ -91,7 +93,8 @@ def groups_of(table: pd.DataFrame, *, mix: bool = False) -> list[Group]:
         sorted_in = [text_of(_picked(values, keys)) for values in runs["values"]]
         for _, same in runs.groupby([*AXES, pd.Series(sorted_in, runs.index)], sort=False):
             groups.append(_group(same.iloc[0], same, runs, controls, keys, mix))
-    # The dense model with the same fine-tuning is a control of the others, and a table only where there are none.
+    # The dense model with the same fine-tuning is a control of the others, and a table only where there are none; so it
+    # is where it was pruned after it.
     absorbed = {index for group in groups for index in group.tuned_dense.index}
     groups = [group for group in groups if not absorbed.issuperset(group.runs.index)]
     used = {index for group in groups for index in group.controls.index}
@@ -150,20 +153,23 @@ def _group(
     wanted = text_of(_picked(head["values"], same_protocol))
     dense = trained[(trained.pruner == "none") & (trained.sparsity == 0) & (trained.model == head.model)]
     dense = dense.loc[[text_of(_picked(values, same_protocol)) == wanted for values in dense["values"]]]
-    if is_dense(head) or head["mode"] != "run":
+    pruned_last = head["values"].get(WHEN) == "after"
+    if is_dense(head) or head["mode"] != "run" or pruned_last:
         dense = dense.iloc[:0]
+    else:
+        dense = pd.concat([dense, trained.loc[[_is_pruned_after(row, head, keys) for _, row in trained.iterrows()]]])
     controls = controls.loc[[_is_control_of(row, head) for _, row in controls.iterrows()]]
     if not mix:
         check_one_machine(runs)
         dense, controls = (
             rows.loc[[machine_of(row) == machine_of(head) for _, row in rows.iterrows()]] for rows in (dense, controls)
         )
-    chosen = varying([*runs["values"], *dense["values"]])
+    chosen = [key for key in varying([*runs["values"], *dense["values"]]) if key != WHEN]
     machines = pd.concat([runs, dense, controls])
     mixed = [name for name in MACHINE if name not in chosen and machines[name].map(str).nunique() > 1]
     return Group(
         axes={axis: head[axis] for axis in AXES},
-        protocol=_picked(head["values"], keys),
+        protocol=_picked(head["values"], [key for key in keys if key != WHEN or pruned_last]),
         choices=(*chosen, *mixed),
         runs=runs,
         tuned_dense=dense,
@@ -216,6 +222,15 @@ def _is_control_of(control: pd.Series, head: pd.Series) -> bool:
         return False
     own = without(within(control["values"], OF_CONTROLS[control.method]), IGNORED)
     return text_of(own) == text_of(_picked(head["values"], own))
+
+
+def _is_pruned_after(run: pd.Series, head: pd.Series, keys: list[str]) -> bool:
+    """Whether this is the dense model fine-tuned as `head`, then pruned as it."""
+    same = [key for key in keys if key != WHEN]
+    alike = all(run[axis] == head[axis] for axis in AXES)
+    return (
+        alike and run["values"].get(WHEN) == "after" and _picked(run["values"], same) == _picked(head["values"], same)
+    )
 
 
 def check_one_machine(runs: pd.DataFrame) -> None:

@@ -149,11 +149,12 @@ def _control(method: str, group: Group) -> list[Line]:
 
 
 def _tuned_dense(group: Group) -> list[Line]:
-    """The dense model with the same fine-tuning, in the end state that each method names first."""
-    label = "dense, fine-tuned"
+    """The dense model with the same fine-tuning, in the end state that each method names first; and pruned after it."""
+    label, dense = "dense, fine-tuned", group.tuned_dense.sparsity == 0
     found = [
-        replace(line, role="control", label=f"{label} ({name_of(line.method)})")
-        for line in _trained(group.tuned_dense, group)
+        replace(line, role="control", label=f"{label}{then} ({name_of(line.method)})")
+        for then, runs in (("", group.tuned_dense[dense]), (", then pruned", group.tuned_dense[~dense]))
+        for line in _trained(runs, group)
         if line.headline and not line.rows.empty
     ]
     return found or [Line("dense", None, "control", label, {}, group.tuned_dense.iloc[:0])]

@@ -214,7 +214,8 @@ def _recovery(lines: list[Line], controls: dict[str, Sample], pruned: float, los
 
 def _tuned_dense(lines: list[Line]) -> list[Line]:
     """The controls that are the dense model with the fine-tuning of a method."""
-    return [line for line in lines if line.role == "control" and line.method not in CONTROLS and not line.rows.empty]
+    found = [line for line in lines if line.role == "control" and line.method not in CONTROLS]
+    return [line for line in found if not line.rows.empty and (line.rows.sparsity == 0).all()]
 
 
 def _score_of_control(lines: list[Line], control: str) -> Sample:

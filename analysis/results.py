@@ -98,7 +98,8 @@ def load(places: Iterable[Path]) -> pd.DataFrame:
     for path, result in found:
         experiments[result["key"]] |= {result["config"]["name"]}
         experiments[result["key"]] |= {path.parent.stem} if path.parent.suffix == SUFFIX else set()
-        if result["mode"] == "run" and result.get("support"):
+        pruned_first = result["config"]["prune"].get("when") != "after"
+        if result["mode"] == "run" and result.get("support") and pruned_first:
             supports[_pruned_model(result)].add(result["support"]["sha256"])
     rows: dict[tuple[str, ...], dict[str, Any]] = {}
     for path, result in _newest(found):

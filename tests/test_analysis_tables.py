@@ -216,6 +216,30 @@ def test_missing_cells_out_of_memory_and_failures(tmp_path):
     ]
 
 
+def test_the_dense_model_fine_tuned_and_then_pruned_is_a_control(tmp_path):
+    """Whatever zeros its seeds end with; without runs of that pruning it is a table."""
+    last = [result("lors", seed=seed, accuracy=0.65, support=letter * 64, config={"prune.when": "after"})
+            for seed, letter in enumerate("abc")]  # fmt: skip
+    for content in last:
+        content["baselines"]["pruned"] = None
+    runs = [result("lors", seed=seed, support="f" * 64, config={"prune.when": "before"}) for seed in range(3)]
+    runs += [result("lors", pruner="none", sparsity=0.0, accuracy=0.81)]
+    runs += [result("lors", sparsity=0.7, config={"prune.when": "before"})]
+    half, other = tables_of(tmp_path / "both", *runs, *last)
+    assert half.title == "microworld, wanda 0.5" and not half.choices
+    assert [(row.role, row.label, row.n) for row in half.rows] == [
+        ("control", "dense", 0),
+        ("control", "dense, fine-tuned (LoRS)", 1),
+        ("control", "dense, fine-tuned, then pruned (LoRS)", 3),
+        ("control", "pruned", 0),
+        ("method", "LoRS", 3),
+    ]
+    (side,) = side_by_side([half, other])
+    assert side.panels["Scores"].rows[2][:4] == ["dense, fine-tuned, then pruned (LoRS)", "3", "65.0 ± 0.0", "-"]
+    (alone,) = tables_of(tmp_path / "alone", *last)
+    assert trainings(alone) == [("LoRS", 3)]
+
+
 def test_models_that_nobody_trained_are_tables_of_controls(tmp_path):
     runs = [result("lors"), result("none", pruner="magnitude", accuracy=0.5, pruned=(0.5, 2.0))]
     first, second = tables_of(tmp_path, *runs)
