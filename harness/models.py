@@ -55,13 +55,17 @@ class Models:
         log.info("the model is %s", json.dumps(provenance(self.cfg)["model.path"]))
         if not self._prunes_first:
             return self.inputs.source
-        folder = sealed_once(self.cache / "pruned", self.pruned_key, lambda: self.prune(self._dense("auto")))
+        folder = sealed_once(self.cache / "pruned", self.pruned_key, self._pruned)
         return Source(str(folder), None, str(folder), folder, self.inputs.source.options)
 
-    def _dense(self, dtype: torch.dtype | str) -> PreTrainedModel:
-        """The model as it comes, on the device of the run; ``"auto"`` keeps the format of the file."""
-        source = self.inputs.source
-        return load_weights(source.path, source.revision, shown=source.shown, dtype=dtype, **source.options)
+    def _dense(self, dtype: torch.dtype | str, device: torch.device | None = None) -> PreTrainedModel:
+        """The model as it comes, on a device, by default that of the run; ``"auto"`` keeps the format of the file."""
+        source, options = self.inputs.source, {"dtype": dtype, "device": device, **self.inputs.source.options}
+        return load_weights(source.path, source.revision, shown=source.shown, **options)
+
+    def _pruned(self) -> PreTrainedModel:
+        # One block at a time is on the device, which may be too small for the model.
+        return self.prune(self._dense("auto", torch.device("cpu")))
 
     def baselines(self, model: PreTrainedModel, sparsity: float) -> dict[str, Any]:
         """Scores of the pruned model and of what it was made from, which of one that comes sparse nobody knows; of one
@@ -141,6 +145,7 @@ class Models:
             sparsity=self.cfg.sparsity,
             pattern=self.cfg.pattern,
             calibration=None if calibration is None else calibration.to(model.device),
+            device=default_device(),
             **self._options(),
         )
         return model

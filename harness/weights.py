@@ -36,15 +36,16 @@ def base_format(cfg: DictConfig) -> torch.dtype:
     return PRECISIONS[cfg.train.precision].base if chosen is None else getattr(torch, chosen)
 
 
-def load_weights(path: str, revision: str | None = None, *, shown: str, **options: Any) -> PreTrainedModel:
-    """A model whose every weight comes from its checkpoint, and whose checkpoint holds no other ones.
-
-    It is on the device of the run, in evaluation mode.
+def load_weights(
+    path: str, revision: str | None = None, *, shown: str, device: torch.device | None = None, **options: Any
+) -> PreTrainedModel:
+    """A model, for evaluation, whose every weight comes from its checkpoint, and whose checkpoint holds no other ones.
 
     Args:
         path: Folder, or name on the Hub.
         revision: On the Hub.
         shown: What the message says of where it comes from, such as ``model.path=here``.
+        device: Where the model is; None: on the device of the run.
         options: Of ``from_pretrained``; ``device_map="meta"`` reads names and shapes only.
 
     Raises:
@@ -81,7 +82,8 @@ def load_weights(path: str, revision: str | None = None, *, shown: str, **option
         return model.eval()
     if places is not None:
         _check_places(model, places)
-    return model.to(default_device()).eval()
+        return model.eval()
+    return model.to(device or default_device()).eval()
 
 
 def random_model(
