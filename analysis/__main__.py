@@ -3,11 +3,12 @@
 import argparse
 import sys
 
-from analysis import bench, claims, compare, margins, pack, plots, rates, report, simulated, tables
+from analysis import agreement, bench, claims, compare, margins, pack, plots, rates, report, simulated, tables
 
 # A command is a module: the first line of its text is its help, `add_arguments(parser)` declares what it takes, and
 # `run(options)` returns the exit code. A ValueError is bad input: one line, exit code 2.
 COMMANDS = {
+    "agreement": agreement,
     "bench": bench,
     "claims": claims,
     "compare": compare,
