@@ -87,6 +87,8 @@ def test_every_method_as_measured_on_a_cpu(config, name) -> None:
         ("method=sqft_gc", "train.precision=bf16_mixed", "train.activation_checkpointing=true"),
         ("method=lors", "method.peft.storage=bitmap", "sparsity=0.75", "train.activation_checkpointing=true"),
         ("method=lors", "method.peft.storage=auto", "pattern=2:4", "train.precision=bf16"),
+        ("method=lors", "train.logits_at_once=5", "train.precision=bf16_mixed"),
+        ("method=full", "train.logits_at_once=5", "train.gradient_accumulation=2"),
     ],
 )
 def test_every_setting_as_measured_on_a_cpu(config, overrides) -> None:

@@ -344,6 +344,19 @@ def test_activation_checkpointing_changes_nothing_but_memory(tmp_path):
     assert_same_weights(plain, saving)
 
 
+@pytest.mark.parametrize("precision", ["float32", "bf16_mixed"])
+def test_the_loss_in_chunks_of_tokens_trains_alike(tmp_path, precision):
+    plain, one = fit(lora(), tmp_path / "plain", recipe(precision=precision))
+    chunked, other = fit(lora(), tmp_path / "chunked", recipe(precision=precision, logits_at_once=3))
+    losses = [[line["loss"] for line in outcome.history] for outcome in (one, other)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6 if precision == "float32" else 1e-3)
+    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-6)
+    tokens = torch.tensor([[3, 4]])
+    torch.testing.assert_close(
+        plain(tokens).logits, chunked(tokens).logits, rtol=0, atol=1e-4 if precision == "float32" else 0.1
+    )
+
+
 @pytest.mark.parametrize("precision", ["float32", "bf16_mixed", "bf16"])
 def test_precisions_keep_their_formats_and_leave_no_wrapper(tmp_path, precision):
     model, outcome = fit(lora(), tmp_path, recipe(precision=precision))
