@@ -8,6 +8,7 @@ from analysis.columns import Column
 from analysis.groups import AXES
 from analysis.notes import settings
 from analysis.render import shared_notes
+from analysis.style import order_of
 from analysis.table_cells import Row, Section, Table
 from analysis.table_writer import TextTable
 
@@ -75,10 +76,11 @@ def _panel(tables: list[Table], heads: list[str], score: str) -> TextTable:
     for number, table in enumerate(tables):
         for row in table.rows:
             name = row.label if row.role == "control" else row.method
-            same = (row.role, name, str(row.end_state), *map(row.text, choices))
+            same = (row.role, name, str(row.end_state), *(_chosen(row, key, table) for key in choices))
             while number in lines.get(same, {}):  # a control that was scored differently in some runs
                 same = (*same, "again")
             lines.setdefault(same, {})[number] = row
+    lines = dict(sorted(lines.items(), key=lambda item: _place(next(iter(item[1].values())))))
     columns = [_compared(table).get(score) for table in tables]
     # Costs that the zeros do not change are the same in all tables, as they are shown.
     costs = [
@@ -90,10 +92,11 @@ def _panel(tables: list[Table], heads: list[str], score: str) -> TextTable:
     difference = next(filter(None, columns)).title
     header = ["method", *choices.values(), "n", *(title for head in heads for title in (head, difference))]
     texts, found = [], [list(of_tables.values()) for of_tables in lines.values()]
-    for of_tables in lines.values():
+    for (_, _, _, *values), of_tables in lines.items():
         some, *_ = of_tables.values()
-        n = min(row.n for row in of_tables.values())  # a cell with more seeds shows its own spread
-        of_line = [some.label, *map(some.text, choices), str(n or "-")]
+        counts = sorted({row.n for row in of_tables.values() if row.n})
+        n = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1])))) if counts else "-"
+        of_line = [some.label, *values[: len(choices)], n]
         for number, column in enumerate(columns):
             shown = (column.base, column) if column and number in of_tables else ()
             of_line += [of_tables[number].cells[one.name].text(one) for one in shown] or ["-", "-"]
@@ -101,6 +104,20 @@ def _panel(tables: list[Table], heads: list[str], score: str) -> TextTable:
     keys = [list(dict.fromkeys(key for row in rows for key in row.rows.key)) for rows in found]
     controls = sum(rows[0].role == "control" for rows in found)
     return TextTable([*header, *(c.title for c in costs)], texts, keys, [rows[0].method for rows in found], controls)
+
+
+def _chosen(row: Row, key: str, table: Table) -> str:
+    """A choice for readers, also where all rows of a table have the same."""
+    if key in table.choices or row.rows.empty:
+        return row.text(key)
+    return replace(row, choices=row.rows["values"].iloc[0]).text(key)
+
+
+def _place(row: Row) -> tuple[bool, tuple[int, str]]:
+    """Sorts the rows of several tables as each of them has its own."""
+    if row.role == "control":
+        return False, ({"dense": 0, "pruned": 2}.get(row.method, 1), "")
+    return True, order_of(row.method)
 
 
 def _cautions(tables: Sequence[Table], heads: Sequence[str]) -> list[str]:

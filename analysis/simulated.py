@@ -57,27 +57,15 @@ def peaks(results: pd.DataFrame) -> pd.DataFrame:
     for result in results[(results["mode"] == "simulate") & (results["status"] == "ok")].to_dict("records"):
         config, sizes = result["config"], result["memory_breakdown"]
         train, simulated = config["train"], config["simulate"]
-        rest = ("adapters", "gradients", "optimizer", "other")
         rows.append(
-            {
-                "model": result["model"],
-                "label": result["label"],
-                "precision": train["precision"],
-                "batch": train["batch_size"],
-                "accumulation": train["gradient_accumulation"],
-                "checkpointing": train["activation_checkpointing"],
-                "shards": simulated["shards"],
-                "device": simulated["device"],
-                "method": result["method"],
-                "storage": (config["method"].get("peft") or {}).get("storage") or "dense",
-                "tokens": train["sequence_length"],
-                "r": config["adapter"]["r"],
-                "peak": result["train_peak"],
-                **{name: sizes.get(name, 0) for name in ("weights", "activations", "transients")},
-                "rest": sum(sizes.get(name, 0) for name in rest),
-                "flops": result["flops"],
-                "fits_on": fits_on(result["train_peak"]),
-            }
+            {name: result[name] for name in ("model", "label", "method", "flops")}
+            | {"precision": train["precision"], "batch": train["batch_size"], "tokens": train["sequence_length"]}
+            | {"accumulation": train["gradient_accumulation"], "checkpointing": train["activation_checkpointing"]}
+            | {"shards": simulated["shards"], "device": simulated["device"], "r": config["adapter"]["r"]}
+            | {"storage": (config["method"].get("peft") or {}).get("storage") or "dense"}
+            | {"peak": result["train_peak"], "fits_on": fits_on(result["train_peak"])}
+            | {name: sizes.get(name, 0) for name in ("weights", "activations", "transients")}
+            | {"rest": sum(sizes.get(name, 0) for name in ("adapters", "gradients", "optimizer", "other"))}
         )
     if not rows:
         raise ValueError("runs: no finished simulation; python run.py -m experiment=efficiency_simulated makes some")

@@ -112,6 +112,13 @@ def test_recovery_is_the_share_of_the_way_from_pruned_to_dense(sweep):
     assert "0 is the pruned model (70.0 %), 100 the dense one (80.0 %)" in caption_of(figure)[1]
 
 
+def test_what_was_pruned_after_its_fine_tuning_is_no_dense_control(tmp_path):
+    last = result("lors", accuracy=0.5, config={"prune.when": "after"})
+    write(tmp_path, last, result("lors"), result("lors", pruner="none", sparsity=0.0, accuracy=0.82))
+    (figure,) = drawn("recovery", tmp_path).values()
+    assert lines_in(figure.axes[0])["lors dense"][0] == pytest.approx([110])
+
+
 def test_of_other_methods_the_end_state_that_keeps_the_zeros_is_drawn(tmp_path):
     run = result("hira", states=("adapter", "remasked"))
     run["zeros"] |= {"after_merge": None, "lost": None, "gained": None}

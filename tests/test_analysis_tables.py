@@ -269,7 +269,7 @@ def test_averages_of_several_tables_stand_side_by_side(tmp_path, capsys):
     assert text.columns == ["method", "n", *heads, "trainable", "memory (MiB)", "GFLOP/step"]
     assert text.methods[: text.controls] == ["dense", "dense", "dense", "pruned"]
     lors = text.rows[text.methods.index("lors")]
-    assert lors == ["LoRS", "1", "75.1 ± 0.1", "+5.0 ± 0.1", "-", "-", "69.0", "-1.1", "1,000", "100.0", "1.0"]
+    assert lors == ["LoRS", "1 to 3", "75.1 ± 0.1", "+5.0 ± 0.1", "-", "-", "69.0", "-1.1", "1,000", "100.0", "1.0"]
     assert isinstance(lors[2], Bold) and not isinstance(lors[6], Bold)
     assert len(text.runs[text.methods.index("lors")]) == 4
     # One dense model was scored differently: both rows are there.
@@ -330,6 +330,21 @@ def test_average_text_and_answers_stand_side_by_side_each_in_a_table(answered, t
     assert better.difference.item() == pytest.approx(0.296) and better.p.item() < 0.01
     numbers = pd.read_csv(tmp_path / "tables.csv")
     assert {"rte_margin", "answers_perplexity_log_minus_lora"} <= set(numbers.column)
+
+
+def test_rows_of_one_choice_stand_in_one_line_also_where_a_table_has_no_other(tmp_path):
+    exact = {"method.peft.exact_gradient": True}
+    runs = [result("lors", pruner="sparsegpt"), result("sqft", pruner="sparsegpt"), result("lors"), result("lora")]
+    runs += [result("lors", config=exact, accuracy=0.75)]
+    (side,) = side_by_side(tables_of(tmp_path, *runs))
+    text = side.panels["Scores"]
+    assert text.columns[1] == "exact gradient"
+    assert [row[:6] for row in text.rows[text.controls :]] == [
+        ["LoRA", "-", "1", "-", "-", "70.0"],
+        ["LoRS", "no", "1", "70.0", "-", "70.0"],
+        ["LoRS", "yes", "1", "-", "-", "75.0"],
+        ["SQFT", "-", "1", "70.0", "-", "-"],
+    ]
 
 
 def test_a_seed_of_a_method_is_a_choice_only_if_it_is_not_that_of_the_run(tmp_path):

@@ -86,14 +86,16 @@ def test_without_tasks_the_least_loss_of_held_out_answers_wins_on_grids_of_each_
 ) -> None:
     of_lors = {1e-3: 2.0, 3e-3: 1.5, 1e-2: 1.75}
     of_spp = {1e-2: 2.0, 3e-2: 1.9, 1e-1: 1.8, 3e-1: 1.7}
-    assert main(["lr", str(unscored(lors=of_lors, spp=of_spp)), "--recipe", str(recipe), "--write"]) == 0
+    of_hira = {3e-3: 1.5, 1e-2: 1.6, 3e-2: 1.8}
+    runs = unscored(lors=of_lors, hira=of_hira, spp=of_spp)
+    assert main(["lr", str(runs), "--recipe", str(recipe), "--write"]) == 0
     printed = capsys.readouterr().out
     assert "| method | 0.001 | 0.003 | 0.01 | 0.03 | 0.1 | 0.3 |" in printed
     assert "| lors | 7.39 | **4.48** | 5.75 | - | - | - |" in printed
     assert "| spp | - | - | 7.39 | 6.69 | 6.05 | **5.47** |" in printed
     assert "Perplexity of held-out answers; the least wins." in printed
     assert "Continued beyond 3 rates, since the best lay at an end: spp (4 rates)." in printed
-    assert "so that a rate beyond it may be better: spp." in printed
+    assert "so that a rate beyond it may be better: hira, spp." in printed
     assert yaml.safe_load(recipe.read_text())["tuned"]["spp"] == 0.3
 
 
