@@ -75,8 +75,7 @@ def _panel(tables: list[Table], heads: list[str], score: str) -> TextTable:
     lines: dict[tuple[str, ...], dict[int, Row]] = {}  # by what tells them apart, then by number of table
     for number, table in enumerate(tables):
         for row in table.rows:
-            name = row.label if row.role == "control" else row.method
-            same = (row.role, name, str(row.end_state), *(_chosen(row, key, table) for key in choices))
+            same = (row.role, row.method, str(row.end_state), *(_chosen(row, key, table) for key in choices))
             while number in lines.get(same, {}):  # a control that was scored differently in some runs
                 same = (*same, "again")
             lines.setdefault(same, {})[number] = row
