@@ -62,6 +62,9 @@ MUTANTS = [
     Mutant("baselines/gelora.py", "max(after - before, 0)", "max(before - after, 0)", "gelora"),
     # The harness: what is trained, measured, scored, stored.
     Mutant("harness/recipe.py", 'reduction="sum") / targets', 'reduction="mean")', "train"),
+    Mutant("harness/deferred_head.py", "dZ.new_full(y.shape, -1.0)", "dZ.new_full(y.shape, 0.0)", "deferred_head"),
+    Mutant("harness/evaluate.py", "scores.pop(gold) - max(scores)", "scores.pop(gold) - min(scores)", "evaluate"),
+    Mutant("harness/perplexity.py", "mean = math.fsum(loss * weight", "mean = math.fsum(loss", "evaluate"),
     Mutant("harness/perplexity.py", "z[:-1].float(), y[1:]", "z[1:].float(), y[:-1]", "log_likelihood"),
     Mutant("harness/log_likelihood.py", "< lengths[:, None]", "<= lengths[:, None]", "log_likelihood"),
     Mutant("harness/identity.py", "or value != ABSENT[key]", "or True", "identity"),
