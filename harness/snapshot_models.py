@@ -124,10 +124,10 @@ def _convert(file: Path, model: dict[str, Any], folder: Path) -> str:
     content.pop("quantization_config", None)
     config = type(loaded.config).from_dict(content)
     _check_shape(model, config)
-    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     plain.load_state_dict(loaded.state_dict())
     plain.save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(place, gguf_file=file.name)
+    tokenizer = AutoTokenizer.from_pretrained(place, gguf_file=file.name, trust_remote_code=False)
     name = reader.fields.get("tokenizer.ggml.pre")
     if name is not None and name.contents() in PRE_TOKENIZERS:
         tokenizer.backend_tokenizer.pre_tokenizer = PRE_TOKENIZERS[name.contents()]
