@@ -75,9 +75,7 @@ def _scores(table: pd.DataFrame) -> TextTable:
     rows = []
     for names, same in table.groupby(["pruner", "label", "method"]):
         if same.tasks.iloc[0]:
-            of_tasks = [
-                f"{same.tasks.map(lambda scores, task=task: scores.get(task, math.nan)).mean():.1f}" for task in tasks
-            ]
+            of_tasks = [f"{mean:.1f}" for mean in pd.DataFrame(list(same.tasks), columns=tasks).mean()]
             mean = f"{same.accuracy.mean():.2f}" + (f" ± {same.accuracy.std():.2f}" if len(same) > 1 else "")
             rows.append([*names, str(len(same)), *of_tasks, mean, f"{same.heldout_loss.mean():.3f}"])
     short = [task.removeprefix("microworld_") for task in tasks]

@@ -18,7 +18,7 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
-from analysis.results import CONTROLS, add_run_arguments, load, output_folder
+from analysis.results import CONTROLS, add_run_arguments, load, publish
 from analysis.table_writer import Bold, TextTable, markdown
 from harness.store import write_text
 
@@ -153,10 +153,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Print the search, and write the winners if asked to; ``lr.md`` keeps the search beside the runs."""
     search = searched(load(options.runs))
-    text = table_of(search)
-    output = output_folder(options)
-    (output / "lr.md").write_text(text, encoding="utf-8")
+    publish(table_of(search), options, "lr.md")
     if options.write:
         write_recipe(winners(search), options.recipe)
-    print(f"{text}\n{options.recipe}: {'written' if options.write else 'not changed; --write sets these rates'}")
+    print(f"{options.recipe}: {'written' if options.write else 'not changed; --write sets these rates'}")
     return 0
