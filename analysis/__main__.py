@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from analysis import agreement, bench, claims, compare, margins, pack, plots, rates, report, simulated, tables
+from analysis import agreement, bench, claims, compare, margins, pack, plots, rates, report, simulated, tables, unpack
 
 # A command is a module: the first line of its text is its help, `add_arguments(parser)` declares what it takes, and
 # `run(options)` returns the exit code. A ValueError is bad input: one line, exit code 2.
@@ -19,6 +19,7 @@ COMMANDS = {
     "report": report,
     "simulated": simulated,
     "tables": tables,
+    "unpack": unpack,
 }
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 
+import pandas as pd
 import yaml
 from hydra.utils import get_class
 
@@ -222,6 +223,13 @@ def experiment_table(page: Path, experiment: str, number: str = "0", *columns: s
     return str(found.select(*columns) if columns else found)
 
 
+def measured(page: Path, file: str, *columns: str) -> str:
+    """Columns of a committed CSV file, numbers with three digits."""
+    frame = pd.read_csv(REFERENCE / file)[list(columns)]
+    cells = [[f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row] for row in frame.values.tolist()]
+    return str(table(list(columns), cells))
+
+
 def summary(page: Path) -> str:
     """The main table, short: methods that end as one model with its zeros, and LoRA."""
     found = result_tables("zero_shot")[0].select("method", "0.5", "2:4", "0.7", "memory (MiB)", "GFLOP/step")
@@ -273,6 +281,7 @@ KINDS: dict[str, Callable[..., str]] = {
     "claims": claims,
     "cost": cost,
     "deviations": deviations,
+    "measured": measured,
     "methods": method_list,
     "options": options,
     "presets": presets,

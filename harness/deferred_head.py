@@ -13,7 +13,7 @@ computed twice; what is kept is dH, and dW where the head is trained.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from harness.data import IGNORED
 from harness.method import PRECISIONS
 from lors.randomness import modes_kept, random_state_kept
 
-__all__ = ["DeferredHead", "head_deferred"]
+__all__ = ["DeferredHead", "deferred_by", "head_deferred"]
 
 TRIAL = 8  # tokens
 
@@ -103,23 +103,23 @@ class _Loss(torch.autograd.Function):
 
 
 @contextmanager
-def head_deferred(model: nn.Module, train_cfg: Any) -> Iterator[None]:
+def head_deferred(model: nn.Module, tokens_at_once: int | None, *, autocast: bool = False) -> Iterator[None]:
     """Defer the head of a causal language model of transformers, in PEFT's wrapper or not, and its loss function.
 
     A head that is not a plain linear layer, or whose output is not the logits (soft-capping, scaling), stays as it is.
 
     Args:
         model: The model.
-        train_cfg: ``logits_at_once`` (tokens whose logits exist at once; None: all, nothing is changed), ``precision``.
+        tokens_at_once: Tokens whose logits exist at once; None: all, nothing is changed.
+        autocast: Whether the model is run under autocast to bfloat16.
     """
-    head = model.get_output_embeddings() if train_cfg.logits_at_once else None
-    autocast = PRECISIONS[train_cfg.precision].autocast
+    head = model.get_output_embeddings() if tokens_at_once else None
     if type(head) is not nn.Linear or not _gives_the_logits(head, model, autocast):
         yield
         return
     plain = model.get_base_model() if isinstance(model, PeftModel) else model
     usual = vars(plain).get("_loss_function")
-    head.__class__, head.tokens_at_once = DeferredHead, train_cfg.logits_at_once
+    head.__class__, head.tokens_at_once = DeferredHead, tokens_at_once
     head.dtype = torch.bfloat16 if autocast else head.weight.dtype
     plain._loss_function = head.loss_function
     try:
@@ -129,6 +129,11 @@ def head_deferred(model: nn.Module, train_cfg: Any) -> Iterator[None]:
         del head.tokens_at_once, head.dtype, plain._loss_function
         if usual is not None:
             plain._loss_function = usual
+
+
+def deferred_by(model: nn.Module, train_cfg: Any) -> AbstractContextManager[None]:
+    """`head_deferred` as the recipe says: ``logits_at_once``, and autocast by ``precision``."""
+    return head_deferred(model, train_cfg.logits_at_once, autocast=PRECISIONS[train_cfg.precision].autocast)
 
 
 @torch.no_grad()

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from harness.deferred_head import head_deferred
+from harness.deferred_head import deferred_by
 from harness.flops import CountFlops
 from harness.live_memory import LiveTensors, step_counted, training_step
 from harness.method import Method, adapt
@@ -219,7 +219,7 @@ def initialization_memory(
     trial = copy.deepcopy(model)
     live = LiveTensors()
     live.count([*trial.parameters(), *trial.buffers()], "weights")
-    with head_deferred(trial, train_cfg), live:
+    with deferred_by(trial, train_cfg), live:
         adapt(method, trial, batches[:2], seed, precision=train_cfg.precision)
     return live.peak
 
@@ -249,7 +249,7 @@ def training_cost(
     device = next(model.parameters()).device
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
     live, counted = LiveTensors(), CountFlops()
-    with head_deferred(model, train_cfg), state_kept(model):
+    with deferred_by(model, train_cfg), state_kept(model):
         optimizer = method.optimizer(model.train(), train_cfg)
         step = partial(training_step, model, batch, optimizer, method, train_cfg)
         step(LiveTensors(), counted)  # a ledger that is not entered counts nothing

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from harness.config import resolve
-from harness.deferred_head import head_deferred
+from harness.deferred_head import deferred_by
 from harness.device_lock import device_lock
 from harness.environment import default_device, now
 from harness.errors import BadInput, one_line
@@ -197,7 +197,7 @@ class Job:
                 )
         with self.phase("init") as peak:
             transformers.set_seed(cfg.seed)
-            with head_deferred(model, cfg.train):
+            with deferred_by(model, cfg.train):
                 adapted = adapt(method, model, batches, cfg.seed, precision=cfg.train.precision)
         if peak.allocated is not None:
             result["memory"]["init_peak"] = peak.allocated

@@ -43,7 +43,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from harness.deferred_head import head_deferred
+from harness.deferred_head import deferred_by
 from harness.flops import CountFlops
 from harness.live_memory import LiveTensors, Peak, step_counted, training_step
 from harness.method import PRECISIONS, Method, wrap
@@ -83,7 +83,7 @@ def simulate(cfg: DictConfig, method: Method, shape: PretrainedConfig) -> dict[s
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     model = _model(cfg, method, shape, mode)
     names = module_names(model)
-    with mode, _ReadsAsOne(), head_deferred(model, train):
+    with mode, _ReadsAsOne(), deferred_by(model, train):
         optimizer = _with_state(method.optimizer(model, train), on_lists=device == "cuda")
         # Without padding: three int64 tensors of B x T.
         batch = {

@@ -38,7 +38,7 @@ from transformers import (
 
 from harness.checkpoints import drop_older, newest_intact, whole_or_gone
 from harness.data import Collator, Row
-from harness.deferred_head import head_deferred
+from harness.deferred_head import deferred_by
 from harness.meter import Meter
 from harness.method import PRECISIONS, Method
 from harness.recipe import (
@@ -122,7 +122,7 @@ def train(
     if train_cfg.activation_checkpointing:
         enable_activation_checkpointing(model)
     clipping = gradient_clipping(train_cfg, method)
-    with head_deferred(model, train_cfg), _trainer_changes_undone(model):
+    with deferred_by(model, train_cfg), _trainer_changes_undone(model):
         trainer = MeasuredTrainer(
             model=model,
             args=_arguments(train_cfg, clipping, output_dir, seed, next(model.parameters()).device),

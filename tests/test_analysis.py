@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -15,7 +16,7 @@ from analysis.__main__ import COMMANDS, main
 from analysis.parquet_file import PLACES, read_rows, write_rows
 from analysis.results import MACHINE, load
 from analysis.table_writer import Bold, TextTable, latex, markdown
-from harness.store import content_digest
+from harness.store import RunStore, content_digest
 
 
 def test_a_run_has_a_row_for_each_end_state_and_controls_have_one_each(tmp_path):
@@ -118,6 +119,22 @@ def test_packed_runs_are_the_runs(tmp_path):
     assert set(from_file[from_file.method == "lora"].answers_perplexity) == {held_out([1.0, 2.0, 3.0, 4.0])["value"]}
     shutil.rmtree(folder)
     assert main(["tables", str(file)]) == 0 and (folder / "tables.md").exists()  # in the folder of its name
+
+
+def test_a_sweep_goes_on_from_unpacked_runs(tmp_path, capsys):
+    runs = [with_items(), result("none"), result("spp", status="oom")]
+    _, file = packed(tmp_path, *runs)
+    assert main(["unpack", str(file), "--output", str(tmp_path / "again")]) == 0
+    (again,) = (tmp_path / "again").iterdir()
+    for content in runs:
+        store = RunStore(again / content["key"])
+        cfg = SimpleNamespace(save_merged=False, force=False)
+        assert (store.finished(cfg) is not None) == (content["status"] == "ok")
+        assert store.result()["eval"] == content["eval"]
+    assert main(["pack", str(again), "--output", str(tmp_path / "again.parquet")]) == 0
+    assert read_rows(tmp_path / "again.parquet") == read_rows(file)
+    assert main(["unpack", str(file), "--output", str(tmp_path / "again")]) == 0
+    assert "0 of 3 runs written" in capsys.readouterr().out
 
 
 def test_a_stranger_reads_a_packed_file_with_pandas(tmp_path):

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 
 from harness.data import IGNORED
-from harness.deferred_head import DeferredHead, head_deferred
+from harness.deferred_head import DeferredHead, deferred_by, head_deferred
 from harness.live_memory import LiveTensors
 from harness.recipe import batch_loss
 
@@ -34,7 +34,7 @@ def batch(vocabulary: int = 97) -> dict[str, torch.Tensor]:
 
 
 def loss_and_gradients(model: nn.Module, tokens: int | None, precision: str = "float32") -> list[torch.Tensor]:
-    with head_deferred(model, recipe(tokens, precision)):
+    with deferred_by(model, recipe(tokens, precision)):
         assert isinstance(model.get_output_embeddings(), DeferredHead) == (tokens is not None)
         loss = batch_loss(model, batch(), micro_batches=2, autocast=precision == "bf16_mixed")
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -66,10 +66,10 @@ def test_bias_and_mixed_precision() -> None:
 def test_the_loss_that_the_model_itself_computes() -> None:
     model = tiny_model().float()
     expected = model(**batch()).loss
-    with head_deferred(model, recipe()):
+    with head_deferred(model, 4):
         assert model(**batch()).logits.shape == (ROWS, LENGTH, 32)
         torch.testing.assert_close(model(**batch()).loss, expected, rtol=1e-6, atol=0)
-        with head_deferred(model, recipe()):  # a second time changes nothing
+        with head_deferred(model, 4):  # a second time changes nothing
             torch.testing.assert_close(model(**batch()).loss, expected, rtol=1e-6, atol=0)
     assert type(model.lm_head) is nn.Linear and model(**batch()).logits.shape[-1] == 97
     torch.testing.assert_close(model(**batch()).loss, expected, rtol=0, atol=0)
@@ -78,11 +78,11 @@ def test_the_loss_that_the_model_itself_computes() -> None:
 def test_a_model_that_changes_its_logits_keeps_its_head() -> None:
     shape = SHAPE | {"num_key_value_heads": 1, "head_dim": 16}
     model = AutoModelForCausalLM.from_config(Gemma2Config(**shape, final_logit_softcapping=0.1))
-    with head_deferred(model, recipe()):
+    with head_deferred(model, 4):
         assert type(model.get_output_embeddings()) is nn.Linear
     model = tiny_model()
     model.lm_head = nn.Sequential(model.lm_head)
-    with head_deferred(model, recipe()):
+    with head_deferred(model, 4):
         assert model(**batch()).logits.shape[-1] == 97
 
 
@@ -91,7 +91,7 @@ def test_logits_of_all_tokens_never_exist() -> None:
     model.lm_head = nn.Linear(32, 4000).requires_grad_(False)
     peaks = []
     for tokens in (None, 4):
-        with head_deferred(model, recipe(tokens)), LiveTensors() as live:
+        with deferred_by(model, recipe(tokens)), LiveTensors() as live:
             batch_loss(model, batch()).backward()
         peaks.append(live.peak)
     logits = 4 * ROWS * LENGTH * 4000

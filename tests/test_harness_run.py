@@ -26,8 +26,8 @@ from lors.pruning import prune_model
 from lors.sparsity import sparsity_of
 
 FIELDS = (
-    "schema key status error mode method model pruner pattern sparsity support seed config provenance environment parameters "
-    "end_state zeros memory time flops loss eval baselines variants artifacts"
+    "schema key status error mode method model pruner pattern sparsity support seed config provenance environment "
+    "parameters end_state zeros memory time flops loss eval baselines variants artifacts"
 ).split()
 
 NO_SCORES = ("eval.tasks=[]", "eval.perplexity=null", "eval.baselines=false")
@@ -71,7 +71,9 @@ def folder_of(result: dict, cfg: DictConfig) -> Path:
 
 def numbers(result: dict) -> dict:
     """What must be the same every time: everything but clocks, process memory and folders."""
-    kept = {name: result[name] for name in FIELDS if name not in ("config", "provenance", "environment", "time", "memory")}
+    kept = {
+        name: result[name] for name in FIELDS if name not in ("config", "provenance", "environment", "time", "memory")
+    }
     memory = {name: value for name, value in result["memory"].items() if name != "process_rss_peak"}
     return {**kept, "memory": memory}
 

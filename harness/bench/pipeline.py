@@ -45,7 +45,7 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 from harness.bench.cases import CONF
 from harness.bench.measure import timed
 from harness.config import resolve
-from harness.deferred_head import head_deferred
+from harness.deferred_head import deferred_by
 from harness.environment import default_device, environment
 from harness.evaluate import evaluate
 from harness.inputs import Inputs, read_inputs
@@ -388,7 +388,7 @@ def _init(run: Callable[[Setting, nn.Module, list], None], setting: Setting) -> 
 
 
 def _init_ours(setting: Setting, model: nn.Module, batches: list[dict[str, Tensor]]) -> None:
-    with head_deferred(model, setting.cfg.train):
+    with deferred_by(model, setting.cfg.train):
         adapt(build_method(setting.cfg), model, batches, setting.cfg.seed, precision=setting.cfg.train.precision)
 
 
