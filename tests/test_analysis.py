@@ -135,6 +135,8 @@ def test_a_sweep_goes_on_from_unpacked_runs(tmp_path, capsys):
     assert read_rows(tmp_path / "again.parquet") == read_rows(file)
     assert main(["unpack", str(file), "--output", str(tmp_path / "again")]) == 0
     assert "0 of 3 runs written" in capsys.readouterr().out
+    file.write_bytes(b"{")
+    assert main(["unpack", str(file)]) == 2 and capsys.readouterr().err.startswith(f"error: {file}: damaged")
 
 
 def test_a_stranger_reads_a_packed_file_with_pandas(tmp_path):
@@ -222,7 +224,7 @@ def test_simulated_peaks_stand_beside_lora_with_the_card_that_they_fit_on(tmp_pa
 @pytest.mark.parametrize(
     ("command", "content"),
     [
-        *((command, b"{") for command in sorted(set(COMMANDS) - {"bench", "agreement"})),
+        *((command, b"{") for command in sorted(set(COMMANDS) - {"bench", "agreement", "unpack"})),
         *(("tables", content) for content in (b"", b"[]", b'{"key": "a", "status": "ok"}', b"\xff\x00")),
     ],
 )

@@ -18,6 +18,7 @@ from hydra_plugins.block_sweeper import expand
 
 ROOT = Path(__file__).parents[1]
 METHODS = sorted(file.stem for file in (ROOT / "conf" / "method").glob("*.yaml"))
+ONE_ROW = "real"  # the only preset that is no sweep
 EXPERIMENTS = sorted(file.stem for file in (ROOT / "conf" / "experiment").glob("*.yaml"))
 
 
@@ -73,7 +74,14 @@ def test_the_command_line_replaces_axes_and_what_a_block_is_about_stays(parser) 
         expand(parser, {}, {"dense": {"method": "lors"}}, ["method=spp"])
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_one_row_of_the_real_table_is_the_one_of_its_sweep(composed) -> None:
+    """The same run, in the same folder."""
+    row = ("method=lors", "sparsity=0.6", "seed=1")
+    one, of_sweep = (resolve(composed(f"experiment={preset}", *row)) for preset in ("real", "real_zero_shot"))
+    assert one == of_sweep and one.name == "real_zero_shot"
+
+
+@pytest.mark.parametrize("experiment", [name for name in EXPERIMENTS if name != ONE_ROW])
 def test_the_jobs_of_every_experiment_are_valid(composed, experiment: str) -> None:
     """Every value of every axis is in a job that resolves and builds; test_config builds the methods one by one."""
     jobs = jobs_of(experiment)
