@@ -51,7 +51,7 @@ class Models:
         self.cache = Path(cfg.cache_root)
 
     def pruned(self) -> Source:
-        """Where the model to fine-tune is; the model is pruned first unless it is in the cache."""
+        """Where the model to fine-tune is: the dense one, or the pruned one, made unless it is in the cache."""
         log.info("the model is %s", json.dumps(provenance(self.cfg)["model.path"]))
         if not self._prunes_first:
             return self.inputs.source
