@@ -1,30 +1,38 @@
 """Log-likelihoods of answers for lm-evaluation-harness, each prompt computed once for all of its answers.
 
 A multiple-choice item asks for log P(answer | prompt) of every answer. The stock `HFLM` runs prompt + answer
-for each of them. `PromptSharingLM` runs the prompt once, keeps its keys and values, and runs the answers on
-top: the same numbers up to rounding, for a third of the work on four short answers. Whether a model can do that
-is tried on a few words whenever one is wrapped; a model that cannot (most with a recurrent state) is scored the
-stock way.
+for each of them. `PromptSharingLM` runs one row an item, the prompt and behind it its answers, each of which sees
+the prompt and itself and has the positions that follow the prompt: the same numbers up to rounding, for a third of
+the work on four short answers. Whether a model can do that is tried on a few words whenever one is wrapped; a model
+that cannot (most with a recurrent state) is scored the stock way.
 
-Prompts of equal length are batched, so that nothing is padded on the left and positions and masks are the
-model's own defaults; answers are padded on the right, where causal attention ignores it. Log-probabilities
-are float32 whatever the model's precision. BOS is put in front if and only if `add_bos_token` says so, not
-when the tokenizer happens to. Of prompt and answer together the last tokens that fit are kept.
+=======  =====  =====  =====  =====  =====  =====  =====  =====
+column       0      1      2      3      4      5      6      7
+=======  =====  =====  =====  =====  =====  =====  =====  =====
+row 0      p_0    p_1    p_2    p_3    a_0    a_1    b_0    pad
+row 1      pad    pad    p_0    p_1    a_0    b_0    b_1    b_2
+=======  =====  =====  =====  =====  =====  =====  =====  =====
+
+Prompts end in one column, so that logits are asked of it and of what is right of it alone. The last token of an
+answer is predicted and never read. Log-probabilities are float32 whatever the model's precision. BOS is put in front
+if and only if `add_bos_token` says so, not when the tokenizer happens to. Of prompt and answer together the last
+tokens that fit are kept.
 """
 
 from __future__ import annotations
 
 import inspect
 import logging
+import math
 import reprlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import cache
-from typing import Any
+from itertools import compress
+from typing import Any, Literal
 
 import torch
 from lm_eval.models.huggingface import HFLM
-from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -38,8 +46,10 @@ _say_once = cache(logger.warning)  # once in a process, however many models it s
 
 # ((prompt text, answer text), prompt tokens, answer tokens), as `HFLM` encodes a request.
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
-# A prompt with the numbers of the requests that share it.
-Group = tuple[tuple[int, ...], list[int]]
+# A prompt, and the answers of the requests that share it, each with the number of its request.
+Item = tuple[tuple[int, ...], list[tuple[int, list[int]]]]
+# Layers (`layer_types` of a config) whose columns meet nowhere but where a mask lets them.
+ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 TRIAL = "the cat sat on a mat and then it ran to the old house by the river where all of the others had been"
 # The two ways may differ by rounding: by this part of what another prompt changes, or the root of the precision's
 # epsilon if that is more. An answer on top of another prompt, or of none, differs by about all of it.
@@ -73,7 +83,8 @@ class PromptSharingLM(HFLM):
         )
         self._progress = progress
         self._keeps_last_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self._shares_prompts = self._try_sharing()
+        # Of a prompt and an answer on top of it: more than a layer looks back on are scored the stock way.
+        self._longest_shared = _shortest_view(model) if self._try_sharing() else 0
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Token ids of a text; BOS in front if `add_bos_token`, unless `add_special_tokens` is False."""
@@ -92,9 +103,12 @@ class PromptSharingLM(HFLM):
     ) -> list[tuple[float, bool]]:
         """For each request the log-probability of its answer, and whether greedy decoding gives it."""
         requests = list(self._cut(requests))
-        if self._shares_prompts:
-            return self._shared(requests, override_bs or int(self.batch_size), self._progress)
-        return super()._loglikelihood_tokens(requests, disable_tqdm=not self._progress, override_bs=override_bs)
+        short = [len(prompt) + len(answer) - 1 <= self._longest_shared for _, prompt, answer in requests]
+        shared = self._shared([*compress(requests, short)], override_bs or int(self.batch_size), self._progress)
+        long = [request for request, is_short in zip(requests, short, strict=True) if not is_short]
+        stock = super()._loglikelihood_tokens(long, disable_tqdm=not self._progress, override_bs=override_bs)
+        scores = {True: iter(shared), False: iter(stock)}
+        return [next(scores[is_short]) for is_short in short]
 
     def _cut(self, requests: Sequence[Request]) -> Iterator[Request]:
         """The requests with at least one token of prompt, and with what fits into the model."""
@@ -117,8 +131,11 @@ class PromptSharingLM(HFLM):
         Raises:
             Exception: What the model raises when it is scored the stock way.
         """
+        kinds = set(getattr(self.model.config.get_text_config(), "layer_types", None) or ())
+        if getattr(self.model, "_is_stateful", False) or not kinds <= ATTENTION:
+            return self._cannot_share("its layers hand on more than a mask hides")
         words = (self.tok_encode(TRIAL, add_special_tokens=False) or [0]) * 18
-        prompts, answers = (words[:6], words[6:12]), (words[12:16], words[16:18])
+        prompts, answers = (words[:6], words[6:10]), (words[12:16], words[16:18])
         trial = list(self._cut([(None, prompt, answer) for prompt in prompts for answer in answers]))
         stock = [score for score, _ in super()._loglikelihood_tokens(trial, disable_tqdm=True)]
         try:
@@ -131,58 +148,94 @@ class PromptSharingLM(HFLM):
             if difference <= effect * max(TRIAL_TOLERANCE, torch.finfo(self.model.dtype).eps ** 0.5):
                 return True
             reason = f"a log-likelihood changes by {difference:.2g}"
+        return self._cannot_share(reason)
+
+    def _cannot_share(self, reason: str) -> Literal[False]:
         _say_once(
             f"scoring: every answer is run with its prompt; {type(self.model).__name__} cannot share it ({reason})"
         )
         return False
 
     def _shared(self, requests: Sequence[Request], size: int, progress: bool) -> list[tuple[float, bool]]:
-        """`_loglikelihood_tokens` with each prompt computed once, at most `size` answers at a time."""
+        """`_loglikelihood_tokens` with each prompt computed once, about `size` answers at a time."""
         groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for number, (_, prompt, _) in enumerate(requests):
             groups[tuple(prompt)].append(number)
+        items = [(prompt, [(n, requests[n][2]) for n in numbers]) for prompt, numbers in groups.items()]
         results: dict[int, tuple[float, bool]] = {}
         with tqdm(total=len(requests), desc="score", unit="answer", disable=not progress) as bar:
-            for batch in _batches(groups, size):
-                prompts, shared = zip(*batch, strict=True)
-                numbers = [number for group in shared for number in group]
-                scores = self._score(prompts, [len(group) for group in shared], [requests[n][2] for n in numbers])
-                results |= zip(numbers, scores, strict=True)
-                bar.update(len(numbers))
+            for batch in _batches(items, size):
+                results |= self._score(batch)
+                bar.update(sum(len(answers) for _, answers in batch))
         return [results[number] for number in range(len(requests))]
 
     @torch.no_grad()
-    def _score(
-        self, prompts: Sequence[Sequence[int]], counts: Sequence[int], answers: Sequence[list[int]]
-    ) -> list[tuple[float, bool]]:
-        """Score R answers to P prompts of T tokens; counts[i] of them, in order, belong to prompt i."""
-        last_only = {"logits_to_keep": 1} if self._keeps_last_logits else {}
-        output = self.model(torch.tensor(prompts, device=self.device), use_cache=True, **last_only)
-        rows = torch.repeat_interleave(torch.tensor(counts)).to(self.device)  # R: the prompt of each answer
-        log_probabilities = output.logits[:, -1:].float().log_softmax(-1)[rows]  # R x 1 x V
-        tokens = pad_sequence([torch.tensor(answer) for answer in answers], batch_first=True).to(self.device)  # R x L
-        if tokens.shape[1] > 1:
-            past = output.past_key_values
-            past.batch_select_indices(rows)
-            logits = self.model(tokens[:, :-1], past_key_values=past, use_cache=True).logits
-            later = logits.float().log_softmax(-1)  # R x L - 1 x V
-            log_probabilities = torch.cat([log_probabilities, later], dim=1)
-        lengths = torch.tensor([len(answer) for answer in answers], device=self.device)
-        counted = torch.arange(tokens.shape[1], device=self.device) < lengths[:, None]  # R x L
-        chosen = log_probabilities.gather(-1, tokens[..., None])[..., 0]  # R x L
-        greedy = (log_probabilities.argmax(-1) == tokens) | ~counted
-        return list(zip((chosen * counted).sum(-1).tolist(), greedy.all(-1).tolist(), strict=True))
+    def _score(self, batch: Sequence[Item]) -> dict[int, tuple[float, bool]]:
+        """Score the answers of P items in one forward pass of N columns; by the number of the request."""
+        start = max(len(prompt) for prompt, _ in batch)  # the column behind the prompts
+        columns = start + max(sum(len(answer) - 1 for _, answer in answers) for _, answers in batch)
+        tokens = torch.zeros(len(batch), columns, dtype=torch.long)
+        positions = torch.zeros_like(tokens)
+        parts = torch.zeros_like(tokens)  # 0 padding, 1 prompt, 2 and more the answers
+        asked: list[tuple[int, int, int]] = []  # row, column, token that is predicted there
+        for row, (prompt, answers) in enumerate(batch):
+            spans = [(start - len(prompt), 0, list(prompt))]
+            for _, answer in answers:
+                begin = spans[-1][0] + len(spans[-1][2])
+                spans.append((begin, len(prompt), answer[:-1]))
+                read = [start - 1, *range(begin, begin + len(answer) - 1)]
+                asked += [(row, column, token) for column, token in zip(read, answer, strict=True)]
+            for part, (begin, position, ids) in enumerate(spans, start=1):
+                span = slice(begin, begin + len(ids))
+                tokens[row, span] = torch.tensor(ids, dtype=torch.long)
+                positions[row, span] = torch.arange(position, position + len(ids))
+                parts[row, span] = part
+        # P x N x N: what a column sees is left of it or itself, and of its own part or, of an answer, the prompt.
+        # Padding sees padding: a row of the mask without a key would be a row of NaN.
+        sees = (parts[:, :, None] == parts[:, None, :]) | ((parts[:, :, None] > 1) & (parts[:, None, :] == 1))
+        mask = torch.zeros(sees.shape, dtype=self.model.dtype)
+        mask.masked_fill_(~sees.tril(), torch.finfo(mask.dtype).min)
+        kept = {"logits_to_keep": columns - start + 1} if self._keeps_last_logits else {}
+        logits = self.model(
+            input_ids=tokens.to(self.device),
+            attention_mask=mask[:, None].to(self.device),
+            position_ids=positions.to(self.device),
+            use_cache=False,
+            **kept,
+        ).logits[:, start - columns - 1 :]
+        rows, read, predicted = torch.tensor(asked, device=self.device).unbind(1)
+        log_probabilities = logits.float().log_softmax(-1)[rows, read - (start - 1)]  # all tokens of answers x V
+        chosen = log_probabilities.gather(-1, predicted[:, None])[:, 0].tolist()
+        greedy = (log_probabilities.argmax(-1) == predicted).tolist()
+        results, begin = {}, 0
+        for number, answer in (numbered for _, answers in batch for numbered in answers):
+            span = slice(begin, begin + len(answer))
+            results[number] = sum(chosen[span]), all(greedy[span])
+            begin = span.stop
+        return results
 
 
-def _batches(groups: dict[tuple[int, ...], list[int]], size: int) -> Iterator[list[Group]]:
-    """Batches of prompts of one length, longest first, of at most `size` answers or one prompt."""
-    batch: list[Group] = []
-    answers = 0
-    for prompt, numbers in sorted(groups.items(), key=lambda group: len(group[0]), reverse=True):
-        if batch and (len(prompt) < len(batch[0][0]) or answers + len(numbers) > size):
+def _shortest_view(model: PreTrainedModel) -> float:
+    """Tokens that every layer sees at least: a mask that is given holds for all layers, without their own windows."""
+    config = model.config.get_text_config()
+    views = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    return min((view for view in views if view), default=math.inf)
+
+
+def _batches(items: Sequence[Item], size: int) -> Iterator[list[Item]]:
+    """Batches of items of about one length, longest first, of at most `size` answers or one item."""
+    batch: list[Item] = []
+    answered = 0
+    for item in sorted(items, key=_columns, reverse=True):
+        if batch and answered + len(item[1]) > size:
             yield batch
-            batch, answers = [], 0
-        batch.append((prompt, numbers))
-        answers += len(numbers)
+            batch, answered = [], 0
+        batch.append(item)
+        answered += len(item[1])
     if batch:
         yield batch
+
+
+def _columns(item: Item) -> int:
+    prompt, answers = item
+    return len(prompt) + sum(len(answer) - 1 for _, answer in answers)
