@@ -24,7 +24,6 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -34,7 +33,6 @@ from unittest import mock
 import pandas as pd
 import torch
 from hydra import compose, initialize_config_dir
-from lm_eval.models.huggingface import HFLM
 from omegaconf import DictConfig
 from peft import get_peft_model
 from torch import Tensor, nn
@@ -44,6 +42,7 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from harness.bench.cases import CONF
 from harness.bench.measure import timed
+from harness.bench.wanda_by_sample import prune_by_sample
 from harness.config import resolve
 from harness.deferred_head import deferred_by
 from harness.environment import default_device, environment
@@ -56,10 +55,10 @@ from harness.method_from_config import build_method
 from harness.recipe import cosine_with_floor
 from harness.train import train
 from harness.weights import load_weights
-from lors.blocks import block_linears, decoder_blocks, decoder_linears
+from lors.blocks import decoder_linears
 from lors.pruning import prune_model
 
-__all__ = ["main", "prune_by_sample"]
+__all__ = ["main"]
 
 PROFILED = 12  # operators
 SPARSITY, BF16 = 0.5, "train.precision=bf16_mixed"
@@ -196,97 +195,29 @@ def _apart(value: Any, other: Any) -> float:
 # ---- prune
 
 
-def _prune(walk: Callable[[nn.Module, Tensor], None], setting: Setting) -> Measured:
+def _prune(walk: Callable[[nn.Module, Tensor, float], None], setting: Setting) -> Measured:
     model = copy.deepcopy(setting.model)
     calibration = setting.inputs.calibration.to(model.device)
-    seconds = timed(lambda: walk(model, calibration), 1)
+    seconds = timed(lambda: walk(model, calibration, SPARSITY), 1)
     kept = torch.cat([(linear.weight != 0).flatten() for linear in decoder_linears(model).values()])
     return Measured(seconds, len(calibration), {"support": kept})
 
 
-def _prune_ours(model: nn.Module, calibration: Tensor) -> None:
-    prune_model(model, "wanda", sparsity=SPARSITY, pattern="unstructured", calibration=calibration)
-
-
-class _Caught(Exception):  # noqa: N818 - no error: it ends a forward pass that has gone far enough
-    pass
-
-
-@torch.no_grad()
-def prune_by_sample(model: nn.Module, calibration: Tensor) -> None:
-    """Wanda (arXiv 2306.11695) in the published order, one sample (1 x L) at a time.
-
-    The inputs of the first block are caught in forward passes that end there, with the arguments of the last of them
-    for all samples and blocks. Per block: a pass of all samples while hooks keep the running mean of the squared
-    norms, a sort of the scores of each row, and another pass.
-    """
-    name, blocks = decoder_blocks(model)
-    caught: list[Tensor] = []
-    arguments: dict[str, Any] = {}
-
-    def catch(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-        caught.append(args[0])
-        arguments.update(kwargs)
-        raise _Caught
-
-    hook = blocks[0].register_forward_pre_hook(catch, with_kwargs=True)
-    for sample in calibration:
-        with suppress(_Caught):
-            model(input_ids=sample[None], use_cache=False)
-    hook.remove()
-    inputs = torch.cat(caught)  # samples x L x d
-    outputs = torch.zeros_like(inputs)
-
-    def run(block: nn.Module) -> None:
-        for j in range(len(inputs)):
-            output = block(inputs[j : j + 1], **arguments)
-            outputs[j] = output[0] if isinstance(output, tuple) else output
-
-    for i, block in enumerate(blocks):
-        linears = dict(block_linears(f"{name}.{i}", block))
-        scaler_rows = {key: torch.zeros(linear.in_features, device=inputs.device) for key, linear in linears.items()}
-        seen = dict.fromkeys(linears, 0)
-
-        def add(key: str, _: nn.Module, args: tuple[Tensor, ...], rows=scaler_rows, seen=seen) -> None:
-            X = args[0].flatten(0, -2).t().float()  # in x tokens
-            rows[key] *= seen[key] / (seen[key] + 1)
-            seen[key] += 1
-            rows[key] += X.norm(p=2, dim=1) ** 2 / seen[key]
-
-        hooks = [linear.register_forward_pre_hook(partial(add, key)) for key, linear in linears.items()]
-        run(block)
-        for hook in hooks:
-            hook.remove()
-        for key, linear in linears.items():
-            score = linear.weight.abs() * scaler_rows[key].sqrt()
-            lowest = score.sort(dim=-1, stable=True).indices[:, : int(score.shape[1] * SPARSITY)]
-            linear.weight.scatter_(1, lowest, 0.0)
-        run(block)
-        inputs, outputs = outputs, inputs
+def _prune_ours(model: nn.Module, calibration: Tensor, sparsity: float) -> None:
+    prune_model(model, "wanda", sparsity=sparsity, pattern="unstructured", calibration=calibration)
 
 
 # ---- score
 
 
-class StockLM(HFLM):
-    """lm-eval's model class, on the tokens that ours sees: where BOS goes does not depend on the tokenizer."""
+class StockLM(PromptSharingLM):
+    """lm-eval's model class, on the tokens that ours sees."""
 
-    tok_encode = PromptSharingLM.tok_encode
-
-    def __init__(
-        self, model: PreTrainedModel, tokenizer: Any, *, batch_size: int, add_bos_token: bool, **_: Any
-    ) -> None:
-        super().__init__(
-            pretrained=model,
-            backend="causal",
-            tokenizer=tokenizer,
-            batch_size=batch_size,
-            add_bos_token=add_bos_token,
-            softmax_dtype=torch.float32,
-        )
+    def _try_sharing(self) -> bool:
+        return False
 
 
-def _score(kind: type[HFLM], setting: Setting) -> Measured:
+def _score(kind: type[PromptSharingLM], setting: Setting) -> Measured:
     """The time is that of the model class: wrapping the model, encoding and running; not that of loading the tasks."""
     seconds: list[float] = []
     found: dict[Any, float] = {}
