@@ -33,6 +33,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from harness.launch import run_launcher, verdict
 from hydra_plugins.block_sweeper import SINCE, as_list, is_local
 
 CONF = Path(__file__).resolve().parent / "conf"
@@ -60,7 +61,7 @@ def job(cfg: DictConfig) -> int | None:
     hydra_config = HydraConfig.get()
     if hydra_config.mode == RunMode.MULTIRUN:
         return run_in_sweep(cfg, hydra_config)
-    if CHILD in os.environ:
+    if CHILD in os.environ or "WORLD_SIZE" in os.environ:
         code = run_here(cfg)
     elif OmegaConf.select(cfg, "only") is not None:
         code = complain(f"only={cfg.only}: must be null without -m; it chooses among the jobs of a sweep")
@@ -68,11 +69,11 @@ def job(cfg: DictConfig) -> int | None:
         name = hydra_config.runtime.choices.get("experiment")
         code = complain(f"experiment={name}: is a sweep; must be run with -m, as in run.py -m experiment={name}")
     elif as_list(OmegaConf.select(cfg, "launch.arguments")):
-        code = look_ahead(cfg) or start_afresh(cfg, hydra_config).returncode
+        code = look_ahead(cfg) or start_afresh(cfg, hydra_config)[0]
     else:
         code = run_here(cfg)
     if code:
-        sys.exit(code)
+        sys.exit(code if code > 0 else FAILED)
 
 
 def run_here(cfg: DictConfig) -> int:
@@ -81,9 +82,14 @@ def run_here(cfg: DictConfig) -> int:
         # Read when the libraries are imported. Without it some of them knock at the Hub for files that lie
         # here.
         os.environ["HF_HUB_OFFLINE"] = "1"
+    if os.environ.get("RANK", "0") != "0":
+        os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported: the first process has the bars
+    if "WORLD_SIZE" in os.environ:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP says of most methods that it looks for nothing
     if SINCE in os.environ and CHILD in os.environ:
         Thread(target=end_with_the_sweep, daemon=True).start()
     from harness.errors import BadInput
+    from harness.processes import let_first_speak
     from harness.run import execute
     from harness.store import Busy
     from harness.sweep import BUSY
@@ -93,6 +99,7 @@ def run_here(cfg: DictConfig) -> int:
     except BadInput as error:
         if TRACEBACKS:
             raise
+        let_first_speak()
         return complain(as_given(str(error)))
     except Busy:
         return BUSY
@@ -127,17 +134,16 @@ def run_in_sweep(cfg: DictConfig, hydra_config: DictConfig) -> int:
     if cfg.mode == "simulate":  # it allocates nothing that could leak into the next job
         with redirect_stdout(StringIO()):
             return run_here(cfg)
-    run = start_afresh(cfg, hydra_config, in_sweep=True)
-    code = run.returncode
+    code, output = start_afresh(cfg, hydra_config, in_sweep=True)
     if code != BUSY and exit_code_without_run(cfg, since()) is None:
         ending = f"ended by signal {-code}" if code < 0 else f"exit code {code}"
-        lines = [f"job {hydra_config.job.num} has no result: {ending}", *run.stdout.splitlines()[-LAST_LINES:]]
+        lines = [f"job {hydra_config.job.num} has no result: {ending}", *output.splitlines()[-LAST_LINES:]]
         print("\n  ".join(lines), file=sys.stderr, flush=True)
     return code
 
 
-def start_afresh(cfg: DictConfig, hydra_config: DictConfig, in_sweep: bool = False) -> subprocess.CompletedProcess:
-    """Run the job in a new process through ``launch``.
+def start_afresh(cfg: DictConfig, hydra_config: DictConfig, in_sweep: bool = False) -> tuple[int, str]:
+    """Run the job in a new process through ``launch``; its exit code, and in a sweep what it has printed.
 
     Memory peaks and caches of one job would otherwise leak into the next.
     """
@@ -146,17 +152,18 @@ def start_afresh(cfg: DictConfig, hydra_config: DictConfig, in_sweep: bool = Fal
     command += [f"--config-dir={folder}" for folder in folders] + list(hydra_config.overrides.task)
     environment = {**os.environ, CHILD: "1", "HYDRA_FULL_ERROR": "1" if TRACEBACKS else "0"}
     if not in_sweep:
-        return subprocess.run(command, env=environment, check=False)
+        return run_launcher(command, environment), ""
     # Nothing is ever written to the standard input: that it is closed tells the job that the sweep is gone.
     read_end, write_end = os.pipe()
     try:
-        return subprocess.run(
-            command, env=environment, check=False, text=True, errors="replace",
-            stdin=read_end, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+        run = subprocess.run(
+            command, env=environment, check=False, stdin=read_end, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
     finally:
         os.close(read_end)
         os.close(write_end)
+    result = verdict(run.stdout, run.returncode)
+    return result.code, result.shown.decode(errors="replace")
 
 
 def end_with_the_sweep() -> None:

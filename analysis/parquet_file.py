@@ -24,7 +24,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from harness.store import atomically
+from harness.files import atomically
 
 __all__ = ["SUFFIX", "read_rows", "results_of", "write_rows"]
 

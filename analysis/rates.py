@@ -20,7 +20,7 @@ import yaml
 
 from analysis.results import CONTROLS, add_run_arguments, load, publish
 from analysis.table_writer import Bold, TextTable, markdown
-from harness.store import write_text
+from harness.files import write_text
 
 __all__ = ["Search", "add_arguments", "run", "searched", "table_of", "winners", "write_recipe"]
 

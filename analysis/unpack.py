@@ -5,7 +5,8 @@ import json
 from pathlib import Path
 
 from analysis.parquet_file import read_rows
-from harness.store import RunStore, write_text
+from harness.files import write_text
+from harness.store import RunStore
 
 __all__ = ["add_arguments", "run"]
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from harness.errors import one_line
+from harness.files import remove
 from harness.sealed_folder import damage
-from harness.store import remove
 
 __all__ = ["drop_older", "newest_intact", "whole_or_gone"]
 

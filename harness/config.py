@@ -22,6 +22,7 @@ from pydantic_core import ErrorDetails
 
 from harness.config_schema import MOST, PRUNERS, UNWRITABLE, Config, Section, needs_calibration
 from harness.errors import BadInput, one_line
+from harness.processes import count
 from harness.sources import locate
 from lors.sparsity import parse_pattern, resolve_sparsity
 
@@ -335,10 +336,7 @@ def _check_together(config: dict[str, Any]) -> None:
             f"eval.split={split}: must be test for {foreign[0]}; only the tasks of the microworld have others"
         )
     _check_storage(config)
-    processes = os.environ.get("WORLD_SIZE", "1")
-    if processes != "1":
-        arguments = as_written(config["launch"]["arguments"])
-        raise BadInput(f"launch.arguments={arguments}: must start one process, not WORLD_SIZE={processes}")
+    _check_processes(config)
 
 
 def _check_storage(config: dict[str, Any]) -> None:
@@ -348,6 +346,20 @@ def _check_storage(config: dict[str, Any]) -> None:
         raise BadInput(f"method.peft.storage=n:m: must be dense, bitmap or auto with pattern={pattern}")
     if peft.get("forward_product") == "2:4" and pattern != "2:4":
         raise BadInput(f"method.peft.forward_product=2:4: must be dense or auto with pattern={pattern}")
+
+
+def _check_processes(config: dict[str, Any]) -> None:
+    """How many processes there are to be, and what they can share out."""
+    asked, rows = config["launch"]["processes"], config["train"]["batch_size"]
+    if asked > 1 and config["mode"] == "simulate":
+        raise BadInput(
+            f"launch.processes={asked}: must be 1 in mode=simulate; simulate.shards says of how many it is one"
+        )
+    if rows % asked:
+        raise BadInput(f"train.batch_size={rows}: must be a multiple of launch.processes={asked}, which share its rows")
+    to_be_started = config["launch"]["arguments"] and "WORLD_SIZE" not in os.environ
+    if not to_be_started and asked != count():
+        raise BadInput(f"launch.processes={asked}: must be {count()}, the processes that there are (WORLD_SIZE)")
 
 
 def _user_cache() -> str:

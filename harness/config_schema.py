@@ -230,6 +230,7 @@ class Launch(Section):
 
     name: Text
     arguments: list[Text]
+    processes: Count = 1
 
 
 class Config(Section):

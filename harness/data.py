@@ -42,7 +42,7 @@ from harness.alpaca import alpaca_prompt
 from harness.corpora import MICROWORLD, has_splits, instructions, texts
 from harness.errors import BadInput, one_line
 from harness.identity import digest, fingerprint
-from harness.store import computed_once
+from harness.sealed_file import computed_once
 
 __all__ = [
     "IGNORED",

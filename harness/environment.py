@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import subprocess
@@ -14,12 +15,15 @@ from typing import Any
 import torch
 from hydra.core.hydra_config import HydraConfig
 
+from harness import processes
+
 __all__ = ["default_device", "environment", "now"]
 
 
 def default_device() -> torch.device:
     """The GPU if there is one, else the CPU; CUDA_VISIBLE_DEVICES="" hides a GPU."""
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    here = int(os.environ.get("LOCAL_RANK", "0"))  # of the processes of this run on this machine
+    return torch.device("cuda", here) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -38,6 +42,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "driver": driver.split()[0] if driver else None,
         "cuda": torch.version.cuda if cuda else None,
         "threads": torch.get_num_threads(),
+        "processes": processes.count(),
         # What composes this config again; in a sweep the overrides of this job.
         "command": ["run.py", *HydraConfig.get().overrides.task] if HydraConfig.initialized() else sys.argv,
         "start": now(),

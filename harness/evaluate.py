@@ -36,6 +36,7 @@ from harness import microworld
 from harness.data import Row, check_token_ids
 from harness.errors import BadInput, one_line
 from harness.perplexity import held_out_perplexity, perplexity, perplexity_windows
+from harness.processes import is_first
 from harness.stock_tasks import ZERO_SHOT, local_items
 from lors.randomness import modes_kept, random_state_kept
 
@@ -122,6 +123,7 @@ def evaluate(
     Raises:
         BadInput: See `check_tasks`.
     """
+    progress = progress and is_first()
     with modes_kept(model):
         model.eval()
         tasks = _zero_shot(model, tokenizer, eval_cfg, progress) if eval_cfg.tasks else {}

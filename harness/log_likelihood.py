@@ -25,7 +25,7 @@ import inspect
 import logging
 import math
 import reprlib
-from collections import defaultdict
+from collections import ChainMap, defaultdict
 from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import compress
@@ -38,6 +38,7 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from harness.errors import BadInput, one_line
+from harness.processes import share, shared_out
 
 __all__ = ["PromptSharingLM"]
 
@@ -106,7 +107,8 @@ class PromptSharingLM(HFLM):
         short = [len(prompt) + len(answer) - 1 <= self._longest_shared for _, prompt, answer in requests]
         shared = self._shared([*compress(requests, short)], override_bs or int(self.batch_size), self._progress)
         long = [request for request, is_short in zip(requests, short, strict=True) if not is_short]
-        stock = super()._loglikelihood_tokens(long, disable_tqdm=not self._progress, override_bs=override_bs)
+        bars = {"disable_tqdm": not self._progress, "override_bs": override_bs}
+        stock = super()._loglikelihood_tokens(long, **bars) if long else []
         scores = {True: iter(shared), False: iter(stock)}
         return [next(scores[is_short]) for is_short in short]
 
@@ -162,12 +164,17 @@ class PromptSharingLM(HFLM):
         for number, (_, prompt, _) in enumerate(requests):
             groups[tuple(prompt)].append(number)
         items = [(prompt, [(n, requests[n][2]) for n in numbers]) for prompt, numbers in groups.items()]
-        results: dict[int, tuple[float, bool]] = {}
-        with tqdm(total=len(requests), desc="score", unit="answer", disable=not progress) as bar:
-            for batch in _batches(items, size):
-                results |= self._score(batch)
-                bar.update(sum(len(answers) for _, answers in batch))
-        return [results[number] for number in range(len(requests))]
+        batches = list(_batches(items, size))
+        total = sum(len(answers) for batch in share(batches) for _, answers in batch)
+        with tqdm(total=total, desc="score", unit="answer", disable=not progress) as bar:
+
+            def score(batch: list[Item]) -> dict[int, tuple[float, bool]]:
+                scores = self._score(batch)
+                bar.update(len(scores))
+                return scores
+
+            scores = dict(ChainMap(*shared_out(score, batches)))
+        return [scores[number] for number in range(len(requests))]
 
     @torch.no_grad()
     def _score(self, batch: Sequence[Item]) -> dict[int, tuple[float, bool]]:

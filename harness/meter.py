@@ -40,6 +40,7 @@ from harness.deferred_head import deferred_by
 from harness.flops import CountFlops
 from harness.live_memory import LiveTensors, step_counted, training_step
 from harness.method import Method, adapt
+from harness.processes import gathered
 from harness.recipe import enable_activation_checkpointing, state_kept
 
 __all__ = [
@@ -58,7 +59,7 @@ log = logging.getLogger("lors")
 
 @dataclass(frozen=True)
 class StepTime:
-    """Wall time of one optimizer step in milliseconds, and the tokens in it that are not padding."""
+    """Wall time of one optimizer step in milliseconds, and the tokens in it, of all processes, that are not padding."""
 
     ms: float
     forward_ms: float
@@ -109,8 +110,10 @@ class Meter(TrainerCallback):
         self._marks.append((span, self._now()))
 
     def count_tokens(self, attention_mask: Tensor) -> None:
-        """Count one micro-batch; read only after the step, because reading a GPU waits for it."""
-        self._tokens.append(attention_mask.sum())
+        """Count one micro-batch, but for rows of one token, which make a batch whole (`recipe.filled_up`); read only
+        after the step, because reading a GPU waits for it."""
+        lengths = attention_mask.sum(1)
+        self._tokens.append((lengths * (lengths > 1)).sum())
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self.mark("optimizer")
@@ -119,7 +122,8 @@ class Meter(TrainerCallback):
         spans = dict.fromkeys(("", "forward", "backward", "optimizer"), 0.0)
         for (_, begin), (span, end) in pairwise(self._marks):
             spans[span] += begin.elapsed_time(end) if self._device.type == "cuda" else (end - begin) * 1e3
-        tokens, warmup = sum(int(count) for count in self._tokens), len(self.steps) < self._first_timed
+        tokens = sum(gathered(sum(int(count) for count in self._tokens)))
+        warmup = len(self.steps) < self._first_timed
         self.steps.append(StepTime(ms, spans["forward"], spans["backward"], spans["optimizer"], tokens, warmup))
 
     def peak(self) -> CudaPeak:

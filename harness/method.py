@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainerCallback
 
+from harness.processes import share
 from lors import initialize
 from lors.blocks import decoder_linears
 from lors.shared_weights import note_untied_head, untie_adapted
@@ -189,7 +190,7 @@ class GradientInitialized(Method):
         """See `lors.initialize`."""
         if batches is None or self.peft.init != "gradient":
             return model
-        return initialize(model, tqdm(batches, desc="init", unit="batch"), seed=seed)
+        return initialize(model, tqdm(share(list(batches)), desc="init", unit="batch"), seed=seed)
 
 
 def adapt(

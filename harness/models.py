@@ -25,9 +25,10 @@ from harness.environment import default_device
 from harness.evaluate import evaluate
 from harness.identity import digest, version_of
 from harness.inputs import Inputs, Source
+from harness.processes import from_first
+from harness.sealed_file import computed_once
 from harness.sealed_folder import sealed_once
 from harness.sources import provenance
-from harness.store import computed_once
 from harness.weights import base_format, load_weights
 from lors.pruning import prune_model
 
@@ -55,7 +56,7 @@ class Models:
         log.info("the model is %s", json.dumps(provenance(self.cfg)["model.path"]))
         if not self._prunes_first:
             return self.inputs.source
-        folder = sealed_once(self.cache / "pruned", self.pruned_key, self._pruned)
+        folder = from_first(lambda: sealed_once(self.cache / "pruned", self.pruned_key, self._pruned))
         return Source(str(folder), None, str(folder), folder, self.inputs.source.options)
 
     def _dense(self, dtype: torch.dtype | str, device: torch.device | None = None) -> PreTrainedModel:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from harness.corpora import MICROWORLD, texts, wikitext_rows
 from harness.data import IGNORED, Row
 from harness.errors import BadInput
+from harness.processes import share, shared_out
 
 __all__ = ["held_out_perplexity", "perplexity", "perplexity_windows"]
 
@@ -76,14 +78,17 @@ def perplexity(model: nn.Module, windows: LongTensor, *, progress: bool = True) 
     """
     count, window = windows.shape
     device = next(model.parameters()).device
-    losses: list[float] = []
-    with tqdm(total=count, desc="perplexity", unit="window", disable=not progress) as bar:
-        for batch in windows.split(max(1, TOKENS_AT_ONCE // window)):
+    batches = windows.split(max(1, TOKENS_AT_ONCE // window))
+    with tqdm(total=sum(map(len, share(batches))), desc="perplexity", unit="window", disable=not progress) as bar:
+
+        def score(batch: LongTensor) -> list[float]:
             batch = batch.to(device)
             logits = model(batch, use_cache=False).logits  # B x L x V
-            # One window at a time: a float32 copy of all logits would be the largest tensor of the run.
-            losses += [F.cross_entropy(z[:-1].float(), y[1:]).item() for z, y in zip(logits, batch, strict=True)]
             bar.update(len(batch))
+            # One window at a time: a float32 copy of all logits would be the largest tensor of the run.
+            return [F.cross_entropy(z[:-1].float(), y[1:]).item() for z, y in zip(logits, batch, strict=True)]
+
+        losses = [*chain.from_iterable(shared_out(score, batches))]
     return {**_summary(losses, [1] * count), "window": window, "windows": count, "tokens": count * (window - 1)}
 
 
@@ -102,18 +107,23 @@ def held_out_perplexity(model: nn.Module, rows: Sequence[Row], *, progress: bool
     device = next(model.parameters()).device
     order = sorted(range(len(rows)), key=lambda row: -len(rows[row]["input_ids"]))
     longest = len(rows[order[0]]["input_ids"])
-    losses, targets = [0.0] * len(rows), [0] * len(rows)
-    with tqdm(total=len(rows), desc="held-out answers", unit="row", disable=not progress) as bar:
-        for batch in torch.tensor(order).split(max(1, TOKENS_AT_ONCE // longest)):
+    batches = torch.tensor(order).split(max(1, TOKENS_AT_ONCE // longest))
+    with tqdm(total=sum(map(len, share(batches))), desc="held-out answers", unit="row", disable=not progress) as bar:
+
+        def score(batch: LongTensor) -> list[tuple[int, float, int]]:
             tokens = pad_sequence([torch.tensor(rows[row]["input_ids"]) for row in batch], batch_first=True)
             # Padding is on the right, where causal attention does not look.
             logits = model(tokens.to(device), use_cache=False).logits  # B x T x V
+            bar.update(len(batch))
+            scored = []
             for row, z in zip(batch.tolist(), logits, strict=True):
                 labels = torch.tensor(rows[row]["labels"])[1:]
                 counted = (labels != IGNORED).nonzero()[:, 0]
                 loss = F.cross_entropy(z[counted.to(device)].float(), labels[counted].to(device))
-                losses[row], targets[row] = loss.item(), len(counted)
-            bar.update(len(batch))
+                scored.append((row, loss.item(), len(counted)))
+            return scored
+
+        _, losses, targets = map(list, zip(*sorted(chain.from_iterable(shared_out(score, batches))), strict=True))
     return {**_summary(losses, targets), "targets": targets, "rows": len(rows), "tokens": sum(targets)}
 
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,21 +29,27 @@ import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import Sampler
 
-from harness.data import IGNORED
+from harness.data import IGNORED, Row
 from harness.deferred_head import DeferredHead
 from harness.method import Method
 from lors.randomness import modes_kept, random_state_kept
 
 __all__ = [
+    "InOneOrder",
     "batch_loss",
     "causal_lm_loss",
     "cosine_with_floor",
     "enable_activation_checkpointing",
+    "filled_up",
     "gradient_clipping",
     "state_kept",
     "target_count",
 ]
+
+# A row that makes a batch whole and has no part in its loss.
+NO_TARGET: Row = {"input_ids": [0], "labels": [IGNORED]}
 
 
 def target_count(labels: Tensor) -> Tensor:
@@ -148,3 +154,31 @@ def state_kept(model: nn.Module) -> Iterator[None]:
                     tensor.copy_(value)
         for parameter, gradient in gradients:
             parameter.grad = gradient
+
+
+def filled_up(data: Sequence[Row], batch_size: int) -> list[Row]:
+    """The rows, and at their end rows without a target that make the last batch whole.
+
+    Accelerate would fill it up with rows from the beginning, which then count twice.
+    """
+    return [*data, *[NO_TARGET] * (-len(data) % batch_size)]
+
+
+class InOneOrder(Sampler):
+    """The order in which one process reads the rows (Accelerate's `SeedableRandomSampler`); what fills up is last."""
+
+    def __init__(self, data: Sequence[Row], seed: int) -> None:
+        self.rows, self.filling = len(data) - data.count(NO_TARGET), data.count(NO_TARGET)
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.rows + self.filling
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        yield from torch.randperm(self.rows, generator=generator).tolist()
+        yield from range(self.rows, len(self))
+        self.epoch += 1

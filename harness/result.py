@@ -23,7 +23,8 @@ SCHEMA = 1
 
 def blank_result(cfg: DictConfig, key: str, stages: Mapping[str, int], device: torch.device) -> dict[str, Any]:
     """The result of a run that has just begun: every field is there, what is not known yet is None."""
-    memory = ("kind", "init_peak", "train_peak", "eval_peak", "reserved_peak", "breakdown", "process_rss_peak")
+    memory = ("kind", "init_peak", "train_peak", "eval_peak", "reserved_peak", "breakdown", "process_rss_peak",
+              "by_process")  # fmt: skip
     spans = ("step_ms", "forward_ms", "backward_ms", "optimizer_ms")
     return {
         "schema": SCHEMA,

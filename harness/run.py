@@ -16,6 +16,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,14 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from harness import processes
 from harness.config import resolve
 from harness.deferred_head import deferred_by
 from harness.device_lock import device_lock
 from harness.environment import default_device, now
 from harness.errors import BadInput, one_line
 from harness.evaluate import check_scoring, evaluate
+from harness.files import check_writable
 from harness.flops import count_inference_flops
 from harness.inputs import Inputs, read_inputs
 from harness.live_memory import forward_memory
@@ -39,12 +42,13 @@ from harness.meter import Meter, Phases, initialization_memory, parts_of_peak, p
 from harness.method import Method, adapt, finish
 from harness.method_from_config import build_method
 from harness.models import Models
+from harness.processes import from_first, gathered, in_first, is_first
 from harness.result import blank_result, count_parameters, held_out_loss
 from harness.simulate import simulate
-from harness.store import RunStore, check_writable
+from harness.store import RunStore
 from harness.summary import summary
 from harness.train import train
-from harness.weights import base_format, load_weights, random_model
+from harness.weights import base_format, checksum, load_weights, random_model
 from harness.zeros import check_zeros, starting_sparsity
 from lors.kernels import in_use
 from lors.sparsity import supports
@@ -52,6 +56,8 @@ from lors.sparsity import supports
 __all__ = ["execute"]
 
 log = logging.getLogger("lors")
+
+MERGED = "merged"
 
 
 def execute(cfg: DictConfig, since: int | None = None) -> dict[str, Any]:
@@ -72,29 +78,32 @@ def execute(cfg: DictConfig, since: int | None = None) -> dict[str, Any]:
     transformers.logging.set_verbosity_error()  # what it reports belongs into log.txt, see `_logging`
     cfg = resolve(cfg)
     method = build_method(cfg)
+    processes.begin()
     store = RunStore.of(cfg)
     file = store.result_file
-    result = store.finished(cfg, since)
+    result = from_first(lambda: store.finished(cfg, since))
     if result is None:
         check_writable("cache_root", Path(cfg.cache_root))
         inputs = read_inputs(cfg, method)
         check_writable("runs_root", store.directory)
-        with store.lock(waiting=_say_waiting if since is None else None):
-            store.settle()
-            result = store.finished(cfg, since)
+        with in_first(store.lock(waiting=_say_waiting if since is None else None)):
+            result = from_first(lambda: store.settle() or store.finished(cfg, since))
             if result is None:
-                attempt = store.attempt(cfg)
+                attempt = from_first(lambda: store.attempt(cfg))
                 device = default_device()
-                with device_lock(Path(cfg.cache_root, "devices"), device, alone=cfg.mode == "profile"):
+                with in_first(device_lock(Path(cfg.cache_root, "devices"), device, alone=cfg.mode == "profile")):
                     result = blank_result(cfg, store.key, store.stages, device)
                     result = _attempt(cfg, method, inputs, attempt, result)
-                store.accept(attempt)
+                if result["status"] == "ok":  # a process that has failed waits for nobody
+                    from_first(lambda: store.accept(attempt))
                 file = store.result_file if result["status"] == "ok" else attempt.result_file
-    else:
+    elif is_first():
         print("This run has finished before and is not repeated; force=true repeats it.")
         if result["status"] == "ok" and store.parts.exists():  # it was killed between its result and the end
             with store.lock(waiting=_say_waiting):
                 store.drop_progress()
+    if not is_first():
+        return result
     print(summary(result, file))
     if file != store.result_file:
         print(f"           the good result from before stays in {store.result_file}")
@@ -108,8 +117,8 @@ def _say_waiting() -> None:
 def _attempt(
     cfg: DictConfig, method: Method, inputs: Inputs, store: RunStore, result: dict[str, Any]
 ) -> dict[str, Any]:
-    """Run; whatever goes wrong on the way becomes the status of the result."""
-    with _logging(store.directory / "log.txt"):
+    """Run; whatever goes wrong on the way, in any of the processes, becomes the status of the result."""
+    with _logging(store.directory):
         job = Job(cfg, method, inputs, store, result)
         try:
             job.run()
@@ -117,6 +126,7 @@ def _attempt(
         except Exception as error:  # not KeyboardInterrupt: an interrupted run is continued
             if isinstance(error, BadInput) and result["support"] is None:
                 raise  # it was found on the weights, before any work
+            processes.let_first_speak()
             result["status"] = "oom" if _out_of_memory(error) else "failed"
             result["error"] = {
                 "type": type(error).__name__,
@@ -126,10 +136,11 @@ def _attempt(
             log.error("%s: %s", result["status"], one_line(error))
         result["memory"]["process_rss_peak"] = process_rss_peak()
         result["environment"] |= {"kernels": in_use(), "end": now()}
-        store.write(result)
-        if result["status"] == "ok":
-            store.drop_progress()
-    return store.result()
+        if result["status"] != "ok":
+            store.write(result)
+            return store.result()
+        from_first(lambda: (store.write(result), store.drop_progress()))
+    return from_first(store.result)
 
 
 class Job:
@@ -171,6 +182,9 @@ class Job:
         M = supports(model)
         if cfg.mode == "run":
             result |= starting_sparsity(cfg, M)
+        seen = {"config": self.store.key, "support": result["support"]}
+        processes.agree(seen | {"model": checksum(model)} if processes.count() > 1 else {})
+        if cfg.mode == "run":
             check_scoring(model, inputs.tokenizer, cfg.eval)
             if cfg.eval.baselines:
                 with self.phase("baselines"):
@@ -181,6 +195,10 @@ class Job:
         adapted = self._fine_tune(model)
         after = OmegaConf.select(cfg, "prune.when") == "after"
         self._end_states(adapted, M, models.prune if after else None)
+        if processes.count() > 1:
+            peaks = {name: result["memory"][name] for name in ("init_peak", "train_peak", "eval_peak", "reserved_peak")}
+            of_all = gathered(peaks | {"process_rss_peak": process_rss_peak()})
+            result["memory"]["by_process"] = of_all
 
     def _fine_tune(self, model: PreTrainedModel) -> nn.Module:
         """Initialise the adapter, measure one step apart, train."""
@@ -210,10 +228,12 @@ class Job:
         if not method.trains:
             return adapted
         meter = Meter(cfg.train.timing_warmup)
+        rows = size // processes.count()
+        longest = {name: tensor[:rows] for name, tensor in inputs.longest.items()}
         with self.phase("measure"):
-            cost = self.store.once("step", lambda: training_cost(adapted, inputs.longest, cfg.train, method))
+            cost = self.store.once("step", partial(training_cost, adapted, longest, cfg.train, method))
         result["memory"] |= cost["memory"]
-        result["flops"] |= cost["flops"]
+        result["flops"]["per_step"] = cost["flops"]["per_step"] * processes.count()
         with self.phase("train") as peak:
             outcome = train(adapted, inputs.rows, inputs.pad, cfg.train, method, meter, self.store.directory, cfg.seed)
         if peak.allocated is not None:
@@ -226,7 +246,7 @@ class Job:
         result["parameters"] |= method.counts(adapted)
         result["artifacts"]["steps"] = "steps.jsonl"
         if isinstance(adapted, PeftModel):
-            adapted.save_pretrained(self.store.artifact("adapter"))
+            from_first(lambda: adapted.save_pretrained(self.store.artifact("adapter")))
             result["artifacts"]["adapter"] = "adapter"
         return adapted
 
@@ -250,11 +270,8 @@ class Job:
             with self.phase("merge"):
                 row |= {"end_state": variant, "zeros": check_zeros(result, method, variant, model, M), "eval": None}
             if cfg.save_merged and variant != "adapter" and result["artifacts"]["merged"] is None:
-                folder = self.store.artifact("merged")
-                model.save_pretrained(folder)
-                if inputs.tokenizer is not None:
-                    inputs.tokenizer.save_pretrained(folder)
-                result["artifacts"]["merged"] = folder.name
+                from_first(partial(self._save_merged, model))
+                result["artifacts"]["merged"] = MERGED
             if first:
                 result["flops"]["inference"] = count_inference_flops(model, inputs.longest)
                 if model.device.type == "cpu":
@@ -273,6 +290,12 @@ class Job:
                     result["memory"]["eval_peak"] = result["memory"]["eval_peak"] or peak.allocated
         result["loss"]["eval_after"] = held_out_loss(result["eval"])
 
+    def _save_merged(self, model: PreTrainedModel) -> None:
+        folder = self.store.artifact(MERGED)
+        model.save_pretrained(folder)
+        if self.inputs.tokenizer is not None:
+            self.inputs.tokenizer.save_pretrained(folder)
+
 
 def _out_of_memory(error: Exception) -> bool:
     """Whether a device or the host had no memory left; PyTorch has no error type of its own for the host."""
@@ -289,12 +312,17 @@ class _LogFile(logging.FileHandler):
 
 
 @contextmanager
-def _logging(file: Path) -> Iterator[None]:
-    """The log file of the run gets everything, the console only what the suite itself says."""
-    to_file = _LogFile(file, encoding="utf-8")
+def _logging(folder: Path) -> Iterator[None]:
+    """The log file of the process gets everything; the console only what the suite itself says, of other processes than
+    the first one their failure."""
+    to_file = _LogFile(folder / ("log.txt" if is_first() else f"log-{processes.rank()}.txt"), encoding="utf-8")
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     to_console = logging.StreamHandler(sys.stdout)
-    to_console.setFormatter(logging.Formatter("%(message)s"))
+    if not is_first():
+        to_console.setLevel(logging.ERROR)
+    to_console.setFormatter(
+        logging.Formatter("%(message)s" if is_first() else f"process {processes.rank()}: %(message)s")
+    )
     root, ours, theirs = logging.getLogger(), logging.getLogger("lors"), logging.getLogger("transformers")
     level = ours.level
     root.addHandler(to_file)

@@ -23,7 +23,7 @@ from pathlib import Path
 from filelock import FileLock
 from transformers import PreTrainedModel
 
-from harness.store import remove, write_json
+from harness.files import remove, write_json
 
 __all__ = ["damage", "seal", "sealed_once"]
 

@@ -31,12 +31,12 @@ from harness.blocks import expand
 from harness.config import resolve
 from harness.corpora import quiet
 from harness.errors import BadInput, one_line
+from harness.files import remove, write_json
 from harness.identity import local_path
 from harness.sealed_folder import MANIFEST, damage, seal
 from harness.snapshot_data import Rows, make_rows, rows_of
 from harness.snapshot_models import make_model
 from harness.sources import PROVENANCE, model_folder, read_provenance, snapshots
-from harness.store import remove, write_json
 
 __all__ = ["main"]
 

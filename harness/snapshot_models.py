@@ -24,7 +24,7 @@ from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from harness.errors import BadInput, one_line
-from harness.store import remove, write_json
+from harness.files import remove, write_json
 from harness.weights import check_files, load_weights
 
 __all__ = ["make_model"]

@@ -11,50 +11,30 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
-import os
-import secrets
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any
 
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
-from harness.errors import BadInput, one_line
+from harness.errors import one_line
+from harness.files import Damaged, finite, remove, write_json, write_text, writing
 from harness.identity import raised_versions, run_key
+from harness.sealed_file import computed_once
 
-__all__ = [
-    "Busy",
-    "Damaged",
-    "RunStore",
-    "atomically",
-    "check_writable",
-    "computed_once",
-    "read_result",
-    "remove",
-    "writing",
-]
+__all__ = ["Busy", "RunStore", "content_digest", "read_result"]
 
 log = logging.getLogger("lors")
 
-# Bytes that a folder has to take before a run starts in it.
-PROBE = 2**16
 LOCK, RESULT, REPEAT = ".lock", "result.json", ".repeat"
 TEMPORARY = ".*.tmp"
 STATUSES = ("ok", "failed", "oom")
-SEAL = 65  # bytes: 64 hexadecimal digits and the end of the line
-Content = TypeVar("Content")
 
 
 class Busy(Exception):  # noqa: N818 - named for what happened
     """Another process is at this run."""
-
-
-class Damaged(ValueError):  # noqa: N818 - named for what happened
-    """A file is not what was written; the message is one line that names it."""
 
 
 class RunStore:
@@ -155,7 +135,7 @@ class RunStore:
             BadInput: The folder does not take it; what the run has finished is still there.
         """
         with writing("runs_root", self.directory):
-            value = _finite({**{name: item for name, item in result.items() if name != "sha256"}, "key": self.key})
+            value = finite({**{name: item for name, item in result.items() if name != "sha256"}, "key": self.key})
             write_json(self.result_file, {**value, "sha256": content_digest(value)})
         (self.parts / "forced.sealed").unlink(missing_ok=True)
 
@@ -249,150 +229,3 @@ def read_result(file: Path) -> dict[str, Any] | None:
 def content_digest(value: Any) -> str:
     """SHA-256 of a value made of JSON types, however its file is laid out."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def write_json(file: Path, value: Any) -> None:
-    """Write strict JSON atomically; numbers that JSON does not have (inf, nan) become null."""
-    write_text(file, json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write a text file atomically."""
-    with atomically(file, "w", encoding="utf-8") as stream:
-        stream.write(text)
-
-
-def _json_bytes(value: Any) -> bytes:
-    return json.dumps(_finite(value), allow_nan=False).encode()
-
-
-def computed_once(
-    file: Path,
-    make: Callable[[], Content],
-    encode: Callable[[Content], bytes] = _json_bytes,
-    decode: Callable[[bytes], Content] = json.loads,
-    *,
-    key: str = "cache_root",
-) -> Content:
-    """Content of a file that many processes want and one computes; it is made first unless it is there.
-
-    The file is a line with the SHA-256 of its name and content, and the content. One that is not what was written under
-    this name, down to the last bit, counts as absent.
-
-    Of several processes one makes it and the others wait; the lock ends with its process. A damaged file
-    is made again, with one warning in the log that names the reason. To an intact one nothing is written, so it may lie
-    where this user cannot write.
-
-    Args:
-        file: The file.
-        make: Computes the content.
-        encode: Turns it into bytes; by default JSON, whose numbers are finite (inf and nan become null).
-        decode: Turns them back; what it raises says that they are something else.
-        key: Config key of the folder.
-
-    Raises:
-        BadInput: The folder does not take the file or the lock.
-    """
-    with suppress(FileNotFoundError, Damaged):
-        return _read_sealed(file, decode)
-    with writing(key, file.parent):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        held = FileLock(file.with_name(f"{file.name}.lock")).acquire()
-    with held:
-        try:
-            return _read_sealed(file, decode)
-        except FileNotFoundError:
-            pass
-        except Damaged as error:
-            log.warning("%s; it is made again", error)
-        content = encode(make())
-        with writing(key, file.parent):
-            for leftover in (file, *file.parent.glob(f".{file.name}.*")):  # of a kill in `atomically`
-                remove(leftover)
-            with atomically(file, "wb") as stream:
-                stream.write(_seal(file, content) + content)
-    return decode(content)
-
-
-def _read_sealed(file: Path, decode: Callable[[bytes], Content]) -> Content:
-    """The content of a sealed file.
-
-    Raises:
-        FileNotFoundError: There is none.
-        Damaged: It is something else.
-    """
-    try:
-        written = file.read_bytes()
-        seal, content = written[:SEAL], written[SEAL:]
-        if seal != _seal(file, content):
-            raise ValueError("its SHA-256 is another")
-        return decode(content)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # what is raised for an array of another form has no common type
-        raise Damaged(f"{file}: damaged ({one_line(error)})") from error
-
-
-def _seal(file: Path, content: bytes) -> bytes:
-    """The first line of a file; its name is part of it, as a file of another key is damage too."""
-    return hashlib.sha256(file.name.encode() + b"\0" + content).hexdigest().encode() + b"\n"
-
-
-@contextmanager
-def atomically(file: Path, mode: str, **options: Any) -> Iterator[IO]:
-    """Open a file under a temporary name in the same folder; at the end flush it to the disk and rename it.
-
-    Nobody can guess the name, and nothing that lies under it is opened or followed.
-    """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        with open(temporary, mode.replace("w", "x"), **options) as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(file)
-    except BaseException:
-        temporary.unlink(missing_ok=True)  # on a full disk it would be in the way of everything else
-        raise
-
-
-@contextmanager
-def writing(key: str, folder: Path) -> Iterator[None]:
-    """What goes wrong with files inside is the user's to mend: one line that names the config key and the folder."""
-    try:
-        yield
-    except OSError as error:
-        raise BadInput(f"{key}: cannot write to {folder} ({one_line(error)})") from error
-
-
-def check_writable(key: str, folder: Path) -> None:
-    """Make the folder and see that it takes a file.
-
-    Raises:
-        BadInput: It does not: no permission, no space left, or a file in its place. `key` is the one to change.
-    """
-    with writing(key, folder):
-        probe = folder / f".probe.{secrets.token_hex(8)}.tmp"
-        write_text(probe, "\0" * PROBE)
-        probe.unlink()
-
-
-def remove(entry: Path) -> None:
-    """Delete a file, a folder, or a link but not what it leads to, if there is one.
-
-    Raises:
-        OSError: It cannot be deleted.
-    """
-    if entry.is_dir() and not entry.is_symlink():
-        shutil.rmtree(entry)
-    else:
-        entry.unlink(missing_ok=True)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

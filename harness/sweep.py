@@ -27,8 +27,9 @@ from tqdm import tqdm
 
 from harness.config import resolve
 from harness.errors import BadInput
+from harness.files import check_writable, write_text
 from harness.method_from_config import build_method
-from harness.store import RunStore, check_writable, write_text
+from harness.store import RunStore
 
 __all__ = ["BUSY", "FAILED", "OK", "Job", "begin", "exit_code_without_run", "plan", "run"]
 

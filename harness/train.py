@@ -21,11 +21,13 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 from tqdm.auto import tqdm
 from transformers import (
     PrinterCallback,
@@ -39,17 +41,20 @@ from transformers import (
 from harness.checkpoints import drop_older, newest_intact, whole_or_gone
 from harness.data import Collator, Row
 from harness.deferred_head import deferred_by
+from harness.files import write_text
 from harness.meter import Meter
 from harness.method import PRECISIONS, Method
+from harness.processes import count, from_first, gathered, is_first
 from harness.recipe import (
+    InOneOrder,
     causal_lm_loss,
     cosine_with_floor,
     enable_activation_checkpointing,
+    filled_up,
     gradient_clipping,
     target_count,
 )
 from harness.sealed_folder import seal
-from harness.store import write_text
 from lors.storage import CompressedLinear
 
 __all__ = ["MeasuredTrainer", "NonFiniteLoss", "TrainOutcome", "train"]
@@ -127,7 +132,7 @@ def train(
             model=model,
             args=_arguments(train_cfg, clipping, output_dir, seed, next(model.parameters()).device),
             data_collator=collator,
-            train_dataset=data,
+            train_dataset=filled_up(data, train_cfg.batch_size) if count() > 1 else data,
             optimizers=(method.optimizer(model, train_cfg), None),
             callbacks=[meter, *method.callbacks(), _Progress(), _Seal()],
             recipe=train_cfg,
@@ -136,7 +141,7 @@ def train(
             steps_file=output_dir / "steps.jsonl",
         )
         trainer.remove_callback(PrinterCallback)
-        history = trainer.run(newest_intact(output_dir))
+        history = trainer.run(from_first(lambda: newest_intact(output_dir)))
     return TrainOutcome(history[0]["loss"], history[-1]["loss"], len(history), history)
 
 
@@ -164,6 +169,10 @@ class MeasuredTrainer(Trainer):
         self._restore_history(checkpoint)
         self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         return self.history
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
+        data = self.train_dataset if train_dataset is None else train_dataset
+        return InOneOrder(data, self.args.data_seed) if count() > 1 else super()._get_train_sampler(train_dataset)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Tensor | int | None]:
         """Nothing after the last step: resumed from there, the Trainer would make one more."""
@@ -256,8 +265,9 @@ class MeasuredTrainer(Trainer):
             **self._meter.last(),
         }
         self.history.append(line)
-        with self._steps_file.open("a") as lines:
-            lines.write(json.dumps(line) + "\n")
+        if is_first():
+            with self._steps_file.open("a") as lines:
+                lines.write(json.dumps(line) + "\n")
         super().log(dict(line), start_time)
 
     def _loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | None = None) -> Tensor:
@@ -274,7 +284,8 @@ class MeasuredTrainer(Trainer):
         if checkpoint is not None:
             state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
             self.history = [{k: v for k, v in line.items() if k != "epoch"} for line in state.log_history]
-        write_text(self._steps_file, "".join(json.dumps(line) + "\n" for line in self.history))
+        if is_first():
+            write_text(self._steps_file, "".join(json.dumps(line) + "\n" for line in self.history))
 
 
 def _load(file: Path) -> Any:
@@ -308,7 +319,10 @@ class _Seal(TrainerCallback):
     """Seals every checkpoint once all of its files are written; only then do older ones go."""
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        checkpoint = _checkpoint_after(args, state)
+        gathered(None)  # every process has written its random state
+        from_first(partial(self._seal, _checkpoint_after(args, state)))
+
+    def _seal(self, checkpoint: Path) -> None:
         with whole_or_gone(checkpoint):
             seal(checkpoint)
         drop_older(checkpoint.parent, KEPT_CHECKPOINTS)
@@ -338,7 +352,7 @@ def _arguments(
         output_dir=str(output_dir),
         max_steps=-1 if train_cfg.steps is None else train_cfg.steps,
         num_train_epochs=1 if train_cfg.epochs is None else train_cfg.epochs,
-        per_device_train_batch_size=train_cfg.batch_size,
+        per_device_train_batch_size=train_cfg.batch_size // count(),
         gradient_accumulation_steps=train_cfg.gradient_accumulation,
         max_grad_norm=clipping or 0.0,
         bf16=PRECISIONS[train_cfg.precision].autocast,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 from safetensors import safe_open
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -21,7 +22,7 @@ from harness.method import PRECISIONS
 from lors.blocks import decoder_linears
 from lors.sparsity import random_support
 
-__all__ = ["base_format", "check_files", "load_weights", "random_model"]
+__all__ = ["base_format", "check_files", "checksum", "load_weights", "random_model"]
 
 NAMED = 3  # weights that a message names
 # Of safetensors: what a weight may be stored as. Anything else is a number that a scale beside it belongs to.
@@ -102,6 +103,12 @@ def random_model(
             # A weight that was drawn as zero, as half precision does now and then, would count as pruned.
             linear.weight.data.masked_fill_(linear.weight == 0, NO_ZERO).mul_(M)
     return model.to(default_device())
+
+
+def checksum(model: nn.Module) -> list[int]:
+    """The sum of every weight's bits, taken as a whole number: equal where the weights are."""
+    kinds = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return [p.detach().contiguous().view(kinds[p.element_size()]).sum().item() for p in model.parameters()]
 
 
 def check_files(folder: Path, model: PreTrainedModel, shown: str) -> None:

@@ -192,7 +192,8 @@ TOGETHER = [
         ("adapter.targets=[q_proj,lm_hed]", "method=lors: target_modules: 'lm_hed'", "did you mean lm_head"),
     ),
     *entries(
-        ("seed=0", "launch.arguments=[]: must start one process, not WORLD_SIZE=2"), environment={"WORLD_SIZE": "2"}
+        ("seed=0", "launch.processes=1: must be 2, the processes that there are (WORLD_SIZE)"),
+        environment={"WORLD_SIZE": "2"},
     ),
 ]
 

@@ -16,12 +16,13 @@ import torch
 from conftest import make_tokenizer, sentence, write_rows
 from damage import cut, flip_a_bit, put_a_folder
 
-from harness import data, store
+from harness import data, sealed_file
 from harness.config import resolve
 from harness.data import calibration_samples, calibration_tokens, tokenised_rows, training_rows
 from harness.errors import BadInput
+from harness.files import Damaged
 from harness.identity import with_fingerprints
-from harness.store import Damaged, computed_once
+from harness.sealed_file import computed_once
 
 TOKENIZER = make_tokenizer()
 VOCABULARY = len(TOKENIZER)
@@ -135,7 +136,7 @@ def test_no_flipped_bit_goes_unnoticed(tmp_path: Path) -> None:
         flipped[place] ^= 1 << place % 8
         file.write_bytes(flipped)
         with pytest.raises(Damaged, match=f"^{file}: damaged "):
-            store._read_sealed(file, json.loads)
+            sealed_file._read_sealed(file, json.loads)
 
 
 def test_values_come_back_as_they_were(tmp_path: Path) -> None:

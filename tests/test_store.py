@@ -18,14 +18,9 @@ from omegaconf import DictConfig, OmegaConf
 from harness.config import resolve
 from harness.environment import environment
 from harness.errors import BadInput
+from harness.files import check_writable, write_json, write_text
 from harness.identity import run_key
-from harness.store import (
-    Busy,
-    RunStore,
-    check_writable,
-    write_json,
-    write_text,
-)
+from harness.store import Busy, RunStore
 
 ROOT = Path(__file__).parents[1]
 FORCED = OmegaConf.create({"force": True})

@@ -24,11 +24,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from harness.files import atomically
 from harness.microworld.corpus import BINDING_MIX, MIX, NEWCOMER_MIX, REASONING_MIX, documents
 from harness.microworld.tokenizer import VOCABULARY, train_tokenizer
 from harness.microworld.world import World, build, build_old
 from harness.pretraining import card
-from harness.store import atomically
 
 LENGTH, BATCH = 256, 12
 OLD_STEPS, NEW_START, STEPS = 6_600, 6_656, 8_128  # the old world ends; the next chunk, about all; the end

@@ -1,0 +1,127 @@
+"""The processes of one run: a launcher (torchrun, Accelerate) starts them, and each takes its share of every batch.
+
+All of them go through the same lines. What is read or written once is the business of the first one (`from_first`);
+what can be shared out is (`shared_out`); everything else each does for itself, with the same draws. A process that
+fails ends alone: the launcher then ends the others. Of one process nothing here is felt, and PyTorch is not imported.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from harness.errors import BadInput, one_line
+
+__all__ = ["agree", "begin", "count", "from_first", "gathered", "in_first", "is_first", "let_first_speak"]
+__all__ += ["rank", "share", "shared_out"]
+
+# How long one waits for another, which may be pruning meanwhile. Of one that has died the launcher knows at once.
+PATIENCE = timedelta(days=7)
+GRACE = 3  # seconds
+Value, Item = TypeVar("Value"), TypeVar("Item")
+
+
+def count() -> int:
+    """How many processes work on the run."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def is_first() -> bool:
+    """Whether this is the process that reads and writes for all."""
+    return rank() == 0
+
+
+def begin() -> None:
+    """Let the processes find each other: NCCL between GPUs, gloo between CPUs."""
+    if count() > 1:
+        import torch
+        from accelerate import PartialState
+
+        PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+
+
+def let_first_speak() -> None:
+    """Wait a moment: of a failure that all have in common the first process tells, and its end ends the others."""
+    if not is_first():
+        time.sleep(GRACE)
+
+
+def in_first(context: AbstractContextManager) -> AbstractContextManager:
+    """The context in the first process, none in the others."""
+    return context if is_first() else nullcontext()
+
+
+def from_first(compute: Callable[[], Value]) -> Value:
+    """What `compute` returns in the first process, which alone calls it; in all.
+
+    Raises:
+        Exception: What it raises; in the other processes ``BadInput`` where that is one, else ``RuntimeError``.
+    """
+    if count() == 1:
+        return compute()
+    from torch.distributed import broadcast_object_list
+
+    outcome: list[Any] = [None, None]
+    failure = None
+    if is_first():
+        try:
+            outcome[0] = compute()
+        except Exception as error:
+            failure, outcome[1] = error, (isinstance(error, BadInput), one_line(error))
+    broadcast_object_list(outcome, src=0)
+    if failure is not None:
+        raise failure
+    if outcome[1] is not None:
+        refused, message = outcome[1]
+        raise BadInput(message) if refused else RuntimeError(f"process 0 has failed: {message}")
+    return outcome[0]
+
+
+def gathered(value: Value) -> list[Value]:
+    """The value of every process, in their order."""
+    if count() == 1:
+        return [value]
+    from torch.distributed import all_gather_object
+
+    values: list[Any] = [None] * count()
+    all_gather_object(values, value)
+    return values
+
+
+def share(items: Sequence[Item]) -> Sequence[Item]:
+    """The items that this process takes."""
+    return items[rank() :: count()]
+
+
+def shared_out(compute: Callable[[Item], Value], items: Sequence[Item]) -> list[Value]:
+    """The values of all items, in their order; each is computed in one of the processes (`share`)."""
+    parts = gathered([compute(item) for item in share(items)])
+    return [parts[number % count()][number // count()] for number in range(len(items))]
+
+
+def agree(seen: dict[str, Any]) -> None:
+    """Compare what the processes work on.
+
+    Args:
+        seen: What must be the same in all of them, by its name.
+
+    Raises:
+        BadInput: It is not; in every process.
+    """
+    first, *others = gathered(seen)
+    for number, other in enumerate(others, start=1):
+        for name, value in first.items():
+            if other[name] != value:
+                raise BadInput(
+                    f"launch.processes={count()}: must all work on the same; process {number} has another {name} than "
+                    "process 0"
+                )
