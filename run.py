@@ -89,7 +89,7 @@ def run_here(cfg: DictConfig) -> int:
     if SINCE in os.environ and CHILD in os.environ:
         Thread(target=end_with_the_sweep, daemon=True).start()
     from harness.errors import BadInput
-    from harness.processes import let_first_speak
+    from harness.processes import let_others_speak
     from harness.run import execute
     from harness.store import Busy
     from harness.sweep import BUSY
@@ -99,7 +99,7 @@ def run_here(cfg: DictConfig) -> int:
     except BadInput as error:
         if TRACEBACKS:
             raise
-        let_first_speak()
+        let_others_speak()
         return complain(as_given(str(error)))
     except Busy:
         return BUSY

@@ -72,7 +72,7 @@ class Noise:
     """What E of one layer is drawn from, as often as it is needed.
 
     Attributes:
-        key: Seed, process, step and layer.
+        key: Seed, 0, step and layer.
         std: Standard deviation of every row, ``[out]``, float32 or better.
         masked: Whether E is zero where W is.
     """
@@ -151,20 +151,19 @@ def noise_scale(sigma: float, step: int, steps: int) -> float:
     return sigma * (1 - math.cos(math.pi * step / steps)) / 2
 
 
-def draw_noise(model: nn.Module, step: int, steps: int, seed: int, process: int = 0) -> None:
-    """Give every layer with an active adapter the noise of one step, or none if its scale is 0.
+def draw_noise(model: nn.Module, step: int, steps: int, seed: int) -> None:
+    """Give every layer with an active adapter the noise of one step, the same in all processes; none if its scale is 0.
 
     Args:
         model: A model with Flat-LoRA adapters; A and B must not change before ``remove_noise``.
         step: Steps made so far, t.
         steps: Steps of the whole training, T.
         seed: Seed of the run.
-        process: Rank of the process: replicas draw different noise.
     """
     for index, layer in enumerate(_layers(model)):
         options = layer.noise_options
         sigma = 0.0 if step % options.interval else noise_scale(options.sigma, step, steps)
-        layer.noise = layer.noise_at(sigma, (seed, process, step, index)) if sigma else None
+        layer.noise = layer.noise_at(sigma, (seed, 0, step, index)) if sigma else None
 
 
 def remove_noise(model: nn.Module) -> None:
@@ -181,7 +180,7 @@ class WeightNoise(TrainerCallback):
     """
 
     def on_step_begin(self, args: Any, state: TrainerState, control: Any, model: nn.Module, **_: Any) -> None:
-        draw_noise(model, state.global_step, state.max_steps, args.seed, args.process_index)
+        draw_noise(model, state.global_step, state.max_steps, args.seed)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
         remove_noise(model)

@@ -357,6 +357,10 @@ def _check_processes(config: dict[str, Any]) -> None:
         )
     if rows % asked:
         raise BadInput(f"train.batch_size={rows}: must be a multiple of launch.processes={asked}, which share its rows")
+    if config["launch"]["shard"] and asked == 1:
+        raise BadInput("launch.shard=true: must be false for one process (launch.processes=1)")
+    if "true" in (os.environ.get("ACCELERATE_USE_FSDP"), os.environ.get("ACCELERATE_USE_DEEPSPEED")):
+        raise BadInput("launch.arguments: must not ask Accelerate for FSDP or DeepSpeed; launch.shard=true shards")
     to_be_started = config["launch"]["arguments"] and "WORLD_SIZE" not in os.environ
     if not to_be_started and asked != count():
         raise BadInput(f"launch.processes={asked}: must be {count()}, the processes that there are (WORLD_SIZE)")

@@ -231,6 +231,7 @@ class Launch(Section):
     name: Text
     arguments: list[Text]
     processes: Count = 1
+    shard: bool = False
 
 
 class Config(Section):

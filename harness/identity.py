@@ -102,6 +102,9 @@ def run_key(cfg: DictConfig) -> str:
     """
     config = with_fingerprints(cfg)
     mode, pruner = config["mode"], config["prune"]["name"]
+    processes = config["launch"].get("processes", 1)
+    if mode == "profile" and processes > 1:  # they share the rows of a step: its time and memory are others
+        config["processes"] = [processes, config["launch"]["shard"]]
     ignored = list(NOT_IN_KEY)
     if mode != "run":
         ignored += NOT_IN_PROFILE_KEY

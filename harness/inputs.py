@@ -36,6 +36,7 @@ from harness.feasible import check_fit, check_memory, reason
 from harness.identity import digest, local_path, with_fingerprints
 from harness.method import Method
 from harness.method_from_config import build_method
+from harness.shards import can_shard
 from harness.sources import REMEDY
 from harness.weights import check_files, load_weights
 
@@ -101,6 +102,8 @@ def read_inputs(cfg: DictConfig, method: Method) -> Inputs:
     """
     fingerprinted, folder = with_fingerprints(cfg), local_path(cfg.model.path)
     source = _source(cfg, folder)
+    if cfg.launch.shard and not can_shard(method):
+        raise BadInput(f"launch.shard=true: must be false for method={method.name}, whose steps need whole weights")
     shape = _read_shape(cfg, source)
     check_fit(cfg, method, shape)
     train = cfg.train

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 __all__ = ["Verdict", "run_launcher", "verdict"]
 
-AGENT = re.compile(rb"^[WEI]\d{4} \d\d:\d\d:\d\d\.\d+ \d+ torch/distributed/", re.MULTILINE)
+AGENT = re.compile(rb"[WEI]\d{4} \d\d:\d\d:\d\d\.\d+ \d+ torch/distributed/")
 FAILED = re.compile(rb"failed \(exitcode: (-?\d+)\) local_rank: (\d+)")
 
 

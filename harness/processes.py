@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from harness.errors import BadInput, one_line
 
-__all__ = ["agree", "begin", "count", "from_first", "gathered", "in_first", "is_first", "let_first_speak"]
+__all__ = ["agree", "begin", "count", "from_first", "gathered", "in_first", "is_first", "let_others_speak"]
 __all__ += ["rank", "share", "shared_out"]
 
 # How long one waits for another, which may be pruning meanwhile. Of one that has died the launcher knows at once.
@@ -49,10 +49,20 @@ def begin() -> None:
         PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
 
 
-def let_first_speak() -> None:
-    """Wait a moment: of a failure that all have in common the first process tells, and its end ends the others."""
-    if not is_first():
+def let_others_speak(error: Exception | None = None) -> None:
+    """Wait a moment where another process has more to say, whose end will end this one.
+
+    Of a failure that all have in common the first process tells; of one that only shows that another process has gone,
+    that one, or the launcher.
+    """
+    if not is_first() or (count() > 1 and _is_broken_link(error)):
         time.sleep(GRACE)
+
+
+def _is_broken_link(error: Exception | None) -> bool:
+    from torch.distributed import DistError
+
+    return isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def in_first(context: AbstractContextManager) -> AbstractContextManager:

@@ -44,6 +44,7 @@ from harness.method_from_config import build_method
 from harness.models import Models
 from harness.processes import from_first, gathered, in_first, is_first
 from harness.result import blank_result, count_parameters, held_out_loss
+from harness.shards import shard, skeleton, whole_again
 from harness.simulate import simulate
 from harness.store import RunStore
 from harness.summary import summary
@@ -126,7 +127,7 @@ def _attempt(
         except Exception as error:  # not KeyboardInterrupt: an interrupted run is continued
             if isinstance(error, BadInput) and result["support"] is None:
                 raise  # it was found on the weights, before any work
-            processes.let_first_speak()
+            processes.let_others_speak(error)
             result["status"] = "oom" if _out_of_memory(error) else "failed"
             result["error"] = {
                 "type": type(error).__name__,
@@ -234,8 +235,13 @@ class Job:
             cost = self.store.once("step", partial(training_cost, adapted, longest, cfg.train, method))
         result["memory"] |= cost["memory"]
         result["flops"]["per_step"] = cost["flops"]["per_step"] * processes.count()
+        blank = skeleton(adapted) if cfg.launch.shard else None
+        if cfg.launch.shard:
+            shard(adapted)
         with self.phase("train") as peak:
             outcome = train(adapted, inputs.rows, inputs.pad, cfg.train, method, meter, self.store.directory, cfg.seed)
+        if cfg.launch.shard:
+            adapted = whole_again(adapted, blank)
         if peak.allocated is not None:
             peak = meter.peak()  # that of a training that was only loaded here says nothing
             breakdown = parts_of_peak(result["memory"]["breakdown"], peak.allocated)

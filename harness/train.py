@@ -55,10 +55,13 @@ from harness.recipe import (
     target_count,
 )
 from harness.sealed_folder import seal
+from harness.shards import is_sharded, optimizer_state, spread
+from lors.placement import full, write
 from lors.storage import CompressedLinear
 
 __all__ = ["MeasuredTrainer", "NonFiniteLoss", "TrainOutcome", "train"]
 
+OPTIMIZER_NAME = "optimizer.pt"  # the Trainer's
 WEIGHTS, CALLBACK = "trained.pt", "callback-{}.pt"
 KEPT_CHECKPOINTS = 2  # the newest may be damaged by the kill that makes it needed
 
@@ -195,7 +198,10 @@ class MeasuredTrainer(Trainer):
         return loss
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Tensor:
-        loss = super().compute_loss(*args, **kwargs)
+        # Accelerate puts autocast around the forward pass of what it prepares, which shards are not.
+        autocast = is_sharded(self.model) and self.args.bf16
+        with torch.autocast(self.args.device.type, torch.bfloat16, enabled=autocast):
+            loss = super().compute_loss(*args, **kwargs)
         self._meter.mark("forward")
         return loss
 
@@ -206,11 +212,24 @@ class MeasuredTrainer(Trainer):
         PEFT's own format would not do: loading it turns bfloat16 adapters into float32, and it leaves out
         what is trained outside of an adapter. Beside it what callbacks hold.
         """
+        changing = {name: full(tensor.detach()) for name, tensor in self._changing()}
+        if not is_first():
+            return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        torch.save({name: tensor.detach() for name, tensor in self._changing()}, folder / WEIGHTS)
+        torch.save(changing, folder / WEIGHTS)
         for name, callback in self._stateful():
             torch.save(callback.state_dict(), folder / name)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if is_sharded(self.model):  # what was saved are the shards of one process
+            state = optimizer_state(self.optimizer)
+            from_first(lambda: torch.save(state, Path(output_dir) / OPTIMIZER_NAME))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        spread(self.optimizer)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with whole_or_gone(_checkpoint_after(self.args, self.state)):
@@ -228,7 +247,7 @@ class MeasuredTrainer(Trainer):
             raise ValueError(f"{folder}: is no checkpoint of this method on this model; delete it to start over")
         with torch.no_grad():
             for name, tensor in changing.items():
-                tensor.copy_(saved[name])
+                write(tensor, saved[name]) if is_sharded(self.model) else tensor.copy_(saved[name])
         for name, callback in stateful.items():
             callback.load_state_dict(_load(folder / name))
         self._load_rng_state(resume_from_checkpoint)

@@ -195,6 +195,23 @@ TOGETHER = [
         ("seed=0", "launch.processes=1: must be 2, the processes that there are (WORLD_SIZE)"),
         environment={"WORLD_SIZE": "2"},
     ),
+    *entries(
+        (
+            "launch=torchrun",
+            "launch.arguments: must not ask Accelerate for FSDP or DeepSpeed; launch.shard=true shards",
+        ),
+        environment={"ACCELERATE_USE_FSDP": "true"},
+    ),
+    *entries(
+        ("launch.processes=2", "launch.processes=2: must be 1, the processes that there are (WORLD_SIZE)"),
+        ("launch=torchrun launch.processes=3", "train.batch_size=16: must be a multiple of launch.processes=3"),
+        ("launch=torchrun launch.processes=2 mode=simulate", "launch.processes=2: must be 1 in mode=simulate"),
+        ("launch.shard=true", "launch.shard=true: must be false for one process"),
+        (
+            "method=geolora launch=torchrun launch.processes=2 launch.shard=true",
+            "launch.shard=true: must be false for method=geolora, whose steps need whole weights",
+        ),
+    ),
 ]
 
 # What only the class of the method knows, for each method that has options.

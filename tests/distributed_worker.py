@@ -19,12 +19,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import process_checks
 import sharding_checks
 import torch
 import torch.distributed as dist
 from callback_loop import pruned_layers, train_with
 from contract import ROWS, TRAINED, batch, composed, method_of, pruned
 from peft import get_peft_model
+from process_checks import BUSY
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from transformers import Trainer, TrainingArguments, default_data_collator
@@ -37,13 +39,6 @@ from harness.method import Method, adapt
 WORLD = 2
 STEPS = 6
 PATIENCE = timedelta(seconds=60)  # with a process that does not come to a collective operation
-# What makes a method do all that it can within six steps.
-BUSY = {
-    "geolora": ["method.peft.coefficient_steps=2", "method.peft.skipped_steps=0"],
-    "flat_lora": ["method.peft.sigma=0.5"],
-    # Boosters of two steps, and of both blocks.
-    "xgblora": ["method.peft.seed=1", "method.peft.penalty_weight=0.01"],
-}
 
 
 class PenalizedTrainer(Trainer):
@@ -282,6 +277,7 @@ CHECKS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "initialize failing in one process": failing_in_one,
     "initialize with idle experts": idle_experts,
     "initialize after sharding": sharded_before,
+    **process_checks.CHECKS,
     **sharding_checks.CHECKS,
 }
 

@@ -87,13 +87,13 @@ def test_w_and_its_zeros_survive_hundreds_of_steps_in_bfloat16_each_with_noise_o
     assert torch.equal(layer.weight, before)
 
 
-def test_the_draw_is_that_of_seed_process_step_and_layer_and_evaluation_does_not_see_it():
+def test_the_draw_is_that_of_seed_step_and_layer_and_evaluation_does_not_see_it():
     model, x = model_of((24, 32), (24, 32)), draw(8, 32)
     layer, second = layers(model)
     expected = layer(x)
 
-    def normal(step: int = 3, seed: int = 1, process: int = 0) -> Tensor:
-        draw_noise(model, step, 5, seed, process)
+    def normal(step: int = 3, seed: int = 1) -> Tensor:
+        draw_noise(model, step, 5, seed)
         return layer.noise.sample(layer.weight) / layer.noise.std[:, None]
 
     first = normal()
@@ -102,7 +102,7 @@ def test_the_draw_is_that_of_seed_process_step_and_layer_and_evaluation_does_not
     torch.rand(3)  # the global generator is not what it is drawn from
     assert torch.equal(normal(), first)
     assert torch.equal(first == 0, layer.weight == 0)
-    for other in ({"step": 4}, {"seed": 2}, {"process": 1}):
+    for other in ({"step": 4}, {"seed": 2}):
         assert not torch.allclose(normal(**other), first), other
     assert layer.noise.key != second.noise.key
     remove_noise(model)
