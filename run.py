@@ -33,7 +33,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from harness.launch import run_launcher, verdict
+from harness.launch import CHILD, run_launcher, verdict
 from hydra_plugins.block_sweeper import SINCE, as_list, is_local
 
 CONF = Path(__file__).resolve().parent / "conf"
@@ -42,8 +42,6 @@ GROUPS = {
     for folder in sorted(CONF.iterdir())
     if folder.is_dir() and folder.name != "hydra"
 }
-# Set in the processes that run.py itself starts, so that they do not start another.
-CHILD = "LORS_JOB"
 # What the user set, before main() sets it for Hydra.
 TRACEBACKS = os.environ.get("HYDRA_FULL_ERROR") == "1"
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130

@@ -22,6 +22,7 @@ from pydantic_core import ErrorDetails
 
 from harness.config_schema import MOST, PRUNERS, UNWRITABLE, Config, Section, needs_calibration
 from harness.errors import BadInput, one_line
+from harness.launch import CHILD
 from harness.processes import count
 from harness.sources import locate
 from lors.sparsity import parse_pattern, resolve_sparsity
@@ -361,8 +362,8 @@ def _check_processes(config: dict[str, Any]) -> None:
         raise BadInput("launch.shard=true: must be false for one process (launch.processes=1)")
     if "true" in (os.environ.get("ACCELERATE_USE_FSDP"), os.environ.get("ACCELERATE_USE_DEEPSPEED")):
         raise BadInput("launch.arguments: must not ask Accelerate for FSDP or DeepSpeed; launch.shard=true shards")
-    to_be_started = config["launch"]["arguments"] and "WORLD_SIZE" not in os.environ
-    if not to_be_started and asked != count():
+    started = CHILD in os.environ or "WORLD_SIZE" in os.environ or not config["launch"]["arguments"]
+    if started and asked != count():
         raise BadInput(f"launch.processes={asked}: must be {count()}, the processes that there are (WORLD_SIZE)")
 
 

@@ -1,6 +1,6 @@
 """The launcher of a job (``launch``: torchrun, Accelerate), told from what it launches.
 
-When a process of a job fails, PyTorch's agent ends the others and says so in dozens of lines, and its own exit code is
+When a process of a job fails, the launcher ends the others and says so in dozens of lines, and its own exit code is
 always 1. Here those lines become the exit code of the process that failed, and one line if that could not speak.
 """
 
@@ -13,10 +13,16 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-__all__ = ["Verdict", "run_launcher", "verdict"]
+__all__ = ["CHILD", "Verdict", "run_launcher", "verdict"]
 
-AGENT = re.compile(rb"[WEI]\d{4} \d\d:\d\d:\d\d\.\d+ \d+ torch/distributed/")
-FAILED = re.compile(rb"failed \(exitcode: (-?\d+)\) local_rank: (\d+)")
+# Set in the processes that run.py itself starts, so that they do not start another.
+CHILD = "LORS_JOB"
+# Where a launcher begins to speak: a line of PyTorch's log, or the traceback of a module that was started by its name.
+AGENT = re.compile(
+    rb"[WEI]\d{4} \d\d:\d\d:\d\d\.\d+ \d+ torch/distributed/"
+    rb'|Traceback \(most recent call last\):\n(?:  File "<frozen runpy>"|\Z)'
+)
+FAILED = re.compile(rb"failed \(exitcode: (-?\d+)\) local_rank: (\d+)|returned non-zero exit status (\d+)")
 
 
 class Verdict(NamedTuple):
@@ -39,7 +45,7 @@ def verdict(output: bytes, code: int) -> Verdict:
     shown = output[: agent.start()] if agent else output
     if failed is None:
         return Verdict(shown, code, None)
-    own, number = int(failed[1]), int(failed[2])
+    own, number = int(failed[1] or failed[3]), int(failed[2] or 0)
     line = f"error: process {number} was ended by signal {-own}; the same command continues where it stopped"
     return Verdict(shown, own, line if own < 0 else None)
 

@@ -224,6 +224,10 @@ AGENT = (
     b"E1129 23:20:01.123000 4567 torch/distributed/elastic/multiprocessing/api.py:1010] "
     b"failed (exitcode: %d) local_rank: 1 (pid: 9) of binary: python\nTraceback (most recent call last):\n"
 )
+TRACEBACK = (
+    b'Traceback (most recent call last):\n  File "<frozen runpy>", line 198\n'
+    b"subprocess.CalledProcessError: Command '[]' returned non-zero exit status 2.\n"
+)
 
 
 @pytest.mark.parametrize(
@@ -232,6 +236,9 @@ AGENT = (
         (b"a\nb\n", 0, (b"a\nb\n", 0, None)),
         (b"error: no\n", 2, (b"error: no\n", 2, None)),
         (b"error: no\n" + AGENT % 2, 1, (b"error: no\n", 2, None)),
+        (b"error: no\n" + TRACEBACK, 1, (b"error: no\n", 2, None)),
+        (b"a\n" + TRACEBACK[:35], 0, (b"a\n", 0, None)),
+        (TRACEBACK.replace(b"<frozen runpy>", b"x"), 0, (TRACEBACK.replace(b"<frozen runpy>", b"x"), 2, None)),
     ],
 )
 def test_the_exit_code_is_that_of_the_process_that_failed(output: bytes, code: int, expected: tuple) -> None:
