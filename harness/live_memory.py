@@ -101,12 +101,14 @@ class LiveTensors(TorchDispatchMode):
     Attributes:
         phase: Name of what runs now; a peak remembers the phase that it happened in.
         category: Category of the storages that appear from now on.
+        resized: Whether storages change their size without an operation, as those do in which FSDP2 gathers weights.
     """
 
     def __init__(self, *, block: int = 1, running: Callable[[], str] = str) -> None:
         super().__init__()
         self.phase = ""
         self.category = "transients"
+        self.resized = False
         self._block = block
         self._running = running
         self._alive: dict[int, _Storage] = {}  # by address
@@ -169,6 +171,8 @@ class LiveTensors(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
+        if self.resized:
+            self._measure_again()
         # An input that was never seen (a constant, a tensor that a module holds) counts from its first use on.
         self._see((args, kwargs), "other")
         result = func(*args, **kwargs)
@@ -179,6 +183,12 @@ class LiveTensors(TorchDispatchMode):
         """Enter all storages, or their new sizes, into the ledger."""
         storages = (storage for tree in trees for storage in _storages(tree))
         return [known for storage in storages if (known := self._enter(storage, category)) is not None]
+
+    def _measure_again(self) -> None:
+        for known in list(self._alive.values()):
+            storage = known.reference()
+            if storage is not None:
+                self._enter(storage, known.category)
 
     def _enter(self, storage: torch.UntypedStorage, category: str) -> _Storage | None:
         address, size = storage._cdata, -(-storage.nbytes() // self._block) * self._block
@@ -202,6 +212,7 @@ def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
     for leaf in tree_leaves(tree):
         if not isinstance(leaf, Tensor):
             continue
+        leaf = getattr(leaf, "_local_tensor", leaf)  # of a shard what is here
         if leaf.layout is torch.strided:
             yield leaf.untyped_storage()
         elif leaf.layout is torch.sparse_coo:
@@ -269,6 +280,7 @@ def step_counted(
         live: The ledger; it is entered last.
         names: What the ledger calls the modules of the model; by default nothing.
     """
+    live.resized = any(hasattr(parameter, "_local_tensor") for parameter in model.parameters())
     _count_model(live, model, names)
     live.count(optimizer.state.values(), "optimizer", sharded=True)
     live.count(batch.values(), "other")

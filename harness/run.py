@@ -229,15 +229,15 @@ class Job:
         if not method.trains:
             return adapted
         meter = Meter(cfg.train.timing_warmup)
+        blank = skeleton(adapted) if cfg.launch.shard else None
+        if cfg.launch.shard:
+            shard(adapted)
         rows = size // processes.count()
         longest = {name: tensor[:rows] for name, tensor in inputs.longest.items()}
         with self.phase("measure"):
             cost = self.store.once("step", partial(training_cost, adapted, longest, cfg.train, method))
         result["memory"] |= cost["memory"]
         result["flops"]["per_step"] = cost["flops"]["per_step"] * processes.count()
-        blank = skeleton(adapted) if cfg.launch.shard else None
-        if cfg.launch.shard:
-            shard(adapted)
         with self.phase("train") as peak:
             outcome = train(adapted, inputs.rows, inputs.pad, cfg.train, method, meter, self.store.directory, cfg.seed)
         if cfg.launch.shard:

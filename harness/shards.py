@@ -42,9 +42,16 @@ def shard(model: nn.Module) -> None:
     """
     from torch.distributed.fsdp import fully_shard
 
-    _, blocks = decoder_blocks(model)
+    name, blocks = decoder_blocks(model)
     for block in blocks:
         fully_shard(block)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is not None and head.weight is not embedding.weight:
+        fully_shard(embedding)
+        beside = model.get_submodule(name.rpartition(".")[0]).named_children()
+        norms = [part for key, part in beside if "norm" in key]
+        # Used at the end of the forward and the beginning of the backward pass: whole in between.
+        fully_shard([*norms, head], reshard_after_forward=False)
     fully_shard(model)
     model._is_accelerate_prepared = True
 

@@ -14,16 +14,18 @@ from conftest import make_tokenizer, recipe
 from contract import TRAINED, batch, method_of, pruned
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers import LlamaConfig
 
 from harness import processes
 from harness.checkpoints import newest_intact
-from harness.data import IGNORED, Row, collator
+from harness.data import IGNORED, Row, collator, random_data
 from harness.errors import BadInput
-from harness.meter import Meter
+from harness.meter import Meter, training_cost
 from harness.method import adapt
 from harness.perplexity import held_out_perplexity, perplexity
 from harness.shards import can_shard, shard, skeleton, whole_again
 from harness.train import train
+from harness.weights import random_model
 
 # What makes a method do all that it can within six steps.
 BUSY = {
@@ -80,6 +82,28 @@ def sharded_training(name: str, folder: Path) -> dict[str, Any]:
     return found
 
 
+SHAPE = LlamaConfig(
+    hidden_size=128, intermediate_size=344, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+    vocab_size=512, max_position_embeddings=256,
+)  # fmt: skip
+# Method and fields of `train`, of steps whose memory is measured and simulated.
+COSTS = [
+    ("lors", {}), ("full", {}), ("spp", {}), ("lors storage=bitmap", {"activation_checkpointing": True}),
+    ("full", {"activation_checkpointing": True}), ("hira", {"activation_checkpointing": True}),
+]  # fmt: skip
+COST_RECIPE = {"batch_size": 2, "gradient_accumulation": 1, "sequence_length": 128}
+
+
+def sharded_cost(name: str, fields: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Memory and FLOPs of a step, whole and sharded."""
+    method, cfg = method_of(name), recipe(**COST_RECIPE, **fields)
+    adapted = adapt(method, random_model(SHAPE, torch.float32, 0.5, "unstructured", seed=0))
+    step = collator(None, "fixed", cfg.sequence_length)(random_data(SHAPE.vocab_size, cfg, seed=0)[: cfg.batch_size])
+    found = {"whole": training_cost(adapted, step, cfg, method)}
+    shard(adapted)
+    return found | {"sharded": training_cost(adapted, step, cfg, method)}
+
+
 def bytes_of(model: nn.Module) -> int:
     """Of the parameters that this process holds."""
     held = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters())
@@ -125,6 +149,7 @@ def failing_first(folder: Path) -> dict[str, Any]:
 CHECKS: dict[str, Callable[[Path], dict[str, Any]]] = {
     **{f"training of {name}": partial(training, name) for name in TRAINED},
     **{f"sharded training of {name}": partial(sharded_training, name) for name in SHARDED},
+    **{f"sharded cost of {name} {fields}": partial(sharded_cost, name, fields) for name, fields in COSTS},
     "scores": scores,
     "agreement": agreement,
     "failing first": failing_first,

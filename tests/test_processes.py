@@ -13,12 +13,15 @@ from typing import Any
 import process_checks
 import pytest
 from conftest import compose_config
-from contract import TRAINED
+from contract import TRAINED, R
 from test_distributed import Results, pair, results  # noqa: F401  (fixtures)
 
 from harness.checkpoints import newest_intact
+from harness.config import resolve
 from harness.launch import verdict
+from harness.method_from_config import build_method
 from harness.run import execute
+from harness.simulate import simulate
 from harness.store import read_result
 
 pytestmark = pytest.mark.dist
@@ -71,6 +74,22 @@ def test_two_processes_that_share_the_weights_train_as_one(results: Results, nam
 def test_these_methods_can_be_sharded() -> None:
     assert {"lors", "lors storage=bitmap", "lora", "spp", "sqft", "full", "hira"} <= set(process_checks.SHARDED)
     assert not {"geolora", "xgblora", "flat_lora", "lora_rite"} & set(process_checks.SHARDED)
+
+
+@pytest.mark.parametrize(("name", "fields"), process_checks.COSTS)
+def test_the_memory_of_a_share_is_as_simulated(results: Results, name: str, fields: dict[str, Any]) -> None:  # noqa: F811
+    train = process_checks.COST_RECIPE | fields
+    words = [f"train.{key}={value}" for key, value in train.items()]
+    method, *peft = name.split()
+    words += [f"method={method}", *(f"method.peft.{field}" for field in peft), f"adapter.r={R}"]
+    cfg = resolve(compose_config("mode=simulate", "simulate.device=cpu", "simulate.shards=2", "sparsity=0.5", *words))
+    simulated = simulate(cfg, build_method(cfg), process_checks.SHAPE)["memory"]
+    for found in results(f"sharded cost of {name} {fields}"):
+        measured = found["sharded"]["memory"]
+        assert simulated["train_peak"] == pytest.approx(measured["train_peak"], rel=0.03)
+        assert simulated["breakdown"]["weights"] == pytest.approx(measured["breakdown"]["weights"], rel=0.01)
+        assert measured["train_peak"] < 0.97 * found["whole"]["memory"]["train_peak"]
+        assert found["sharded"]["flops"] == found["whole"]["flops"]
 
 
 # ---- what is shared out, and what is compared
