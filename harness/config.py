@@ -7,6 +7,7 @@ them without effect are refused too, unless a sweep over methods or pruners need
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import math
 import os
 import re
@@ -334,11 +335,23 @@ def _check_together(config: dict[str, Any]) -> None:
         raise BadInput(
             f"eval.split={split}: must be test for {foreign[0]}; only the tasks of the microworld have others"
         )
+    _check_trackers(mode, train.get("report_to") or [])
     _check_storage(config)
     processes = os.environ.get("WORLD_SIZE", "1")
     if processes != "1":
         arguments = as_written(config["launch"]["arguments"])
         raise BadInput(f"launch.arguments={arguments}: must start one process, not WORLD_SIZE={processes}")
+
+
+def _check_trackers(mode: str, names: list[str]) -> None:
+    """Trackers that are not installed, or that would disturb what is measured."""
+    given = f"train.report_to={as_written(names)}"
+    if names and mode != "run":
+        raise BadInput(f"{given}: must be null in mode={mode}; only mode=run has a training to report")
+    for name in names:
+        specification = importlib.util.find_spec(name)
+        if specification is None or specification.origin is None:  # a folder wandb/ is no package
+            raise BadInput(f"{given}: must be installed; {name} is not (pip install -e '.[bench,trackers]')")
 
 
 def _check_storage(config: dict[str, Any]) -> None:

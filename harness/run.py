@@ -43,6 +43,7 @@ from harness.result import blank_result, count_parameters, held_out_loss
 from harness.simulate import simulate
 from harness.store import RunStore, check_writable
 from harness.summary import summary
+from harness.trackers import reporting
 from harness.train import train
 from harness.weights import base_format, load_weights, random_model
 from harness.zeros import check_zeros, starting_sparsity
@@ -214,8 +215,10 @@ class Job:
             cost = self.store.once("step", lambda: training_cost(adapted, inputs.longest, cfg.train, method))
         result["memory"] |= cost["memory"]
         result["flops"] |= cost["flops"]
-        with self.phase("train") as peak:
-            outcome = train(adapted, inputs.rows, inputs.pad, cfg.train, method, meter, self.store.directory, cfg.seed)
+        folder = self.store.directory
+        reported = OmegaConf.select(cfg, "train.report_to"), folder / "trackers", self.store.key, cfg
+        with self.phase("train") as peak, reporting(*reported) as trackers:
+            outcome = train(adapted, inputs.rows, inputs.pad, cfg.train, method, meter, folder, cfg.seed, trackers)
         if peak.allocated is not None:
             peak = meter.peak()  # that of a training that was only loaded here says nothing
             breakdown = parts_of_peak(result["memory"]["breakdown"], peak.allocated)
@@ -225,6 +228,8 @@ class Job:
         result["loss"] |= {"first": outcome.first_loss, "last": outcome.last_loss}
         result["parameters"] |= method.counts(adapted)
         result["artifacts"]["steps"] = "steps.jsonl"
+        if (folder / "trackers").exists():
+            result["artifacts"]["trackers"] = "trackers"
         if isinstance(adapted, PeftModel):
             adapted.save_pretrained(self.store.artifact("adapter"))
             result["artifacts"]["adapter"] = "adapter"
