@@ -7,12 +7,12 @@ them without effect are refused too, unless a sweep over methods or pruners need
 from __future__ import annotations
 
 import difflib
-import importlib.util
 import math
 import os
 import re
 import types
 from collections.abc import Iterable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -349,7 +349,7 @@ def _check_trackers(mode: str, names: list[str]) -> None:
     if names and mode != "run":
         raise BadInput(f"{given}: must be null in mode={mode}; only mode=run has a training to report")
     for name in names:
-        specification = importlib.util.find_spec(name)
+        specification = find_spec(name)
         if specification is None or specification.origin is None:  # a folder wandb/ is no package
             raise BadInput(f"{given}: must be installed; {name} is not (pip install -e '.[bench,trackers]')")
 
