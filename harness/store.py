@@ -8,6 +8,7 @@ was changed or cut counts as absent. Every file appears whole or not at all.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
@@ -26,17 +27,8 @@ from omegaconf import DictConfig, OmegaConf
 from harness.errors import BadInput, one_line
 from harness.identity import raised_versions, run_key
 
-__all__ = [
-    "Busy",
-    "Damaged",
-    "RunStore",
-    "atomically",
-    "check_writable",
-    "computed_once",
-    "read_result",
-    "remove",
-    "writing",
-]
+__all__ = ["Busy", "Damaged", "RunStore", "atomically", "check_writable", "computed_once", "read_result", "remove"]
+__all__ += ["writing"]
 
 log = logging.getLogger("lors")
 
@@ -367,15 +359,21 @@ def writing(key: str, folder: Path) -> Iterator[None]:
 
 
 def check_writable(key: str, folder: Path) -> None:
-    """Make the folder and see that it takes a file.
+    """Make the folder and see that it takes a file and a lock.
 
     Raises:
-        BadInput: It does not: no permission, no space left, or a file in its place. `key` is the one to change.
+        BadInput: It does not: no permission, no space left, a file in its place, or a file system without locks, on
+            which two processes would make the same run. `key` is the one to change.
     """
     with writing(key, folder):
         probe = folder / f".probe.{secrets.token_hex(8)}.tmp"
         write_text(probe, "\0" * PROBE)
-        probe.unlink()
+        with probe.open("r+b") as stream:
+            probe.unlink()
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise OSError(f"its file system must have locks, flock: {one_line(error)}") from error
 
 
 def remove(entry: Path) -> None:

@@ -31,7 +31,7 @@ __all__ = ["SINCE", "BlockSweeper", "as_list", "expand", "is_local"]
 # The jobs of a sweep find here when it began, see `harness.store.RunStore.written_since`.
 SINCE = "LORS_SWEEP"
 # Launchers whose jobs run on this machine, with its files and its memory.
-LOCAL = ("basic", "joblib")
+LOCAL = ("basic", "joblib", "submitit_local")
 
 
 class BlockSweeper(Sweeper):
