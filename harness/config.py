@@ -12,6 +12,7 @@ import os
 import re
 import types
 from collections.abc import Iterable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -336,8 +337,20 @@ def _check_together(config: dict[str, Any]) -> None:
         raise BadInput(
             f"eval.split={split}: must be test for {foreign[0]}; only the tasks of the microworld have others"
         )
+    _check_trackers(mode, train.get("report_to") or [])
     _check_storage(config)
     _check_processes(config)
+
+
+def _check_trackers(mode: str, names: list[str]) -> None:
+    """Trackers that are not installed, or that would disturb what is measured."""
+    given = f"train.report_to={as_written(names)}"
+    if names and mode != "run":
+        raise BadInput(f"{given}: must be null in mode={mode}; only mode=run has a training to report")
+    for name in names:
+        specification = find_spec(name)
+        if specification is None or specification.origin is None:  # a folder wandb/ is no package
+            raise BadInput(f"{given}: must be installed; {name} is not (pip install -e '.[bench,trackers]')")
 
 
 def _check_storage(config: dict[str, Any]) -> None:

@@ -199,6 +199,7 @@ class Train(Section):
     timing_warmup: Whole
     checkpoint_every: Count | None
     tuned: dict[str, Positive] | None = None
+    report_to: list[Literal["tensorboard", "wandb", "mlflow"]] | None = None
 
 
 class Perplexity(Section):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -64,15 +65,21 @@ def writing(key: str, folder: Path) -> Iterator[None]:
 
 
 def check_writable(key: str, folder: Path) -> None:
-    """Make the folder and see that it takes a file.
+    """Make the folder and see that it takes a file and a lock.
 
     Raises:
-        BadInput: It does not: no permission, no space left, or a file in its place. `key` is the one to change.
+        BadInput: It does not: no permission, no space left, a file in its place, or a file system without locks, on
+            which two processes would make the same run. `key` is the one to change.
     """
     with writing(key, folder):
         probe = folder / f".probe.{secrets.token_hex(8)}.tmp"
         write_text(probe, "\0" * PROBE)
-        probe.unlink()
+        with probe.open("r+b") as stream:
+            probe.unlink()
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise OSError(f"its file system must have locks, flock: {one_line(error)}") from error
 
 
 def remove(entry: Path) -> None:

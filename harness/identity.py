@@ -78,6 +78,8 @@ ABSENT: Mapping[str, Any] = {
 }
 # Keys that say where results go, which jobs are run and how, not what is computed.
 NOT_IN_KEY = ("force", "only", "name", "runs_root", "cache_root", "save_merged", "launch", "train.checkpoint_every")
+# Who else is told of the steps.
+NOT_IN_KEY += ("train.report_to",)
 # Where snapshots are, and how one is made; what is in them counts.
 NOT_IN_KEY += ("data_root", "model.wheel")
 # The rates of all methods and the steps of all modes; train.learning_rate and train.steps are those that count.

@@ -48,6 +48,7 @@ from harness.shards import shard, skeleton, whole_again
 from harness.simulate import simulate
 from harness.store import RunStore
 from harness.summary import summary
+from harness.trackers import reporting
 from harness.train import train
 from harness.weights import base_format, checksum, load_weights, random_model
 from harness.zeros import check_zeros, starting_sparsity
@@ -238,8 +239,11 @@ class Job:
             cost = self.store.once("step", partial(training_cost, adapted, longest, cfg.train, method))
         result["memory"] |= cost["memory"]
         result["flops"]["per_step"] = cost["flops"]["per_step"] * processes.count()
-        with self.phase("train") as peak:
-            outcome = train(adapted, inputs.rows, inputs.pad, cfg.train, method, meter, self.store.directory, cfg.seed)
+        folder = self.store.directory
+        names = OmegaConf.select(cfg, "train.report_to") if is_first() else None
+        reported = reporting(names, folder / "trackers", self.store.key, cfg)
+        with self.phase("train") as peak, reported as trackers:
+            outcome = train(adapted, inputs.rows, inputs.pad, cfg.train, method, meter, folder, cfg.seed, trackers)
         if cfg.launch.shard:
             adapted = whole_again(adapted, blank)
         if peak.allocated is not None:
@@ -251,6 +255,8 @@ class Job:
         result["loss"] |= {"first": outcome.first_loss, "last": outcome.last_loss}
         result["parameters"] |= method.counts(adapted)
         result["artifacts"]["steps"] = "steps.jsonl"
+        if (folder / "trackers").exists():
+            result["artifacts"]["trackers"] = "trackers"
         if isinstance(adapted, PeftModel):
             from_first(lambda: adapted.save_pretrained(self.store.artifact("adapter")))
             result["artifacts"]["adapter"] = "adapter"

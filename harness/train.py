@@ -105,6 +105,7 @@ def train(
     meter: Meter,
     output_dir: Path | str,
     seed: int,
+    trackers: Sequence[TrainerCallback] = (),
 ) -> TrainOutcome:
     """Fine-tune an adapted model in place, on the device that it is on.
 
@@ -119,6 +120,7 @@ def train(
         meter: Measures the steps.
         output_dir: Folder for ``steps.jsonl`` and the checkpoints.
         seed: Order of the rows, dropout.
+        trackers: Also get each line of ``steps.jsonl`` (`trackers.reporting`); a checkpoint holds nothing of them.
 
     Raises:
         ValueError: A checkpoint holds something else than this method trains.
@@ -137,7 +139,7 @@ def train(
             data_collator=collator,
             train_dataset=filled_up(data, train_cfg.batch_size) if count() > 1 else data,
             optimizers=(method.optimizer(model, train_cfg), None),
-            callbacks=[meter, *method.callbacks(), _Progress(), _Seal()],
+            callbacks=[meter, *method.callbacks(), _Progress(), _Seal(), *trackers],
             recipe=train_cfg,
             meter=meter,
             penalty=method.penalty,

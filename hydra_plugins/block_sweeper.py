@@ -30,8 +30,9 @@ __all__ = ["SINCE", "BlockSweeper", "as_list", "expand", "is_local"]
 
 # The jobs of a sweep find here when it began, see `harness.store.RunStore.written_since`.
 SINCE = "LORS_SWEEP"
+FAILED = 1  # exit code of a sweep in which not all went well
 # Launchers whose jobs run on this machine, with its files and its memory.
-LOCAL = ("basic", "joblib")
+LOCAL = ("basic", "joblib", "submitit_local")
 
 
 class BlockSweeper(Sweeper):
@@ -69,7 +70,7 @@ class BlockSweeper(Sweeper):
 
         from harness.errors import BadInput
         from harness.inputs import check_inputs
-        from harness.sweep import FAILED, begin, plan, run
+        from harness.sweep import begin, plan, run
 
         try:
             jobs = plan(composed)
@@ -96,8 +97,21 @@ class BlockSweeper(Sweeper):
         return cfg
 
     def _launch(self, jobs: Sequence[Sequence[str]]) -> list[int]:
-        """Exit codes of the jobs, which Hydra's launcher runs one by one, in parallel, or on a cluster."""
-        return [job.return_value for job in self.launcher.launch(list(jobs), initial_job_idx=0)]
+        """Exit codes of the jobs, which Hydra's launcher runs one by one, in parallel, or on a cluster.
+
+        Raises:
+            SystemExit: The launcher gave up, as those of clusters do when one of their jobs is killed.
+        """
+        try:
+            returned = self.launcher.launch(list(jobs), initial_job_idx=0)
+        except HydraException:
+            raise
+        except Exception as error:  # every launcher has its own
+            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            verdict = "other jobs may still be at work, and the same command continues"
+            print(f"error: the launcher gave up ({reason}); {verdict}", file=sys.stderr)
+            raise SystemExit(FAILED) from error
+        return [job.return_value for job in returned]
 
 
 def is_local(cfg: DictConfig) -> bool:

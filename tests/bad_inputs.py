@@ -97,6 +97,7 @@ VALUES = [
             "must be a text, or null": "cache_root=true model.name=7 prune.text=5 data.path=3 eval.data_root=true",
             "must be a list, each entry a text": "eval.tasks=rte launch.arguments=3",
             "must be a list, each entry a text, or null": "+method.merges=dense",
+            "must be a list, each entry one of tensorboard, wandb, mlflow, or null": "train.report_to=[comet]",
             "must be all-linear, or a non-empty list, each entry a text": "adapter.targets=[] adapter.targets=q_proj "
             "adapter.targets=[1]",
             "must be a list of 2, each entry a number >= 0 and < 1": "train.betas=[0.9]",

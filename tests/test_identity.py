@@ -50,6 +50,7 @@ def key(*overrides: str) -> str:
         "only=failed",
         "train.tuned.sqft=0.1",  # the rate of another method
         "train.checkpoint_every=7",
+        "train.report_to=[]",
         "+method.version=1",
         "method._target_=my.Method",  # a method enters by its name
         "adapter.alpha=16.0",

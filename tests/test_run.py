@@ -12,6 +12,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
 
 from harness import run as harness_run
 from harness.store import Busy
@@ -52,6 +53,17 @@ def started(run, monkeypatch) -> Callable[..., tuple[int, list[SimpleNamespace]]
             return end.code, calls
 
     return main
+
+
+def test_a_launcher_that_gives_up_is_one_line(started, monkeypatch, capsys) -> None:
+    def launch(*_: object, **__: object) -> None:
+        raise RuntimeError("Job 7 has not produced any output\nits log")
+
+    monkeypatch.setattr(Plugins, "instantiate_launcher", lambda *_, **__: SimpleNamespace(launch=launch))
+    assert started("-m", "method=lors,lora")[0] == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: the launcher gave up (RuntimeError: Job 7 has not produced any output); ")
+    assert line.endswith("the same command continues")
 
 
 def test_a_sweep_starts_one_process_per_job_and_hands_on_its_overrides(started) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import math
 import os
 import secrets
@@ -233,6 +234,20 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_files(tmp_path: Path, monkey
         ):
             write()
     assert list(store.directory.iterdir()) == []
+
+
+def test_a_file_system_without_locks_is_refused(tmp_path: Path, monkeypatch) -> None:
+    """There filelock would make do with a file, which outlives a killed process."""
+
+    def missing(descriptor: object, operation: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", missing)
+    with pytest.raises(
+        BadInput, match=r"^cache_root: cannot write to .*/cache \(its file system must have locks, flock"
+    ):
+        check_writable("cache_root", tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_clear_keeps_the_lock_and_drop_progress_keeps_the_results(tmp_path: Path) -> None:

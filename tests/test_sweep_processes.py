@@ -1,8 +1,7 @@
-"""Sweeps and launchers as processes: failed jobs, kills, a second sweep beside the first, joblib."""
+"""Sweeps and launchers as processes: failed jobs, kills, a second sweep beside the first, joblib and submitit."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import random
 import signal
@@ -81,12 +80,17 @@ def test_two_sweeps_at_once_share_the_jobs(tiny_checkpoint, tiny_sources, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("hydra_plugins.hydra_joblib_launcher") is None, reason="needs .[parallel]")
-def test_jobs_in_parallel_share_what_is_computed_once(tiny_checkpoint, tiny_sources, tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("package", "launcher"),
+    [("joblib", ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]), ("submitit", ["hydra/launcher=submitit_local"])],
+)
+def test_jobs_in_parallel_share_what_is_computed_once(
+    tiny_checkpoint, tiny_sources, tmp_path, package, launcher
+) -> None:
     """The numbers are those of a run on its own; pruned model, tokens and scores exist once and were made once."""
+    pytest.importorskip(f"hydra_plugins.hydra_{package}_launcher")
     overrides = [*tiny_overrides(tiny_checkpoint, tiny_sources, tmp_path), "eval.tasks=[rte]", "train.steps=2"]
-    launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "method=lora,lors"]
-    process = run_py([*overrides, *launcher])
+    process = run_py([*overrides, *launcher, "method=lora,lors"])
     output = process.communicate()[0]
     assert process.returncode == 0, output
     assert "[2/2] method=" in output
