@@ -13,7 +13,7 @@ __all__ = ["MACHINE", "check"]
 
 SCHEMA = 1
 # Runs that differ in one of these do not share a table: what they were measured on, and with.
-MACHINE = ("device", "threads", "torch", "transformers", "peft", "lm_eval", "datasets")
+MACHINE = ("device", "threads", "processes", "torch", "transformers", "peft", "lm_eval", "datasets")
 Number, Text = float | None, str | None
 Kind = Literal["cuda", "live_tensors", "simulated"]
 EndState = Literal[("merged", *END_STATES)]
@@ -37,7 +37,8 @@ Zeros = _part(**dict.fromkeys(("after_prune", "after_merge", "lost", "gained"), 
 Peaks = dict.fromkeys(("train_peak", "init_peak", "eval_peak"), Number)
 Speed = dict.fromkeys(("forward_ms", "backward_ms", "optimizer_ms", "tokens_per_second"), Number)
 Lengths = dict.fromkeys(("batch_size", "gradient_accumulation", "sequence_length"), int)
-Environment = _part(**dict.fromkeys(("python", "git_commit", "end", *MACHINE), Text) | {"threads": int | None},
+Environment = _part(**dict.fromkeys(("python", "git_commit", "end", *MACHINE), Text)
+                    | {"threads": int | None, "processes": (int, 1)},
                     git_dirty=bool | None, command=(list[str], []))  # fmt: skip
 # Keys that are not here are compared, whatever they are.
 Config = _part(

@@ -146,9 +146,13 @@ def is_dense(values: Mapping[str, Any]) -> bool:
     return values["pruner"] == "none" and values["sparsity"] == 0
 
 
+# Of results that are older than this field.
+ONE = {"processes": 1}
+
+
 def machine_of(values: Mapping[str, Any]) -> tuple[str, ...]:
     """What a run was measured on and with, comparable."""
-    return tuple(str(values[name]) for name in MACHINE)
+    return tuple(str({**ONE, **values}[name]) for name in MACHINE)
 
 
 def _pruned_model(result: Result) -> str:
@@ -179,7 +183,7 @@ def _control_identity(row: dict[str, Any]) -> tuple[str, ...]:
 
 def _run(result: Result) -> dict[str, Any]:
     """What all rows of a run have in common."""
-    error, environment, sparsity = result["error"], result["environment"], float(result["sparsity"])
+    error, environment, sparsity = result["error"], ONE | result["environment"], float(result["sparsity"])
     return {
         **{axis: result[axis] for axis in ("status", "mode", "method", "model", "pruner", "pattern", "key", "config")},
         **{"sparsity": sparsity, "seed": float(result["seed"])},

@@ -10,12 +10,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import process_checks
 import pytest
 from conftest import compose_config
 from contract import TRAINED, R
 from test_distributed import Results, pair, results  # noqa: F401  (fixtures)
 
+from harness.bench import processes
 from harness.checkpoints import newest_intact
 from harness.config import resolve
 from harness.launch import verdict
@@ -235,6 +237,17 @@ def test_an_error_in_one_process_is_the_result(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
     result = result_in(tmp_path)
     assert (result["status"], result["error"]["message"]) == ("failed", "a broken cable")
+
+
+def test_the_bench_compares_them(tmp_path: Path) -> None:
+    small = ["model=microworld", "model.layers=2", "train.steps=3", "train.timing_warmup=1", "train.sequence_length=16"]
+    assert processes.main([*small, "--output", str(tmp_path)]) == 0
+    table = pd.read_csv(tmp_path / "processes.csv", index_col=0)
+    assert list(table.index) == list(processes.CASES)
+    one, replicas, shared = table["loss of the last step"]
+    assert [replicas, shared] == pytest.approx([one] * 2, rel=1e-5)
+    peaks = table["peak of each (MiB)"]
+    assert peaks.iloc[2] < peaks.iloc[1] < peaks.iloc[0]
 
 
 # ---- the launcher
