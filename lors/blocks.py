@@ -1,8 +1,8 @@
 """Find the decoder blocks of a transformers model, and the linear layers inside them.
 
-These linears, and nothing else, are what a pruner may thin out and what sparsity is counted over. The matrices of
-fused experts are linears too, of one expert each (``lors.experts``); the router that chooses among them is none. A model
-that carries PEFT adapters is looked through: names and layers are those of the model underneath. What counts as a
+These linears, and nothing else, are what a pruner may thin out and what sparsity is counted over. Each matrix of a
+fused expert is such a linear too (``lors.experts``); the router that chooses among them is none. A model that carries
+PEFT adapters is looked through: names and layers are those of the model underneath. What counts as a
 linear layer is decided in one place, ``linear_fault``, for pruners and tuners alike.
 """
 

@@ -1,11 +1,11 @@
 """Fused experts as linear layers, as long as somebody works on them.
 
 A mixture of experts of transformers 5 holds the matrices of its E experts in one parameter for each product: ``E x out
-x in``, read as ``linear(x, self.down_proj[e])``, or ``E x in x out``, read as ``x @ self.down_proj[e]`` (gpt-oss). Inside
-``experts_as_linears`` there is an ``ExpertLinears`` in its place: E ``nn.Linear`` with W (out x in) a view of the
-parameter, called ``experts.down_proj.3`` and the like. The forward function of the module stays that of transformers,
-eager, whatever ``experts_implementation`` says; what ``self.down_proj[e]`` gives it makes a product a call of the layer.
-So hooks, pruners and adapters see a linear layer, and each expert is called with its own tokens.
+x in``, read as ``linear(x, self.down_proj[e])``, or ``E x in x out``, read as ``x @ self.down_proj[e]`` (gpt-oss).
+Inside ``experts_as_linears`` an ``ExpertLinears`` stands in its place: E ``nn.Linear`` called ``experts.down_proj.3``
+and the like, with W (out x in) a view of the parameter. The forward function of the module stays that of transformers,
+the eager one whatever ``experts_implementation`` says; to it ``self.down_proj[e]`` is what makes a product a call of
+the layer. So hooks, pruners and adapters see a linear layer, and each expert is called with its own tokens.
 """
 
 from __future__ import annotations
@@ -73,7 +73,11 @@ class _Weight:
 
     @classmethod
     def __torch_function__(
-        cls, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+        cls,
+        function: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Tensor:
         if function in PRODUCTS and len(args) == 2 and not kwargs and isinstance(args[1], cls):
             return args[1].layer(args[0])
@@ -177,9 +181,9 @@ def _transposed(kind: type[nn.Module]) -> dict[str, bool]:
             reads[node.attr] += 1
         elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.MatMult):
             products[_expert_of_self(node.right)][True] += 1
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] == "linear":
-            if len(node.args) == 2 and not node.keywords:
-                products[_expert_of_self(node.args[1])][False] += 1
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("linear"):
+            known = len(node.args) == 2 and not node.keywords
+            products[_expert_of_self(node.args[1]) if known else None][False] += 1
     return {
         name: next(iter(ways))
         for name, ways in products.items()

@@ -48,7 +48,7 @@ def adapter_for_each_row(tuner: BaseTuner, adapter_names: Sequence[str] | None =
         known = ", ".join(tuner.peft_config)
         raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; there are {known}")
     if any(isinstance(part, ExpertLinears) for part in tuner.modules()):
-        raise ValueError("adapter_names: not with adapters on fused experts, which take tokens of several rows together")
+        raise ValueError("adapter_names: not with adapters on experts, which take tokens of several rows together")
     beams = kwargs.get("num_beams") or getattr(kwargs.get("generation_config"), "num_beams", None)
     if isinstance(beams, int) and beams > 1:
         adapter_names = [name for name in adapter_names for _ in range(beams)]
