@@ -3,9 +3,10 @@
 A mixture of experts of transformers 5 holds the matrices of its E experts in one parameter for each product: ``E x out
 x in``, read as ``linear(x, self.down_proj[e])``, or ``E x in x out``, read as ``x @ self.down_proj[e]`` (gpt-oss).
 Inside ``experts_as_linears`` an ``ExpertLinears`` stands in its place: E ``nn.Linear`` called ``experts.down_proj.3``
-and the like, with W (out x in) a view of the parameter. The forward function of the module stays that of transformers,
-the eager one whatever ``experts_implementation`` says; to it ``self.down_proj[e]`` is what makes a product a call of
-the layer. So hooks, pruners and adapters see a linear layer, and each expert is called with its own tokens.
+and the like, with W (out x in) a view of the parameter where it lies like that, else a copy in its place. The forward
+function of the module stays that of transformers, the eager one whatever ``experts_implementation`` says; to it
+``self.down_proj[e]`` is what makes a product a call of the layer. So hooks, pruners and adapters see a linear layer,
+and each expert is called with its own tokens.
 """
 
 from __future__ import annotations
@@ -94,6 +95,8 @@ def experts_as_linears(model: nn.Module) -> Iterator[None]:
     for part in list(model.modules()):
         offloaded = execution_device(part) is not None
         for name, linears in ({} if offloaded else expert_linears(part)).items():
+            for layer in linears.children():  # kernels and FSDP2 want rows; of those that lie so already it is no copy
+                layer.weight.data = layer.weight.data.contiguous()
             del part._parameters[name]
             part._modules[name] = linears
             linears.stacked.data = linears.stacked.data.new_empty(0)  # the memory is that of the layers now
@@ -107,10 +110,14 @@ def experts_as_linears(model: nn.Module) -> Iterator[None]:
 
 
 def fuse_experts(model: nn.Module) -> nn.Module:
-    """Put the parameter back in place of experts that are linear layers and have no adapter; ``model`` itself."""
+    """Put the parameter back in place of experts that are linear layers and have no adapter; ``model`` itself.
+
+    Those that FSDP2 has sharded stay linear layers, as it goes on to bring the weights of these.
+    """
     for part in model.modules():
         held = {name: linears for name, linears in part._modules.items() if isinstance(linears, ExpertLinears)}
-        if not held or any(isinstance(below, BaseTunerLayer) for each in held.values() for below in each.modules()):
+        layers = [layer for linears in held.values() for layer in linears.children()]
+        if not layers or any(isinstance(layer, BaseTunerLayer) or _sharded(layer) for layer in layers):
             continue
         for name, linears in held.items():
             del part._modules[name]
@@ -150,6 +157,10 @@ def _fused(module: nn.Module) -> dict[str, bool]:
         return {}
     transposed = _transposed(type(module)) if stacked else {}
     return {name: transposed[name] for name in stacked} if stacked.keys() <= transposed.keys() else {}
+
+
+def _sharded(layer: nn.Module) -> bool:
+    return any(isinstance(parameter, DTensor) for parameter in layer.parameters())
 
 
 def _stacked(matrices: list[Tensor]) -> Tensor:
