@@ -11,6 +11,7 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, expert_matrices
 from conftest import make_tokenizer
+from omegaconf import DictConfig
 from peft import PeftModel, get_peft_model
 from test_harness_run import NO_SCORES, tiny_overrides
 from torch import Tensor, nn
@@ -136,7 +137,7 @@ def test_an_adapter_is_saved_and_loaded(name: str, tmp_path) -> None:
     model.save_pretrained(tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # of other zeros, of what has no adapter
-        loaded = PeftModel.from_pretrained(pruned(name), tmp_path).eval()
+        loaded = PeftModel.from_pretrained(pruned(name), tmp_path, low_cpu_mem_usage=True).eval()
     assert torch.equal(logits(loaded), expected)
     with loaded.disable_adapter():
         torch.testing.assert_close(logits(loaded), logits(pruned(name)), rtol=1e-5, atol=1e-5)
@@ -199,6 +200,7 @@ def test_a_refused_adapter_leaves_the_experts_fused() -> None:
     with pytest.raises(ValueError, match=r"r=40: larger than a side"):
         get_peft_model(model, lors.LorsConfig(r=40))
     assert {key: id(parameter) for key, parameter in model.named_parameters()} == before
+    assert not any(isinstance(part, ExpertLinears) for part in model.modules())
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
@@ -315,6 +317,10 @@ def mixture(composed, tiny_sources, tmp_path):
     return lambda *more: composed(*overrides, "eval.tasks=[]", "train.steps=2", *more)
 
 
+def merged_folder(cfg: DictConfig, result: dict) -> str:
+    return f"{cfg.runs_root}/{cfg.name}/{result['key']}/merged"
+
+
 def test_a_run_from_end_to_end(mixture) -> None:
     cfg = mixture("method=lors", "pattern=2:4", "save_merged=true")
     result = execute(cfg)
@@ -326,8 +332,7 @@ def test_a_run_from_end_to_end(mixture) -> None:
     assert parameters["adapted_share"] == 1.0
     assert result["eval"]["perplexity"]["value"] != result["baselines"]["pruned"]["perplexity"]["value"]
 
-    folder = f"{cfg.runs_root}/{cfg.name}/{result['key']}"
-    merged = MixtralForCausalLM.from_pretrained(f"{folder}/merged")
+    merged = MixtralForCausalLM.from_pretrained(merged_folder(cfg, result))
     assert parameters["total"] == merged.num_parameters() + 3 * factors
     assert sparsity_of(merged) == 0.5
     assert all(follows_pattern(W, "2:4") for W in expert_matrices(merged).values())
@@ -335,11 +340,14 @@ def test_a_run_from_end_to_end(mixture) -> None:
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_run_of_a_method_that_is_no_tuner_of_ours(mixture, method: str) -> None:
-    result = execute(mixture(f"method={method}", *NO_SCORES))
+    cfg = mixture(f"method={method}", "save_merged=true", *NO_SCORES)
+    result = execute(cfg)
     assert result["status"] == "ok", result["error"]
+    assert result["parameters"]["adapted_share"] == (None if method == "full" else 1.0)
     rows = {result["end_state"]: result, **result["variants"]}
     kept = rows["merged" if method == "full" else "remasked"]["zeros"]
     assert (kept["after_prune"], kept["after_merge"], kept["lost"]) == (0.5, 0.5, 0)
+    assert sparsity_of(MixtralForCausalLM.from_pretrained(merged_folder(cfg, result))) == 0.5
 
 
 def test_products_of_fused_experts_count_as_those_of_linear_layers_do() -> None:
