@@ -64,7 +64,9 @@ def prune_model(
     device: torch.device | str | None = None,
     **options: Any,
 ) -> None:
-    """Prune every linear inside the decoder blocks in place, with a progress bar.
+    """Prune every linear inside the decoder blocks in place, fused experts one by one, with a progress bar.
+
+    Experts that no calibration token reaches are pruned by magnitude, row by row; one warning in the log names them.
 
     In memory besides the model: the hidden states of all samples, what one block makes of a batch of samples, and the
     statistics of its linears.
