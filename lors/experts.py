@@ -62,7 +62,10 @@ class ExpertLinears(nn.Module):
     def fused(self) -> nn.Parameter:
         """The parameter with what the weights of the layers are now; without a copy if they are still its views."""
         weights = [layer.weight for layer in self._modules.values()]
-        self.stacked.data = _stacked([W.detach().t() if self.transposed else W.detach() for W in weights])
+        stacked = _stacked([W.detach().t() if self.transposed else W.detach() for W in weights])
+        if self.stacked.is_meta and not stacked.is_meta:  # the model has got its weights in the meantime
+            vars(self)["stacked"] = nn.Parameter(stacked)
+        self.stacked.data = stacked
         return self.stacked.requires_grad_(any(W.requires_grad for W in weights))
 
 

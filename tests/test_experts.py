@@ -215,6 +215,14 @@ def test_a_refused_adapter_leaves_the_experts_fused() -> None:
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_a_model_may_get_its_weights_while_its_experts_are_linear_layers() -> None:
+    model = ARCHITECTURES["gpt_oss"].build().to("meta")
+    with experts_as_linears(model):
+        model.to_empty(device="cpu")
+    assert model.model.layers[0].mlp.experts.down_proj.shape == (4, 48, 32)
+    assert not any(parameter.is_meta for parameter in model.parameters())
+
+
 def test_an_adapter_for_each_row_is_refused() -> None:
     model = adapted(pruned("mixtral")).eval()
     with pytest.raises(ValueError, match="take tokens of several rows together"):
