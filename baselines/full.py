@@ -32,11 +32,15 @@ class FullMethod(Method):
         Embeddings, norms and the head are trained without a mask, as they are not pruned.
 
         Raises:
-            ValueError: The decoder has weights that are not ``nn.Linear`` (see ``lors.blocks``).
+            ValueError: The decoder has weights that are no linear layers (see ``lors.blocks``).
         """
         model.requires_grad_(True)
-        for layer in decoder_linears(model).values():
-            layer.weight.register_post_accumulate_grad_hook(mask_gradient)
+        linears = decoder_linears(model)
+        pruned = {f"{name}.weight" for name in linears}
+        pruned |= {name.rpartition(".")[0] for name in linears}  # fused experts: one parameter for all of them
+        for name, parameter in model.named_parameters():
+            if name in pruned:
+                parameter.register_post_accumulate_grad_hook(mask_gradient)
         return model
 
 

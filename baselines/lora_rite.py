@@ -66,10 +66,10 @@ class LoraRite(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of all pairs.
+        """One step of all pairs that have a gradient; an expert without a token has none.
 
         Raises:
-            RuntimeError: A factor has no gradient.
+            RuntimeError: One factor of a pair has no gradient, or no pair has one.
             ArithmeticError: A gradient is not finite.
         """
         with torch.enable_grad():
@@ -143,8 +143,6 @@ class _Side:
     """
 
     def __init__(self, factors: Sequence[nn.Parameter], state: Mapping[Tensor, dict], transposed: bool) -> None:
-        if any(factor.grad is None for factor in factors):
-            raise RuntimeError("LoRA-RITE needs a gradient for both factors of every pair")
         self.factors, self.transposed = factors, transposed
         exact = torch.promote_types(factors[0].dtype, torch.float32)
         self.value, self.u = (
@@ -231,10 +229,13 @@ class LoraRiteMethod(Method):
 
 
 def _by_shape(factors: Sequence[nn.Parameter]) -> list[list[Pair]]:
-    """Pairs of a flat list A, B, A, B, ..., those of equal shapes, types and devices together."""
+    """Pairs of a flat list A, B, A, B, ... that have a gradient, those of equal shapes, types and devices together."""
     found: dict[tuple, list[Pair]] = {}
     for A, B in zip(factors[::2], factors[1::2], strict=True):
-        found.setdefault((A.shape, B.shape, A.dtype, A.device), []).append((A, B))
+        if A.grad is not None or B.grad is not None:
+            found.setdefault((A.shape, B.shape, A.dtype, A.device), []).append((A, B))
+    if not found or any(factor.grad is None for pairs in found.values() for pair in pairs for factor in pair):
+        raise RuntimeError("LoRA-RITE needs a gradient for both factors of a pair")
     return list(found.values())
 
 

@@ -26,6 +26,7 @@ from harness.method import Method, tuner_config
 from harness.simulate import simulate
 from harness.weights import base_format
 from lors.blocks import decoder_linears
+from lors.experts import expert_names, experts_as_linears
 from lors.injection import check_names
 from lors.sparsity import check_width
 
@@ -85,13 +86,16 @@ def check_fit(cfg: DictConfig, method: Method, shape: PretrainedConfig) -> None:
         raise BadInput(f"{shown}: its config makes a model without linear layers in decoder blocks")
     if cfg.mode == "simulate":
         _check_simulated(method)
+        if any(expert_names(part) for part in model.modules()):
+            raise BadInput(f"{shown}: must be a model without experts in mode=simulate; values choose their tokens")
     if needs_calibration(cfg.prune.name) and not torch.cuda.is_available():
         width = shape.get_text_config().hidden_size * base_format(cfg).itemsize
         states = cfg.prune.samples * cfg.prune.sequence_length * width
         _refuse_above_free([(f"prune.samples={cfg.prune.samples}", states, "what they are at one layer")])
     if method.peft is not None:
         try:
-            _check_adapter(method, model, linears)
+            with experts_as_linears(model):
+                _check_adapter(method, model, linears)
         except Exception as error:  # whatever a tuner or a method raises at such a model
             raise method_refusal(cfg, error) from error
     for name, linear in linears.items():

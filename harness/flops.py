@@ -32,7 +32,7 @@ class CountFlops(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.flops = 0
-        self._formulas = FlopCounterMode(display=False, custom_mapping=_ATTENTION).flop_registry
+        self._formulas = FlopCounterMode(display=False, custom_mapping=_OTHERS).flop_registry
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -76,8 +76,14 @@ def _scores_flops(query: Any, key: Any, width: int) -> int:
     return 2 * batch * heads * queries * key[-2] * width
 
 
-# torch has no formula for the attention kernel of CPUs, and 2.11 fails where keys have fewer heads than queries.
-_ATTENTION = {}
+def _grouped_flops(rows: Any, matrices: Any, *_: Any, **__: Any) -> int:
+    """One product for each group of rows, or of columns, which share one of three sizes between them."""
+    return 2 * rows[-2] * rows[-1] * matrices[-1]
+
+
+# torch has no formula for the products of fused experts and for the attention kernel of CPUs, and 2.11 fails where keys
+# have fewer heads than queries.
+_OTHERS = {torch.ops.aten._grouped_mm: _grouped_flops}
 for _kernel in ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention"):
-    _ATTENTION[getattr(torch.ops.aten, f"_scaled_dot_product_{_kernel}")] = _attention_flops
-    _ATTENTION[getattr(torch.ops.aten, f"_scaled_dot_product_{_kernel}_backward")] = _attention_backward_flops
+    _OTHERS[getattr(torch.ops.aten, f"_scaled_dot_product_{_kernel}")] = _attention_flops
+    _OTHERS[getattr(torch.ops.aten, f"_scaled_dot_product_{_kernel}_backward")] = _attention_backward_flops

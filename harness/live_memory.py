@@ -43,6 +43,7 @@ from torch.utils._pytree import tree_leaves
 from harness.flops import CountFlops, inference_pass
 from harness.method import PRECISIONS, Method
 from harness.recipe import batch_loss, gradient_clipping
+from harness.shards import after_backward
 
 __all__ = [
     "CATEGORIES",
@@ -254,6 +255,7 @@ def training_step(
             saved = live.forward_ends()
             live.phase = "backward"
             loss.backward()
+            after_backward(model)
     if flops is not None:
         flops.flops = flops.flops * train_cfg.gradient_accumulation // micro_batches
     live.phase, live.category = "optimizer", "other"

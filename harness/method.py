@@ -38,6 +38,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from harness.processes import share
 from lors import initialize
 from lors.blocks import decoder_linears
+from lors.experts import experts_as_linears, fuse_experts
 from lors.shared_weights import note_untied_head, untie_adapted
 
 __all__ = [
@@ -238,7 +239,8 @@ def wrap(method: Method, model: PreTrainedModel, seed: int = 0, *, precision: st
     if method.peft is None:
         return model.to(trainable)
     # PEFT's default would make some adapters float32 and leave others in the format of the base weight.
-    adapted = get_peft_model(model, tuner_config(method, model), autocast_adapter_dtype=False)
+    with experts_as_linears(model):
+        adapted = get_peft_model(model, tuner_config(method, model), autocast_adapter_dtype=False)
     _cast_trainable(adapted, trainable)
     return adapted
 
@@ -330,7 +332,7 @@ def _merge_in_float32(model: PeftModel) -> PreTrainedModel:
         layer.float()
         layer.merge()
         layer.get_base_layer().to(dtype)
-    plain = model.unload()
+    plain = fuse_experts(model.unload())
     note_untied_head(plain)
     return plain
 
@@ -345,9 +347,9 @@ def _round_saved_modules(model: PeftModel) -> None:
 
 @torch.no_grad()
 def _apply_supports(model: nn.Module, supports: Mapping[str, Tensor]) -> None:
-    modules = dict(model.named_modules())
+    linears = decoder_linears(model)
     for name, M in supports.items():
-        if name not in modules:
-            raise ValueError(f"supports: the model has no module {name!r}")
-        W = modules[name].weight
+        if name not in linears:
+            raise ValueError(f"supports: the model has no linear layer {name!r} in its decoder blocks")
+        W = linears[name].weight
         W.mul_(M.to(W.device))

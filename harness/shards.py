@@ -17,7 +17,7 @@ from harness.method import Method
 from lors.blocks import decoder_blocks
 from lors.placement import full
 
-__all__ = ["can_shard", "is_sharded", "optimizer_state", "shard", "skeleton", "spread", "whole_again"]
+__all__ = ["after_backward", "can_shard", "is_sharded", "optimizer_state", "shard", "skeleton", "spread", "whole_again"]
 
 
 def can_shard(method: Method) -> bool:
@@ -42,6 +42,8 @@ def shard(model: nn.Module) -> None:
     """
     from torch.distributed.fsdp import fully_shard
 
+    # FSDP2 puts other parameters in place of these, and their hooks would be lost (`after_backward`).
+    hooks = {name: [*(p._post_accumulate_grad_hooks or {}).values()] for name, p in model.named_parameters()}
     name, blocks = decoder_blocks(model)
     for block in blocks:
         fully_shard(block)
@@ -54,6 +56,14 @@ def shard(model: nn.Module) -> None:
         fully_shard([*norms, head], reshard_after_forward=False)
     fully_shard(model)
     model._is_accelerate_prepared = True
+    model._gradient_hooks = [(p, hook) for name, p in model.named_parameters() for hook in hooks[name]]
+
+
+def after_backward(model: nn.Module) -> None:
+    """Call the hooks that wait for the gradient of a parameter, which of a sharded one is there only now."""
+    for parameter, hook in getattr(model, "_gradient_hooks", ()):
+        if parameter.grad is not None:
+            hook(parameter)
 
 
 def is_sharded(model: nn.Module) -> bool:

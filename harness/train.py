@@ -55,7 +55,7 @@ from harness.recipe import (
     target_count,
 )
 from harness.sealed_folder import seal
-from harness.shards import is_sharded, optimizer_state, spread
+from harness.shards import after_backward, is_sharded, optimizer_state, spread
 from lors.placement import full, write
 from lors.storage import CompressedLinear
 
@@ -196,6 +196,7 @@ class MeasuredTrainer(Trainer):
         self._meter.mark("")
         self._meter.count_tokens(inputs["attention_mask"])
         loss = super().training_step(model, inputs, *args, **kwargs)
+        after_backward(self.model)
         self._meter.mark("backward")
         return loss
 

@@ -1,7 +1,8 @@
 """Find the decoder blocks of a transformers model, and the linear layers inside them.
 
-These linears, and nothing else, are what a pruner may thin out and what sparsity is counted over. A model
-that carries PEFT adapters is looked through: names and layers are those of the model underneath. What counts as a
+These linears, and nothing else, are what a pruner may thin out and what sparsity is counted over. Each matrix of a
+fused expert is such a linear too (``lors.experts``); the router that chooses among them is none. A model that carries
+PEFT adapters is looked through: names and layers are those of the model underneath. What counts as a
 linear layer is decided in one place, ``linear_fault``, for pruners and tuners alike.
 """
 
@@ -23,6 +24,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.functional import linear
 from torch.nn.utils import parametrize
 from transformers import GenerationMixin, PreTrainedModel
+
+from lors.experts import expert_linears, expert_names, routers
 
 __all__ = [
     "block_linears",
@@ -105,9 +108,10 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 def decoder_linears(model: nn.Module) -> dict[str, nn.Linear]:
     """Every linear layer inside the decoder blocks, in the order of the model, by name without adapters.
 
-    Under an adapter this is the frozen layer underneath. Raises ValueError for a block with weight matrices
-    that are kept in another way (GPT-2's Conv1D, fused experts, quantised layers): leaving those dense in
-    silence would make every sparsity figure wrong.
+    Under an adapter this is the frozen layer underneath; for fused experts it is made for the call, with a weight that
+    is a view of theirs. Raises ValueError for a block with weight matrices that are kept in another way (GPT-2's
+    Conv1D, quantised layers, experts that ``lors.experts`` cannot read): leaving those dense in silence would make
+    every sparsity figure wrong.
     """
     name, blocks = decoder_blocks(model)
     others = [(key, part) for key, part in _leaves(name, blocks) if not isinstance(part, nn.Linear) and _matrices(part)]
@@ -132,7 +136,7 @@ def block_linears(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Linear
 
 
 def fused_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Weight matrices inside the decoder blocks that no linear layer holds (fused experts, Conv1D), by name.
+    """Weight matrices inside the decoder blocks that are no linear layers (Conv1D, other fused experts), by name.
 
     Empty for a model whose blocks cannot be told.
     """
@@ -197,17 +201,23 @@ def _leaves(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     elif isinstance(module, AuxiliaryTrainingWrapper):
         module = module.original_module
     yield name, module
-    if not isinstance(module, nn.Linear):
-        for child_name, child in module.named_children():
+    if isinstance(module, nn.Linear):
+        return
+    choosing = routers(module)
+    for child_name, child in [*module.named_children(), *expert_linears(module).items()]:
+        if child not in choosing:
             yield from _leaves(f"{name}.{child_name}", child)
 
 
 def _matrices(module: nn.Module) -> dict[str, Tensor]:
-    """The parameters of a module itself that are matrices or more, not vectors; those of an embedding do not count."""
+    """The parameters of a module itself that are matrices or more, not vectors; those of an embedding do not count, nor
+    do experts that are linear layers, and their biases."""
     if isinstance(module, nn.Embedding):
         return {}
-    own = module.named_parameters(recurse=False)
-    return {key: value for key, value in own if sum(size > 1 for size in value.shape) > 1}
+    own = dict(module.named_parameters(recurse=False))
+    experts = expert_names(module)
+    known = {*experts, *(f"{key}_bias" for key in experts)}
+    return {key: value for key, value in own.items() if key not in known and sum(size > 1 for size in value.shape) > 1}
 
 
 def _derivation(layer: nn.Linear) -> str | None:

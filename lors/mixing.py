@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
+from lors.experts import ExpertLinears
 from lors.sparse_layer import BASE, adapted_layers
 
 __all__ = ["adapter_for_each_row", "add_weighted_adapter"]
@@ -33,7 +34,7 @@ def adapter_for_each_row(tuner: BaseTuner, adapter_names: Sequence[str] | None =
         **kwargs: The other arguments of the pass.
 
     Raises:
-        ValueError: The model is in training mode, or has no adapter of a name.
+        ValueError: The model is in training mode, has no adapter of a name, or adapters on fused experts.
     """
     if kwargs.get("alora_offsets") is not None:
         raise ValueError("alora_offsets: belongs to PEFT's activated LoRA, no other method has it")
@@ -46,6 +47,8 @@ def adapter_for_each_row(tuner: BaseTuner, adapter_names: Sequence[str] | None =
     if unknown:
         known = ", ".join(tuner.peft_config)
         raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; there are {known}")
+    if any(isinstance(part, ExpertLinears) for part in tuner.modules()):
+        raise ValueError("adapter_names: not with adapters on experts, which take tokens of several rows together")
     beams = kwargs.get("num_beams") or getattr(kwargs.get("generation_config"), "num_beams", None)
     if isinstance(beams, int) and beams > 1:
         adapter_names = [name for name in adapter_names for _ in range(beams)]

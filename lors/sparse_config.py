@@ -60,7 +60,7 @@ class UnscaledTunerConfig(MethodConfig):
     target_modules: list[str] | str | None = option(
         INCLUDE_LINEAR_LAYERS_SHORTHAND,
         "Names (or their endings) of the linear layers to adapt, or one regular expression, or 'all-linear' (default): "
-        "every linear layer but the output head.",
+        "every linear layer but the output head. The name of a parameter of fused experts stands for all of them.",
     )
     exclude_modules: list[str] | str | None = option(None, "Names, or one regular expression, of layers not to adapt.")
     layers_to_transform: list[int] | int | None = option(

@@ -1,5 +1,7 @@
 """A PEFT tuner over pruned linear layers, without the method: layers replaced by ``SparseLinear`` ones, and the checks.
 
+Fused experts are linear layers as long as they have an adapter (``lors.experts``), one for each expert.
+
 A method gives a config (``lors.sparse_config``) and a layer (``lors.sparse_layer``); ``lors.plugin.register`` makes its
 model from the one here.
 """
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -19,6 +22,7 @@ from torch import Tensor, nn
 
 from lors import mixing
 from lors.blocks import linear_fault
+from lors.experts import ExpertLinears, experts_as_linears, fuse_experts
 from lors.first_backward import FirstBackward
 from lors.injection import FEW_ZEROS, as_before_on_error, check_callers, check_names, left_out
 from lors.placement import execution_device, whole
@@ -70,15 +74,16 @@ class SparseTunerModel(BaseTuner):
         if not self.peft_config[adapter_name].inference_mode:  # else it was loaded for this model, and PEFT keeps it
             self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
         names_before = list(self.targeted_module_names)
-        try:
-            with as_before_on_error(model, adapter_name):
-                super().inject_adapter(model, adapter_name, *args, **kwargs)
-                self._injected(adapter_name)
-        except Exception:
-            self.targeted_module_names = names_before
-            raise
-        for line in left_out(model):
-            warnings.warn(f"{self.peft_config[adapter_name].peft_type.value}: {line}", stacklevel=4)
+        with experts_as_linears(model):
+            try:
+                with as_before_on_error(model, adapter_name):
+                    super().inject_adapter(model, adapter_name, *args, **kwargs)
+                    self._injected(adapter_name)
+            except Exception:
+                self.targeted_module_names = names_before
+                raise
+            for line in left_out(model):
+                warnings.warn(f"{self.peft_config[adapter_name].peft_type.value}: {line}", stacklevel=4)
 
     def adapted_layers(self, *adapter_names: str) -> dict[str, SparseLinear]:
         """The layers that have one of the adapters, by name in the model without adapters."""
@@ -90,13 +95,20 @@ class SparseTunerModel(BaseTuner):
         if self._first_backward is not None:
             self._first_backward.stop()
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
-        factors, layers = {}, self.adapted_layers(*names)
-        for key, layer in layers.items():
+        factors, layers = defaultdict(list), defaultdict(list)
+        for key, layer in self.adapted_layers(*names).items():
             held = [getattr(layer, part)[name] for name in layer._own(names) for part in layer.adapter_layer_names]
-            factors[key] = [parameter for parameter in held if parameter.requires_grad and not parameter.is_meta]
+            held = [parameter for parameter in held if parameter.requires_grad and not parameter.is_meta]
+            above = key.rpartition(".")[0]
+            if isinstance(self.model.get_submodule(above), ExpertLinears):
+                key = above  # some expert has a token, and not all need have one
+            factors[key] += held
+            layers[key].append(layer)
         self._first_backward = FirstBackward(
             {key: held for key, held in factors.items() if held},
-            expected=lambda key: any(layers[key].expects_gradient(name) for name in layers[key]._own(names)),
+            expected=lambda key: any(
+                layer.expects_gradient(name) for layer in layers[key] for name in layer._own(names)
+            ),
         )
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
@@ -149,6 +161,11 @@ class SparseTunerModel(BaseTuner):
         """Resolve 'all-linear', and check all names before the first layer is replaced."""
         everywhere = peft_config.target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND
         _maybe_include_all_linear_layers(peft_config, model)
+        if everywhere:  # of many experts one name
+            above = {name: name.rpartition(".")[0] for name in peft_config.target_modules}
+            peft_config.target_modules = {
+                above[name] if isinstance(model.get_submodule(above[name]), ExpertLinears) else name for name in above
+            }
         if everywhere and peft_config.layers_to_transform is not None:  # PEFT picks blocks among endings of names only
             peft_config.target_modules = {name.rpartition(".")[2] for name in peft_config.target_modules}
         check_names(peft_config, model)
@@ -164,6 +181,10 @@ class SparseTunerModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        if isinstance(target, ExpertLinears):
+            for name, layer in list(target.named_children()):
+                self._create_and_replace(peft_config, adapter_name, layer, name, target, f"{current_key}.{name}")
+            return
         self._check_target(peft_config, current_key, target)
         r, scaling = peft_config.layer_settings(current_key)
         if isinstance(target, self.tuner_layer_cls):
@@ -217,7 +238,7 @@ class SparseTunerModel(BaseTuner):
     ) -> nn.Module:
         if merge:
             self._check_merge(adapter_names, safe_merge)
-        return super()._unload_and_optionally_merge(merge, progressbar, False, adapter_names)
+        return fuse_experts(super()._unload_and_optionally_merge(merge, progressbar, False, adapter_names))
 
 
 def _original_weight(layer: SparseLinear) -> Tensor:

@@ -64,7 +64,7 @@ class PackedSupports(Mapping[str, Tensor]):
 def packed_bits(M: Tensor) -> Tensor:
     """A boolean ``[rows, columns]`` as uint8 ``[rows, ceil(columns / 8)]``, column 8 j + k in bit k of byte j."""
     if M.device.type == "cpu":  # ten times as fast as sums in torch
-        return torch.from_numpy(np.packbits(M.numpy(), axis=1, bitorder="little"))
+        return torch.from_numpy(np.packbits(M.contiguous().numpy(), axis=1, bitorder="little"))
     powers = torch.tensor([1 << k for k in range(8)], dtype=torch.uint8, device=M.device)
     return (pad(M, (0, -M.shape[1] % 8)).unflatten(1, (-1, 8)) * powers).sum(-1, dtype=torch.uint8)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 SHAPE = {
@@ -132,18 +133,18 @@ EVERY = {
     "phi": Architecture("Phi", {"num_key_value_heads": 4}),
     "xglm": Architecture("XGLM", {"ffn_dim": 48}),
     "youtu": Architecture("Youtu", LATENT),
-    # Experts as parameters of three dimensions: nothing to prune for the pruner, and the tuner adapts the rest.
-    "aria": Architecture("AriaText", EXPERTS | {"moe_num_experts": 4}, not_pruned="mlp"),
+    # Experts as parameters of three dimensions; where they are not read one by one the pruner refuses the model.
+    "aria": Architecture("AriaText", EXPERTS | {"moe_num_experts": 4}),
     "dbrx": Architecture("Dbrx", DBRX, not_pruned="ffn"),
-    "deepseek_v3": Architecture("DeepseekV3", LATENT | EXPERTS | DEEPSEEK, not_pruned="mlp"),
-    "gpt_oss": Architecture("GptOss", EXPERTS, not_pruned="mlp"),
-    "granite_moe": Architecture("GraniteMoe", EXPERTS, not_pruned="block_sparse_moe"),
-    "jetmoe": Architecture("JetMoe", EXPERTS | {"kv_channels": 8}, not_pruned=r"\w+"),
-    "mixtral": Architecture("Mixtral", EXPERTS, not_pruned="mlp"),
-    "olmoe": Architecture("Olmoe", EXPERTS, not_pruned="mlp"),
-    "qwen3_moe": Architecture("Qwen3Moe", EXPERTS, not_pruned="mlp"),
+    "deepseek_v3": Architecture("DeepseekV3", LATENT | EXPERTS | DEEPSEEK),
+    "gpt_oss": Architecture("GptOss", EXPERTS),
+    "granite_moe": Architecture("GraniteMoe", EXPERTS),
+    "jetmoe": Architecture("JetMoe", EXPERTS | {"kv_channels": 8}),
+    "mixtral": Architecture("Mixtral", EXPERTS),
+    "olmoe": Architecture("Olmoe", EXPERTS),
+    "qwen3_moe": Architecture("Qwen3Moe", EXPERTS),
     # One output: no rank but 1 fits.
-    "qwen2_moe": Architecture("Qwen2Moe", EXPERTS, not_pruned="mlp", not_adapted=r"mlp\.shared_expert_gate"),
+    "qwen2_moe": Architecture("Qwen2Moe", EXPERTS, not_adapted=r"mlp\.shared_expert_gate"),
     # Routers that are linear layers by class and return scores and choices.
     "llama4": Architecture(
         "Llama4Text",
@@ -209,3 +210,16 @@ EVERY = {
     "rwkv": Architecture("Rwkv", not_adapted=r"attention\.output|feed_forward\.value"),
 }
 ARCHITECTURES = {name: architecture for name, architecture in EVERY.items() if architecture.exists}
+
+
+def expert_matrices(model: nn.Module) -> dict[str, Tensor]:
+    """Views of the matrices of fused experts, out x in, named like the linear layers that they become; found without
+    the library's own rule."""
+    return {
+        f"{name}.{key}.{index}": matrix.t() if getattr(part, "is_transposed", False) else matrix
+        for name, part in model.named_modules()
+        if hasattr(part, "is_transposed") or type(part).__name__ == "JetMoeParallelExperts"
+        for key, parameter in part.named_parameters(recurse=False)
+        if parameter.ndim == 3
+        for index, matrix in enumerate(parameter.detach())
+    }

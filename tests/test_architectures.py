@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, Architecture
+from architectures import ARCHITECTURES, Architecture, expert_matrices
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -44,7 +44,7 @@ def test_every_linear_of_the_blocks_is_pruned_and_nothing_else(name: str, pruner
     dense = weights_of(model)
     prune_model(model, pruner, **RULES[pruner])
     linears = decoder_linears(model)
-    assert linears.keys() == linears_of_blocks(model).keys()
+    assert linears.keys() == matrices_of_blocks(model).keys()
     for key, linear in linears.items():
         zeros = linear.weight == 0
         if pruner == "wanda":
@@ -85,7 +85,7 @@ def test_a_model_that_computes_between_its_blocks_is_not_pruned_by_their_inputs(
     model = Architecture("Rwkv", {"rescale_every": 1}).build()
     with pytest.raises(ValueError, match=r"blocks?[. ]\d"):
         prune_model(model, "wanda", **RULES["wanda"])
-    assert all(bool((linear.weight != 0).all()) for linear in linears_of_blocks(model).values())
+    assert all(bool((W != 0).all()) for W in matrices_of_blocks(model).values())
 
 
 @those(name for name, each in ARCHITECTURES.items() if each.not_adapted)
@@ -101,10 +101,10 @@ def test_what_the_tuner_cannot_adapt_is_refused_by_name(name: str) -> None:
 def test_adapters_on_every_linear_train_and_merge(name: str) -> None:
     architecture = ARCHITECTURES[name]
     model = architecture.build()
-    for linear in linears_of_blocks(model).values():
-        linear.weight.data = prune_magnitude(linear.weight.data, sparsity=0.5, pattern="unstructured")
+    for W in matrices_of_blocks(model).values():
+        W.copy_(prune_magnitude(W, sparsity=0.5, pattern="unstructured"))
     base = weights_of(model)
-    expected = {key for key in linears_of_blocks(model) if not re.fullmatch(architecture.exclude or "", key)}
+    expected = {key for key in matrices_of_blocks(model) if not re.fullmatch(architecture.exclude or "", key)}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model = adapt(model, architecture.exclude)
@@ -144,14 +144,20 @@ def adapt(model: PreTrainedModel, exclude: str | None = None) -> PeftModel:
     return get_peft_model(model, lors.LorsConfig(r=4, task_type="CAUSAL_LM", exclude_modules=exclude))
 
 
-def linears_of_blocks(model: nn.Module) -> dict[str, nn.Linear]:
-    """Every ``nn.Linear`` in the blocks, found without the library's own rule of what is one."""
+def matrices_of_blocks(model: nn.Module) -> dict[str, Tensor]:
+    """Views of the weight of every ``nn.Linear`` and every expert in the blocks, found without the library's own rule
+    of what is one."""
     name, blocks = decoder_blocks(model)
-    return {f"{name}.{key}": part for key, part in blocks.named_modules() if isinstance(part, nn.Linear)}
+    linears = {key: part.weight.detach() for key, part in blocks.named_modules() if isinstance(part, nn.Linear)}
+    return {f"{name}.{key}": W for key, W in [*linears.items(), *expert_matrices(blocks).items()]}
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    return {key: value.detach().clone() for key, value in model.named_parameters(remove_duplicate=False)}
+    """Copies of all parameters, those of fused experts one by one."""
+    experts = {f"{key}.weight": matrix for key, matrix in expert_matrices(model).items()}
+    fused = {key.removesuffix(".weight").rpartition(".")[0] for key in experts}
+    others = {key: value for key, value in model.named_parameters(remove_duplicate=False) if key not in fused}
+    return {key: value.detach().clone() for key, value in (others | experts).items()}
 
 
 def state_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, bool], list[tuple[str, int]]]:

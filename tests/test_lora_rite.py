@@ -205,5 +205,19 @@ def test_the_method_brings_its_optimizer_and_its_clipping():
 def test_what_is_no_pair_or_has_no_gradient_is_refused_in_one_line():
     with pytest.raises(ValueError, match=r"must be a pair r x in and out x r$"):
         rite(pair(A0, A0))
-    with pytest.raises(RuntimeError, match="a gradient for both factors"):
-        rite(pair(A0, STARTS["zero"])).step()
+    factors = pair(A0, STARTS["zero"])
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="a gradient for both factors"):
+            rite(factors).step()
+        factors[0].grad = torch.ones_like(factors[0])
+
+
+def test_a_pair_without_a_gradient_stays_as_it_is():
+    """As an expert without a token is."""
+    idle, used = pair(A0, STARTS["zero"]), pair(A0, STARTS["zero"])
+    for factor in used:
+        factor.grad = torch.full_like(factor, 1e-3)
+    optimizer = rite(idle, used, lr=0.1)
+    optimizer.step()
+    assert torch.equal(idle[0], A0) and not idle[1].any() and used[1].any()
+    assert not optimizer.state[idle[0]]

@@ -209,7 +209,7 @@ def test_bad_end_states_and_methods_are_refused(tiny_llama) -> None:
         lora(merges=[])
     with pytest.raises(ValueError, match=r"^trains=True: must be false for a method with neither peft nor"):
         Method(name="nothing")
-    with pytest.raises(ValueError, match="no module 'somewhere'"):
+    with pytest.raises(ValueError, match="no linear layer 'somewhere'"):
         finish(lora(), adapt(lora(), model), {"somewhere": torch.ones(1)}, "remasked")
 
 

@@ -57,13 +57,13 @@ def test_pruned_layers_without_an_adapter_are_said_once_with_their_share() -> No
         get_peft_model(pruned_model(), lors.LorsConfig(r=2))
 
 
-def test_fused_experts_are_named_with_their_share() -> None:
-    model = ARCHITECTURES["mixtral"].build()
-    for layer in model.model.layers:
-        layer.self_attn.q_proj.weight.data[:, ::2] = 0
-    with pytest.warns(UserWarning, match=r"weights are no linear layers .*experts.*: .*experts\.down_proj.* \d\d % of"):
+def test_experts_that_are_not_read_one_by_one_are_named_with_their_share() -> None:
+    model = ARCHITECTURES["dbrx"].build()
+    for block in model.transformer.blocks:
+        block.norm_attn_norm.attn.out_proj.weight.data[:, ::2] = 0
+    with pytest.warns(UserWarning, match=r"weights are no linear layers .*experts.*: .*experts\.mlp\.v1.* \d\d % of"):
         adapted = get_peft_model(model, lors.LorsConfig(r=2))
-    with pytest.raises(ValueError, match=r"experts is of type MixtralExperts, with weights of its own \(gate_up_proj"):
+    with pytest.raises(ValueError, match=r"experts\.mlp is of type DbrxExpertGLU, with weights of its own \(w1"):
         prune_model(adapted.unload(), "magnitude", sparsity=0.5, pattern="unstructured", calibration=None)
 
 

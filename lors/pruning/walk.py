@@ -3,7 +3,8 @@
 The calibration tokens are embedded once. For every block: the samples run through the still dense block while
 hooks gather float32 statistics of all its linears; these are pruned; the samples run again, and what comes
 out feeds the next block. So statistics see the pruning of earlier blocks, though not of earlier linears of
-the same block, as in Wanda (arXiv 2306.11695) and SparseGPT (arXiv 2301.00774).
+the same block, as in Wanda (arXiv 2306.11695) and SparseGPT (arXiv 2301.00774). Each matrix of a fused expert is a
+linear with the statistics of the tokens that were routed to it; one without a token is pruned by magnitude, row by row.
 
 The other arguments of a block (rotary embeddings, a mask of its own kind in a sliding-window layer, anything
 a future model invents) are those that the model itself passes: its own forward runs with stubs in place of the
@@ -14,6 +15,7 @@ before, on a few tokens that run through the blocks themselves.
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -26,11 +28,14 @@ from torch.utils._pytree import tree_flatten_with_path, tree_leaves
 from tqdm.auto import tqdm
 
 from lors.blocks import block_linears, decoder_blocks, decoder_linears
+from lors.experts import ExpertLinears, experts_as_linears
 from lors.pruning.magnitude import prune_magnitude
 from lors.pruning.sparsegpt import gram_matrix, prune_sparsegpt
 from lors.pruning.wanda import prune_wanda, squared_norms
 from lors.randomness import modes_kept
 from lors.sparsity import check_width, resolve_sparsity
+
+log = logging.getLogger("lors")
 
 # The rule, and the statistic of the inputs X (tokens x in) that it needs: added up over the samples.
 PRUNERS: dict[str, tuple[Callable[..., Tensor], Callable[[Tensor], Tensor] | None]] = {
@@ -59,7 +64,9 @@ def prune_model(
     device: torch.device | str | None = None,
     **options: Any,
 ) -> None:
-    """Prune every linear inside the decoder blocks in place, with a progress bar.
+    """Prune every linear inside the decoder blocks in place, fused experts one by one, with a progress bar.
+
+    Experts that no calibration token reaches are pruned by magnitude, row by row; one warning in the log names them.
 
     In memory besides the model: the hidden states of all samples, what one block makes of a batch of samples, and the
     statistics of its linears.
@@ -88,6 +95,21 @@ def prune_model(
     _check_options(pruner, rule, options)
     _check_model(model, pattern)
     rule = partial(rule, sparsity=sparsity, pattern=pattern, **options)
+    if statistic is not None:
+        _check_calibration(model, calibration)
+    with experts_as_linears(model):
+        _walk(model, pruner, rule, statistic, calibration, device)
+
+
+def _walk(
+    model: nn.Module,
+    pruner: str,
+    rule: Callable[..., Tensor],
+    statistic: Callable[[Tensor], Tensor] | None,
+    calibration: Tensor | None,
+    device: torch.device | str | None,
+) -> None:
+    """Prune one block after the other."""
     name, blocks = decoder_blocks(model)
     if statistic is None:
         for i, block in enumerate(tqdm(blocks, desc=f"prune ({pruner})", unit="block")):
@@ -95,7 +117,8 @@ def prune_model(
                 for linear_name, linear in block_linears(f"{name}.{i}", block):
                     _prune_linear(linear_name, linear, rule)
         return
-    _check_calibration(model, calibration)
+    by_magnitude = partial(prune_magnitude, group="row", **{key: rule.keywords[key] for key in ("sparsity", "pattern")})
+    idle: list[str] = []
     passes = 2 * len(blocks) - 1  # the last block feeds no other
     bar = tqdm(total=passes * len(calibration), desc=f"prune ({pruner})", unit="sample")
     with _measuring(model), bar:
@@ -106,13 +129,23 @@ def prune_model(
             with _moved(block, device):
                 sums = _gather(block, linears, hidden, calls[i], statistic, bar)
                 for linear_name, linear in linears.items():
-                    _prune_linear(linear_name, linear, rule, sums.pop(linear_name))
+                    if linear_name in sums:
+                        _prune_linear(linear_name, linear, rule, sums.pop(linear_name))
+                    else:
+                        _prune_linear(linear_name, linear, by_magnitude)
+                        idle.append(linear_name)
                 if i + 1 == len(blocks):
                     break
                 for batch, call in enumerate(calls[i]):
                     hidden[batch] = _run(block, hidden[batch], call)
                     bar.update(len(hidden[batch]))
             calls[i].clear()
+    if idle:
+        log.warning(
+            "no calibration token reached %d matrices of experts, which were pruned by magnitude: %s",
+            len(idle),
+            ", ".join(idle),
+        )
 
 
 def _prune_linear(name: str, linear: nn.Linear, rule: Callable[..., Tensor], *statistic: Tensor) -> None:
@@ -130,14 +163,17 @@ def _gather(
     statistic: Callable[[Tensor], Tensor],
     bar: tqdm,
 ) -> dict[str, Tensor]:
-    """Run all samples through a block; per linear, the statistic of its inputs summed over samples."""
+    """Run all samples through a block; per linear, the statistic of its inputs summed over samples. An expert without a
+    token has none."""
     sums: dict[str, Tensor] = {}
 
     def add(name: str, linear: nn.Linear, args: tuple[Tensor, ...]) -> None:
         X = args[0]
         for x in X if X.ndim > 2 else (X,):  # one sample after the other: the sum is the same whatever the batch
-            part = statistic(x.flatten(0, -2))  # (..., in) -> (tokens, in)
-            sums[name] = sums[name].add_(part) if name in sums else part
+            x = x.flatten(0, -2)  # (..., in) -> (tokens, in)
+            if len(x):
+                part = statistic(x)
+                sums[name] = sums[name].add_(part) if name in sums else part
 
     hooks = [linear.register_forward_pre_hook(partial(add, name)) for name, linear in linears.items()]
     try:
@@ -147,7 +183,8 @@ def _gather(
     finally:
         for hook in hooks:
             hook.remove()
-    idle = [name for name in linears if name not in sums]
+    experts = {id(layer) for part in block.modules() if isinstance(part, ExpertLinears) for layer in part.children()}
+    idle = [name for name, linear in linears.items() if name not in sums and id(linear) not in experts]
     if idle:
         raise ValueError(f"{idle[0]}: no calibration token reached this layer; use more samples")
     return sums
