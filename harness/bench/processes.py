@@ -26,8 +26,8 @@ from harness.store import read_result
 
 __all__ = ["main"]
 
-SETTING = ["mode=profile", "sparsity=0.5", "train.batch_size=4", "train.sequence_length=256"]
-SETTING += ["train.steps=10", "train.timing_warmup=2", "model=tinyllama_1b", "model.layers=4", "method=lors"]
+SETTING = ["mode=profile", "sparsity=0.5", "train.batch_size=4", "train.sequence_length=128"]
+SETTING += ["train.steps=6", "train.timing_warmup=2", "model=tinyllama_1b", "model.layers=2", "method=lors"]
 TWO = ["launch=torchrun", "launch.processes=2"]
 CASES = {"one process": [], "two, replicas": TWO, "two, shared weights": [*TWO, "launch.shard=true"]}
 MEBIBYTE = 2**20
