@@ -93,7 +93,8 @@ def execute(cfg: DictConfig, since: int | None = None) -> dict[str, Any]:
             if result is None:
                 attempt = from_first(lambda: store.attempt(cfg))
                 device = default_device()
-                with in_first(device_lock(Path(cfg.cache_root, "devices"), device, alone=cfg.mode == "profile")):
+                used = device_lock(Path(cfg.cache_root, "devices"), device, alone=cfg.mode == "profile")
+                with used if device.type == "cuda" else in_first(used):  # each its GPU, or all one CPU
                     result = blank_result(cfg, store.key, store.stages, device)
                     result = _attempt(cfg, method, inputs, attempt, result)
                 if result["status"] == "ok":  # a process that has failed waits for nobody
@@ -235,8 +236,9 @@ class Job:
             shard(adapted)
         rows = size // processes.count()
         longest = {name: tensor[:rows] for name, tensor in inputs.longest.items()}
+        part = "step" if processes.count() == 1 else f"step_of_{processes.count()}{'_shards' * cfg.launch.shard}"
         with self.phase("measure"):
-            cost = self.store.once("step", partial(training_cost, adapted, longest, cfg.train, method))
+            cost = self.store.once(part, partial(training_cost, adapted, longest, cfg.train, method))
         result["memory"] |= cost["memory"]
         result["flops"]["per_step"] = cost["flops"]["per_step"] * processes.count()
         folder = self.store.directory
