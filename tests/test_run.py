@@ -43,9 +43,10 @@ def started(run, monkeypatch) -> Callable[..., tuple[int, list[SimpleNamespace]]
 
         def start(command: list[str], env: dict[str, str], **_: object) -> SimpleNamespace:
             calls.append(SimpleNamespace(command=command, env=env))
-            return SimpleNamespace(returncode=exit_codes[len(calls) - 1], stdout="what it\nsaid")
+            return SimpleNamespace(returncode=exit_codes[len(calls) - 1], stdout=b"what it\nsaid")
 
         monkeypatch.setattr(subprocess, "run", start)
+        monkeypatch.setattr(run, "run_launcher", lambda command, env: start(command, env).returncode)
         monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
         try:
             return run.main(), calls
