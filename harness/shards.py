@@ -68,7 +68,7 @@ def after_backward(model: nn.Module) -> None:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether `shard` was called on it."""
-    return getattr(model, "_is_accelerate_prepared", False)
+    return hasattr(model, "_gradient_hooks")  # the other mark is on all that Accelerate has prepared
 
 
 def whole_again(model: nn.Module, blank: nn.Module) -> nn.Module:
