@@ -25,7 +25,7 @@ not. A decoder block is gathered as a whole beside its own shard, and once more 
 is as large as the next block if that is fetched ahead; it is whole from the first of its operations to the last, with
 the gradients of what it trains in the backward pass, and is sharded again after its forward pass too. The head stays
 whole through the loss, one that is tied to the embedding all the time. The numbers are those of one device; measured
-steps of two processes agree within 1 % (``tests/test_processes.py``).
+steps of two processes agree within 3 % (``tests/test_processes.py``).
 """
 
 from __future__ import annotations
