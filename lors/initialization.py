@@ -16,7 +16,7 @@ tokens. D is summed in float32 in host memory, 4 bytes for each adapted weight; 
 there as soon as the backward pass has made it, so that only one is alive on the device.
 
 In a data-parallel job the batches are those of all processes together. The sums of the processes are added up layer by
-layer, and all get the A that process 0 finds.
+layer, and all get the A that process 0 finds. Where FSDP2 has sharded the weights, each process sums its part of D.
 """
 
 from __future__ import annotations
@@ -30,8 +30,10 @@ import torch.distributed as dist
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from lors.placement import full, write
 from lors.randomness import modes_kept
 from lors.storage import gradient_weight
 from lors.tuner import LorsLinear
@@ -58,8 +60,12 @@ def initialize(
     state are afterwards as before. A layer that no batch reaches (an idle expert) keeps its A, and so does
     one whose gradient is zero.
 
-    In a data-parallel job all processes must call this, before the model is sharded, each with batches of its own: what
-    they get is what one process would get from all of them, the same in every process to the last bit.
+    In a data-parallel job all processes must call this, each with batches of its own: what they get is what one process
+    would get from all of them, the same in every process to the last bit.
+
+    The model may be sharded by FSDP2 (``fully_shard``), with dense weights. FSDP2 settles in its first forward pass
+    which number format it reduces gradients in, here that of the weights; where adapters have another one, shard the
+    model anew before it is trained.
 
     Args:
         model: A causal language model with LoRS adapters (from ``get_peft_model``, or injected by
@@ -76,14 +82,17 @@ def initialize(
         ``model`` itself.
 
     Raises:
-        ValueError: No such adapter, it is merged, or its ``init`` is not "gradient"; a weight that is sharded or
-            not in memory; no batch, no label in any batch of any process, a batch without ``labels``, or a loss that is
-            not finite.
+        ValueError: No such adapter, it is merged, or its ``init`` is not "gradient"; a weight that is sharded otherwise
+            or not in memory; no batch, no label in any batch of any process, a batch without ``labels``, or a loss that
+            is not finite.
         RuntimeError: Another process has failed.
     """
     for name, value, least in (("oversampling", oversampling, 1), ("power_iterations", power_iterations, 0)):
         if value < least:
             raise ValueError(f"{name}={value!r}: must be at least {least}")
+    for part in model.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()  # after a forward pass alone the outermost one stays whole
     layers = _layers(model, adapter_name)
     with ExitStack() as stack:
         weights = {name: stack.enter_context(gradient_weight(layer.get_base_layer())) for name, layer in layers.items()}
@@ -94,17 +103,15 @@ def initialize(
     idle = []
     for name, layer in layers.items():
         A, B = layer.lors_A[adapter_name], layer.lors_B[adapter_name]
-        D = gradients.get(id(weights[name]))
-        D = torch.zeros(layer.out_features, layer.in_features) if D is None else D
-        D = _summed(D.to(_meeting_device(A.device)))
+        D = _of_all_processes(gradients.get(id(weights[name])), weights[name], _meeting_device(A.device))
         with torch.no_grad():
             B.zero_()
             if D.any():
                 V = _right_singular_vectors(D, len(A), seed, oversampling, power_iterations)
             else:
-                V = A.to(D.device, torch.promote_types(A.dtype, D.dtype))
+                V = full(A).to(D.device, torch.promote_types(A.dtype, D.dtype))
                 idle.append(name)
-            A.copy_(_of_process_0(V))
+            write(A, _of_process_0(V))
     if idle:
         message = f"{len(idle)} of {len(layers)} layers had no gradient and keep their A: {idle[0]}, ..."
         warnings.warn(message, stacklevel=2)
@@ -123,19 +130,23 @@ def _layers(model: nn.Module, adapter_name: str) -> dict[str, LorsLinear]:
         raise ValueError(f"init={init!r}: the config of {adapter_name!r} must say init='gradient' to be initialised so")
     if any(part.merged for part in model.modules() if isinstance(part, BaseTunerLayer)):
         raise ValueError("the model has a merged adapter: unmerge it first (model.unmerge_adapter())")
+    fsdp2 = any(isinstance(part, FSDPModule) for part in model.modules())
     for name, layer in chosen.items():
-        where = _not_whole(layer)
+        where = _out_of_reach(layer, fsdp2)
         if where is not None:
             raise ValueError(f"the weight of {name} is {where}: call lors.initialize before that")
     return chosen
 
 
-def _not_whole(layer: LorsLinear) -> str | None:
-    """Where the weight of a layer is if this process does not hold all of it, or cannot read it."""
+def _out_of_reach(layer: LorsLinear, fsdp2: bool) -> str | None:
+    """Where the weight of a layer is if this process does not hold it, or cannot read it."""
     base = layer.get_base_layer()
     weight = base._parameters.get("weight")  # a compressed layer has none
     if any(isinstance(parameter, DTensor) for parameter in layer.parameters()):
-        return "sharded (FSDP2, tensor parallelism)"
+        if not fsdp2:
+            return "sharded (tensor parallelism)"
+        if weight is None:
+            return "compressed and sharded (FSDP2)"
     if any(parameter.is_meta for parameter in layer.parameters()):
         return "offloaded or on the meta device"
     if weight is not None and weight.shape != (base.out_features, base.in_features):
@@ -178,13 +189,13 @@ def _in_all_processes(
     error = None
     try:
         sums, tokens = _gradient_sums(model, weights, batches)
+    except OtherProcessError:
+        raise
     except Exception as caught:
         error, tokens = caught, FAILED
     counts = _counts(tokens, _meeting_device(weights[0].device))
     if error is not None:
         raise error
-    if FAILED in counts:
-        raise RuntimeError(f"process {counts.index(FAILED)} of {len(counts)} has failed in lors.initialize, see there")
     if not any(counts):
         raise ValueError("batches: no batch has a label to learn from (empty, or all labels are -100)")
     return sums
@@ -193,7 +204,8 @@ def _in_all_processes(
 def _gradient_sums(
     model: nn.Module, weights: list[Tensor], batches: Iterable[Mapping[str, Tensor]]
 ) -> tuple[dict[int, Tensor], int]:
-    """Sum over all label tokens of the gradient of each weight, float32 on the CPU, by ``id`` of the weight.
+    """Sum over all label tokens of the gradient of each weight, float32 on the CPU, by ``id`` of the weight: of this
+    process, or its part of the sum of all where FSDP2 has sharded the weights.
 
     The mean differs from the sum by a factor that singular vectors do not see.
 
@@ -202,9 +214,12 @@ def _gradient_sums(
     """
     sums: dict[int, Tensor] = {}
     tokens = total = 0
+    weights = list({id(weight): weight for weight in weights}.values())  # a tied weight counts once
+    device = weights[0].device
+    sharded = [weight for weight in weights if isinstance(weight, DTensor)]
 
     def collect(weight: Tensor) -> None:
-        gradient = weight.grad.to("cpu", torch.float32)
+        gradient = _local(weight.grad).to("cpu", torch.float32)
         weight.grad = None  # frees the device's copy before the backward pass makes the next
         if id(weight) in sums:
             sums[id(weight)].add_(gradient, alpha=tokens)
@@ -212,29 +227,49 @@ def _gradient_sums(
             sums[id(weight)] = gradient.mul_(tokens)
 
     with ExitStack() as hooks, torch.enable_grad():
-        for weight in {id(weight): weight for weight in weights}.values():  # a tied weight is hooked once
-            hooks.callback(weight.register_post_accumulate_grad_hook(collect).remove)
-        for index, batch in enumerate(batches):
-            tokens = _label_tokens(batch, index)
-            if tokens:
-                _loss(model, batch, index, weights[0].device).backward()
-                total += tokens
+        for weight in weights:
+            if not isinstance(weight, DTensor):
+                hooks.callback(weight.register_post_accumulate_grad_hook(collect).remove)
+        for batch, name, here, tokens in _steps(batches, device, all_at_once=bool(sharded)):
+            inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+            loss = model(**inputs).loss
+            # FSDP2 takes the mean of the gradients of all processes.
+            (loss * (here / tokens)).backward()
+            if not torch.isfinite(loss):
+                raise ValueError(f"batches: the loss of {name} is {loss.item()}")
+            for weight in sharded:
+                if weight.grad is not None:
+                    collect(weight)
+            total += here
     return sums, total
 
 
-def _label_tokens(batch: Mapping[str, Tensor], index: int) -> int:
-    """Number of positions with a loss: causal models predict every label but the first of a row."""
-    if "labels" not in batch:
-        raise ValueError(f"batches: batch {index} has no 'labels', only {sorted(batch)}")
-    return int((batch["labels"][..., 1:] != IGNORED_LABEL).sum())
+def _steps(
+    batches: Iterable[Mapping[str, Tensor]], device: torch.device, *, all_at_once: bool
+) -> Iterator[tuple[Mapping[str, Tensor], str, int, int]]:
+    """The batches that have a label token, what to call them, their label tokens, and those of the step.
+
+    A pass through a sharded model is one of all processes (``all_at_once``): a step is one as long as any of them has a
+    batch, and one that has none left takes part with two tokens that do not count. Else a step is of this process.
+    """
+    idle = {name: torch.zeros(1, 2, dtype=torch.int64) for name in ("input_ids", "labels")}, "no batch", 0
+    labelled = _labelled(batches)
+    while True:
+        batch, name, here = next(labelled, idle)
+        tokens = sum(_counts(here, _meeting_device(device))) if all_at_once else here
+        if not tokens:
+            return
+        yield batch, name, here, tokens
 
 
-def _loss(model: nn.Module, batch: Mapping[str, Tensor], index: int, device: torch.device) -> Tensor:
-    inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-    loss = model(**inputs).loss
-    if not torch.isfinite(loss):
-        raise ValueError(f"batches: the loss of batch {index} is {loss.item()}")
-    return loss
+def _labelled(batches: Iterable[Mapping[str, Tensor]]) -> Iterator[tuple[Mapping[str, Tensor], str, int]]:
+    for index, batch in enumerate(batches):
+        if "labels" not in batch:
+            raise ValueError(f"batches: batch {index} has no 'labels', only {sorted(batch)}")
+        # Causal models predict every label but the first of a row.
+        tokens = int((batch["labels"][..., 1:] != IGNORED_LABEL).sum())
+        if tokens:
+            yield batch, f"batch {index}", tokens
 
 
 def _several_processes() -> bool:
@@ -249,12 +284,35 @@ def _meeting_device(device: torch.device) -> torch.device:
 
 
 def _counts(count: int, device: torch.device) -> list[int]:
-    """The count of every process."""
+    """The count of every process; an error in all others if it is that of a failure in one."""
     if not _several_processes():
         return [count]
     counts = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=device)
     counts[dist.get_rank()] = count
-    return _summed(counts).tolist()
+    counts = _summed(counts).tolist()
+    if FAILED in counts and count != FAILED:
+        number = counts.index(FAILED)
+        raise OtherProcessError(f"process {number} of {len(counts)} has failed in lors.initialize, see there")
+    return counts
+
+
+class OtherProcessError(RuntimeError):
+    """Another process has failed, and waits for nobody."""
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that is here."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _of_all_processes(D: Tensor | None, weight: Tensor, device: torch.device) -> Tensor:
+    """The sum D of a weight, out x in, over all processes, from what this one has of it: a sum, a shard, or nothing."""
+    D = torch.zeros_like(_local(weight), dtype=torch.float32) if D is None else D
+    D = D.to(device)
+    if not isinstance(weight, DTensor):
+        return _summed(D)
+    shape, stride = weight.shape, weight.stride()
+    return DTensor.from_local(D, weight.device_mesh, weight.placements, shape=shape, stride=stride).full_tensor()
 
 
 def _summed(tensor: Tensor) -> Tensor:

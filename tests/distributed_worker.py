@@ -29,14 +29,17 @@ from peft import get_peft_model
 from process_checks import BUSY
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments, default_data_collator
 from transformers.utils import ModelOutput
 
 import lors
 from baselines.geolora import GeoLoraConfig, GeoLoraLinear, GeometricIntegrator
 from harness.method import Method, adapt
+from lors import initialization
+from lors.placement import full
 
-WORLD = 2
+WORLD, RANK = 2, int(os.environ.get("RANK", "0"))
 STEPS = 6
 PATIENCE = timedelta(seconds=60)  # with a process that does not come to a collective operation
 
@@ -258,9 +261,41 @@ def idle_experts(folder: Path) -> dict[str, Any]:
     }
 
 
-def sharded_before(folder: Path) -> dict[str, Any]:
-    """A model that is sharded already."""
+def initialized_in_shards(dtype: torch.dtype, folder: Path) -> dict[str, Any]:
+    """A of a model that is sharded before; what each process holds of the sums of gradients."""
+    model = lors_model(dtype)
+    for block in model.get_base_model().model.layers:
+        fully_shard(block)
+    fully_shard(model)
+    with torch.no_grad():
+        model(**own_batches()[0])  # what is sharded in the last place stays whole after that
+    held, sums = [], initialization._gradient_sums
+    initialization._gradient_sums = lambda *given: held.append(sums(*given)) or held[0]
+    try:
+        lors.initialize(model, own_batches())
+    finally:
+        initialization._gradient_sums = sums
+    torch.save({name: full(A) for name, A in factors(model).items()}, folder / f"sharded-factors-{dtype}-{RANK}.pt")
+    layers = [part for part in model.modules() if isinstance(part, lors.LorsLinear)]
+    whole = sum(layer.in_features * layer.out_features for layer in layers)
+    return {
+        "sharded": all(isinstance(parameter, DTensor) for parameter in model.parameters()),
+        "gradients": any(parameter.grad is not None for parameter in model.parameters()),
+        "share_of_the_sums": sum(gradient.numel() for gradient in held[0][0].values()) / whole,
+    }
+
+
+def sharded_failing_in_one(folder: Path) -> dict[str, Any]:
+    """A batch without labels in the second process, while the first has begun its pass."""
     model = lors_model()
+    fully_shard(model)
+    batches = own_batches() if RANK == 0 else [{"input_ids": own_batches()[0]["input_ids"]}]
+    return {"message": message_of(lambda: lors.initialize(model, batches))}
+
+
+def compressed_and_sharded(folder: Path) -> dict[str, Any]:
+    """A model whose weights are compressed and sharded already."""
+    model = get_peft_model(pruned(), lors.LorsConfig(r=4, storage="bitmap"), autocast_adapter_dtype=False)
     fully_shard(model)
     before = {name: parameter.to_local().clone() for name, parameter in model.named_parameters()}
     message = message_of(lambda: lors.initialize(model, own_batches()))
@@ -276,7 +311,12 @@ CHECKS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "initialize without labels": without_labels,
     "initialize failing in one process": failing_in_one,
     "initialize with idle experts": idle_experts,
-    "initialize after sharding": sharded_before,
+    **{
+        f"initialize after sharding in {dtype}": partial(initialized_in_shards, dtype)
+        for dtype in (torch.float32, torch.bfloat16)
+    },
+    "initialize after sharding a compressed model": compressed_and_sharded,
+    "initialize after sharding failing in one process": sharded_failing_in_one,
     **process_checks.CHECKS,
     **sharding_checks.CHECKS,
 }

@@ -139,7 +139,7 @@ def test_a_process_without_labels_leaves_the_start_to_the_others(results: Result
 
 def test_an_error_in_one_process_is_an_error_in_all_and_changes_nothing(results: Results) -> None:
     one, other = results("initialize failing in one process")
-    assert one["message"] == "RuntimeError: process 1 of 2 has failed in lors.initialize, see there"
+    assert one["message"] == "OtherProcessError: process 1 of 2 has failed in lors.initialize, see there"
     assert other["message"].startswith("ValueError: batches: batch 1 has no 'labels'")
     for found in (one, other):
         assert not found["changed"]
@@ -154,8 +154,26 @@ def test_an_expert_that_only_one_process_has_used_gets_its_start_in_all(results:
         assert idle > 0.1, "which nobody has used, and which keeps its A"
 
 
-def test_a_sharded_model_is_refused_and_stays_as_it_is(results: Results) -> None:
-    for found in results("initialize after sharding"):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_start_of_a_sharded_model_is_that_of_a_whole_one(results: Results, pair: Path, dtype: torch.dtype) -> None:
+    """Of processes that have unequally many batches."""
+    batches = worker.batches_of(0), worker.batches_of(1)
+    expected = alone(*batches[0], *batches[1], dtype=dtype)
+    for rank, found in enumerate(results(f"initialize after sharding in {dtype}")):
+        assert found["sharded"] and not found["gradients"]
+        assert found["share_of_the_sums"] == pytest.approx(0.5, abs=0.01)
+        tolerance = 1e-3 if dtype == torch.float32 else 0.05
+        assert close(torch.load(pair / f"sharded-factors-{dtype}-{rank}.pt"), expected, tolerance)
+
+
+def test_a_compressed_model_that_is_sharded_is_refused_and_stays_as_it_is(results: Results) -> None:
+    for found in results("initialize after sharding a compressed model"):
         assert found["message"].startswith("ValueError: the weight of ")
-        assert "is sharded (FSDP2, tensor parallelism): call lors.initialize before that" in found["message"]
+        assert "is compressed and sharded (FSDP2): call lors.initialize before that" in found["message"]
         assert not found["changed"]
+
+
+def test_an_error_in_one_process_is_an_error_in_all_of_a_sharded_model(results: Results) -> None:
+    one, other = results("initialize after sharding failing in one process")
+    assert one["message"] == "OtherProcessError: process 1 of 2 has failed in lors.initialize, see there"
+    assert other["message"].startswith("ValueError: batches: batch 0 has no 'labels'")
