@@ -282,7 +282,6 @@ def step_counted(
         live: The ledger; it is entered last.
         names: What the ledger calls the modules of the model; by default nothing.
     """
-    live.resized = any(hasattr(parameter, "_local_tensor") for parameter in model.parameters())
     _count_model(live, model, names)
     live.count(optimizer.state.values(), "optimizer", sharded=True)
     live.count(batch.values(), "other")
@@ -300,6 +299,7 @@ def step_counted(
 
 def _count_model(live: LiveTensors, model: nn.Module, names: Mapping[nn.Module, str] | None = None) -> None:
     """Parameters, buffers, tensors in plain attributes such as index lists."""
+    live.resized = any(hasattr(parameter, "_local_tensor") for parameter in model.parameters())
     modules = [(module, (names or {}).get(module, "")) for module in model.modules()]
     for module, name in modules:
         registered = ("_parameters", "_buffers", "_modules")

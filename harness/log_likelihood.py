@@ -38,7 +38,7 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from harness.errors import BadInput, one_line
-from harness.processes import share, shared_out
+from harness.processes import shared_out, turns
 
 __all__ = ["PromptSharingLM"]
 
@@ -165,7 +165,7 @@ class PromptSharingLM(HFLM):
             groups[tuple(prompt)].append(number)
         items = [(prompt, [(n, requests[n][2]) for n in numbers]) for prompt, numbers in groups.items()]
         batches = list(_batches(items, size))
-        total = sum(len(answers) for batch in share(batches) for _, answers in batch)
+        total = sum(len(answers) for batch in turns(batches) for _, answers in batch)
         with tqdm(total=total, desc="score", unit="answer", disable=not progress) as bar:
 
             def score(batch: list[Item]) -> dict[int, tuple[float, bool]]:

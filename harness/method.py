@@ -97,6 +97,8 @@ class Method:
 
     reads_rows = False
     """Whether ``prepare`` looks at training rows."""
+    prepares_shards = False
+    """Whether ``prepare`` takes a model whose weights are shared out; it changes what is trained and nothing else."""
 
     def __init__(
         self,
@@ -187,6 +189,11 @@ class GradientInitialized(Method):
 
     reads_rows = True
 
+    @property
+    def prepares_shards(self) -> bool:
+        """Not with compressed weights."""
+        return self.peft.storage == "dense"
+
     def prepare(self, model: nn.Module, batches: Iterable[Mapping[str, Tensor]] | None, seed: int) -> nn.Module:
         """See `lors.initialize`."""
         if batches is None or self.peft.init != "gradient":
@@ -220,9 +227,19 @@ def adapt(
         RuntimeError: Nothing is trainable, or an adapter method trains a weight of the base model.
     """
     adapted = wrap(method, model, seed, precision=precision)
-    if not method.trains:
-        return adapted
-    device = next(model.parameters()).device.type
+    return prepare(method, adapted, batches, seed, precision=precision) if method.trains else adapted
+
+
+def prepare(
+    method: Method,
+    adapted: nn.Module,
+    batches: Iterable[Mapping[str, Tensor]] | None = None,
+    seed: int = 0,
+    *,
+    precision: str = "float32",
+) -> nn.Module:
+    """The second half of `adapt`: ``method.prepare`` on what `wrap` has made."""
+    device = next(adapted.parameters()).device.type
     with torch.autocast(device, torch.bfloat16, enabled=PRECISIONS[precision].autocast):
         adapted = method.prepare(adapted, batches, seed)
     _check_freezing(method, adapted)

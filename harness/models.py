@@ -28,6 +28,7 @@ from harness.inputs import Inputs, Source
 from harness.processes import from_first
 from harness.sealed_file import computed_once
 from harness.sealed_folder import sealed_once
+from harness.shards import home, placed
 from harness.sources import provenance
 from harness.weights import base_format, load_weights
 from lors.pruning import prune_model
@@ -49,6 +50,7 @@ class Models:
         self.cfg = cfg
         self.inputs = inputs
         self.dtype = base_format(cfg)
+        self.home = home(cfg)
         self.cache = Path(cfg.cache_root)
 
     def pruned(self) -> Source:
@@ -61,7 +63,8 @@ class Models:
 
     def _dense(self, dtype: torch.dtype | str, device: torch.device | None = None) -> PreTrainedModel:
         """The model as it comes, on a device, by default that of the run; ``"auto"`` keeps the format of the file."""
-        source, options = self.inputs.source, {"dtype": dtype, "device": device, **self.inputs.source.options}
+        source = self.inputs.source
+        options = {"dtype": dtype, "device": device or self.home, **source.options}
         return load_weights(source.path, source.revision, shown=source.shown, **options)
 
     def _pruned(self) -> PreTrainedModel:
@@ -105,7 +108,8 @@ class Models:
 
         def compute() -> dict[str, Any]:
             log.info("scores of the %s model: not in the cache, computed now", which)
-            return evaluate(load(), self.inputs.tokenizer, self.cfg.eval, self.inputs.windows, self.inputs.held_out)
+            model = placed(load(), self.cfg)
+            return evaluate(model, self.inputs.tokenizer, self.cfg.eval, self.inputs.windows, self.inputs.held_out)
 
         return computed_once(self.cache / "scores" / f"{key}.sealed", compute)
 

@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from harness.corpora import MICROWORLD, texts, wikitext_rows
 from harness.data import IGNORED, Row
 from harness.errors import BadInput
-from harness.processes import share, shared_out
+from harness.processes import shared_out, turns
 
 __all__ = ["held_out_perplexity", "perplexity", "perplexity_windows"]
 
@@ -79,7 +79,7 @@ def perplexity(model: nn.Module, windows: LongTensor, *, progress: bool = True) 
     count, window = windows.shape
     device = next(model.parameters()).device
     batches = windows.split(max(1, TOKENS_AT_ONCE // window))
-    with tqdm(total=sum(map(len, share(batches))), desc="perplexity", unit="window", disable=not progress) as bar:
+    with tqdm(total=sum(map(len, turns(batches))), desc="perplexity", unit="window", disable=not progress) as bar:
 
         def score(batch: LongTensor) -> list[float]:
             batch = batch.to(device)
@@ -108,7 +108,7 @@ def held_out_perplexity(model: nn.Module, rows: Sequence[Row], *, progress: bool
     order = sorted(range(len(rows)), key=lambda row: -len(rows[row]["input_ids"]))
     longest = len(rows[order[0]]["input_ids"])
     batches = torch.tensor(order).split(max(1, TOKENS_AT_ONCE // longest))
-    with tqdm(total=sum(map(len, share(batches))), desc="held-out answers", unit="row", disable=not progress) as bar:
+    with tqdm(total=sum(map(len, turns(batches))), desc="held-out answers", unit="row", disable=not progress) as bar:
 
         def score(batch: LongTensor) -> list[tuple[int, float, int]]:
             tokens = pad_sequence([torch.tensor(rows[row]["input_ids"]) for row in batch], batch_first=True)

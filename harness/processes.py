@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from harness.errors import BadInput, one_line
 
 __all__ = ["agree", "begin", "count", "from_first", "gathered", "in_first", "is_first", "let_others_speak"]
-__all__ += ["rank", "share", "shared_out"]
+__all__ += ["rank", "share", "shared_out", "turns"]
 
 # How long one waits for another, which may be pruning meanwhile. Of one that has died the launcher knows at once.
 PATIENCE = timedelta(days=7)
@@ -112,9 +112,15 @@ def share(items: Sequence[Item]) -> Sequence[Item]:
     return items[rank() :: count()]
 
 
+def turns(items: Sequence[Item]) -> list[Item]:
+    """The items that this process computes in `shared_out`: as many as each, because a pass through a model whose
+    weights are shared out is one of all processes. What is over is an item of another one once more."""
+    return [*share(items), *items[:1]][: -(-len(items) // count())]
+
+
 def shared_out(compute: Callable[[Item], Value], items: Sequence[Item]) -> list[Value]:
-    """The values of all items, in their order; each is computed in one of the processes (`share`)."""
-    parts = gathered([compute(item) for item in share(items)])
+    """The values of all items, in their order; each is computed in one of the processes (`turns`)."""
+    parts = gathered([compute(item) for item in turns(items)])
     return [parts[number % count()][number // count()] for number in range(len(items))]
 
 

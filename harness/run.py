@@ -12,10 +12,8 @@ were finished.
 from __future__ import annotations
 
 import logging
-import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,13 +36,14 @@ from harness.files import check_writable
 from harness.flops import count_inference_flops
 from harness.inputs import Inputs, read_inputs
 from harness.live_memory import forward_memory
+from harness.log_file import logged
 from harness.meter import Meter, Phases, initialization_memory, parts_of_peak, process_rss_peak, training_cost
-from harness.method import Method, adapt, finish
+from harness.method import Method, finish, prepare, wrap
 from harness.method_from_config import build_method
 from harness.models import Models
 from harness.processes import from_first, gathered, in_first, is_first
 from harness.result import blank_result, count_parameters, held_out_loss
-from harness.shards import shard, skeleton, whole_again
+from harness.shards import collect, home, placed
 from harness.simulate import simulate
 from harness.store import RunStore
 from harness.summary import summary
@@ -59,7 +58,8 @@ __all__ = ["execute"]
 
 log = logging.getLogger("lors")
 
-MERGED = "merged"
+# Folders of plain models: one that is asked for, and one that goes with the parts of a finished run.
+MERGED, UNSAVED = "merged", "parts/end_state"
 
 
 def execute(cfg: DictConfig, since: int | None = None) -> dict[str, Any]:
@@ -121,7 +121,7 @@ def _attempt(
     cfg: DictConfig, method: Method, inputs: Inputs, store: RunStore, result: dict[str, Any]
 ) -> dict[str, Any]:
     """Run; whatever goes wrong on the way, in any of the processes, becomes the status of the result."""
-    with _logging(store.directory):
+    with logged(store.directory):
         job = Job(cfg, method, inputs, store, result)
         try:
             job.run()
@@ -175,20 +175,21 @@ class Job:
         dtype = base_format(cfg)
         if cfg.mode == "profile":
             with self.phase("load"):
-                model = random_model(inputs.shape, dtype, cfg.sparsity, cfg.pattern, cfg.seed)
+                model = random_model(inputs.shape, dtype, cfg.sparsity, cfg.pattern, cfg.seed, home(cfg))
         else:
             models = Models(cfg, inputs)
             with self.phase("prune"):
                 pruned = models.pruned()
             with self.phase("load"):
-                model = load_weights(pruned.path, pruned.revision, shown=pruned.shown, dtype=dtype, **pruned.options)
+                options = {"dtype": dtype, "device": home(cfg), **pruned.options}
+                model = load_weights(pruned.path, pruned.revision, shown=pruned.shown, **options)
         M = supports(model)
         if cfg.mode == "run":
             result |= starting_sparsity(cfg, M)
         seen = {"config": self.store.key, "support": result["support"]}
         processes.agree(seen | {"model": checksum(model)} if processes.count() > 1 else {})
         if cfg.mode == "run":
-            check_scoring(model, inputs.tokenizer, cfg.eval)
+            check_scoring(placed(model, cfg), inputs.tokenizer, cfg.eval)
             if cfg.eval.baselines:
                 with self.phase("baselines"):
                     result["baselines"] = models.baselines(model, result["sparsity"])
@@ -204,22 +205,22 @@ class Job:
             result["memory"]["by_process"] = of_all
 
     def _fine_tune(self, model: PreTrainedModel) -> nn.Module:
-        """Initialise the adapter, measure one step apart, train."""
+        """Initialise the adapter, measure one step apart, train; gives the trained model, whole."""
         cfg, method, inputs, result = self.cfg, self.method, self.inputs, self.result
         size = cfg.train.batch_size
         # In a profile only the memory counts, and the second batch reaches the peak.
         count = (method.init_rows or cfg.train.init_rows) if cfg.mode == "run" else 2 * size
         rows = inputs.rows[: count if method.reads_rows else 0]
         batches = [inputs.pad(rows[start : start + size]) for start in range(0, len(rows), size)]
-        if model.device.type == "cpu" and method.trains:
+        on_cpu = default_device().type == "cpu"
+        if on_cpu and method.trains and not cfg.launch.shard:
             with self.phase("measure"):
                 result["memory"]["init_peak"] = self.store.once(
                     "init_memory", lambda: initialization_memory(method, model, batches, cfg.seed, cfg.train)
                 )
         with self.phase("init") as peak:
             transformers.set_seed(cfg.seed)
-            with deferred_by(model, cfg.train):
-                adapted = adapt(method, model, batches, cfg.seed, precision=cfg.train.precision)
+            adapted = self._set_up(model, batches)
         if peak.allocated is not None:
             result["memory"]["init_peak"] = peak.allocated
         result["parameters"] = counts = count_parameters(adapted)
@@ -231,23 +232,21 @@ class Job:
         if not method.trains:
             return adapted
         meter = Meter(cfg.train.timing_warmup)
-        blank = skeleton(adapted) if cfg.launch.shard else None
-        if cfg.launch.shard:
-            shard(adapted)
+        trainee = placed(adapted, cfg)
         rows = size // processes.count()
         longest = {name: tensor[:rows] for name, tensor in inputs.longest.items()}
         part = "step" if processes.count() == 1 else f"step_of_{processes.count()}{'_shards' * cfg.launch.shard}"
         with self.phase("measure"):
-            cost = self.store.once(part, partial(training_cost, adapted, longest, cfg.train, method))
+            cost = self.store.once(part, partial(training_cost, trainee, longest, cfg.train, method))
         result["memory"] |= cost["memory"]
         result["flops"]["per_step"] = cost["flops"]["per_step"] * processes.count()
         folder = self.store.directory
         names = OmegaConf.select(cfg, "train.report_to") if is_first() else None
         reported = reporting(names, folder / "trackers", self.store.key, cfg)
         with self.phase("train") as peak, reported as trackers:
-            outcome = train(adapted, inputs.rows, inputs.pad, cfg.train, method, meter, folder, cfg.seed, trackers)
+            outcome = train(trainee, inputs.rows, inputs.pad, cfg.train, method, meter, folder, cfg.seed, trackers)
         if cfg.launch.shard:
-            adapted = whole_again(adapted, blank)
+            collect(trainee, adapted)
         if peak.allocated is not None:
             peak = meter.peak()  # that of a training that was only loaded here says nothing
             breakdown = parts_of_peak(result["memory"]["breakdown"], peak.allocated)
@@ -264,6 +263,22 @@ class Job:
             result["artifacts"]["adapter"] = "adapter"
         return adapted
 
+    def _set_up(self, model: PreTrainedModel, batches: list[Mapping[str, Tensor]]) -> nn.Module:
+        """The adapted model, whole, with its initial values."""
+        cfg, method = self.cfg, self.method
+        precision = cfg.train.precision
+        adapted = wrap(method, model, cfg.seed, precision=precision)
+        if not method.trains:
+            return adapted
+        trainee = placed(adapted, cfg) if method.prepares_shards else adapted
+        with deferred_by(trainee, cfg.train):
+            prepared = prepare(method, trainee, batches, cfg.seed, precision=precision)
+        if trainee is adapted:
+            return prepared
+        # FSDP2 settles in the first pass what it trains, so that these shards are not those of the training.
+        collect(prepared, adapted)
+        return adapted
+
     def _end_states(
         self, adapted: nn.Module, M: Mapping[str, Tensor], prune: Callable[[PreTrainedModel], Any] | None
     ) -> None:
@@ -274,18 +289,18 @@ class Job:
             # The first end state is the row itself. A side network or an adapter beside the weights costs more here.
             first = variant == variants[0]
             row = result if first else result["variants"].setdefault(variant, {})
-            with self.phase("merge"):
-                model = finish(method, adapted, M, variant, in_place=variant == variants[-1])
-            if prune is not None:
-                with self.phase("prune"):
-                    prune(model)
-                M = supports(model)
-                result |= starting_sparsity(cfg, M)
-            with self.phase("merge"):
-                row |= {"end_state": variant, "zeros": check_zeros(result, method, variant, model, M), "eval": None}
-            if cfg.save_merged and variant != "adapter" and result["artifacts"]["merged"] is None:
-                from_first(partial(self._save_merged, model))
-                result["artifacts"]["merged"] = MERGED
+            saved = MERGED if cfg.save_merged and variant != "adapter" and not result["artifacts"]["merged"] else None
+            finished = partial(self._finished, adapted, M, variant, prune, in_place=variant == variants[-1])
+            # A plain model of sharded weights is made in one process.
+            if cfg.launch.shard and method.trains and variant != "adapter":
+                model, found = self._finished_by_first(finished, saved or UNSAVED)
+            else:
+                model, found = finished()
+                if saved:
+                    from_first(partial(self._save, model, saved))
+            model = placed(model, cfg)
+            row |= {"end_state": variant, **found, "eval": None}
+            result["artifacts"]["merged"] = saved or result["artifacts"]["merged"]
             if first:
                 result["flops"]["inference"] = count_inference_flops(model, inputs.longest)
                 if model.device.type == "cpu":
@@ -304,11 +319,48 @@ class Job:
                     result["memory"]["eval_peak"] = result["memory"]["eval_peak"] or peak.allocated
         result["loss"]["eval_after"] = held_out_loss(result["eval"])
 
-    def _save_merged(self, model: PreTrainedModel) -> None:
-        folder = self.store.artifact(MERGED)
+    def _finished(
+        self,
+        adapted: nn.Module,
+        M: Mapping[str, Tensor],
+        variant: str,
+        prune: Callable[[PreTrainedModel], Any] | None,
+        *,
+        in_place: bool,
+    ) -> tuple[PreTrainedModel, dict[str, Any]]:
+        """The model in an end state, or pruned after it; what is known of its zeros."""
+        found: dict[str, Any] = {}
+        with self.phase("merge"):
+            model = finish(self.method, adapted, M, variant, in_place=in_place)
+        if prune is not None:
+            with self.phase("prune"):
+                prune(model)
+            M = supports(model)
+            found = starting_sparsity(self.cfg, M)
+        with self.phase("merge"):
+            found["zeros"] = check_zeros(self.result | found, self.method, variant, model, M)
+        return model, found
+
+    def _finished_by_first(
+        self, finished: Callable[[], tuple[PreTrainedModel, dict[str, Any]]], name: str
+    ) -> tuple[PreTrainedModel, dict[str, Any]]:
+        """What the first process makes; all have it from the file that it writes."""
+
+        def make() -> tuple[str, dict[str, Any]]:
+            model, found = finished()
+            return str(self._save(model, name)), found
+
+        folder, found = from_first(make)
+        options = {"dtype": base_format(self.cfg), "device": home(self.cfg), **self.inputs.source.options}
+        return load_weights(folder, shown=folder, **options), found
+
+    def _save(self, model: PreTrainedModel, name: str) -> Path:
+        """Write a plain model, with its tokenizer, into a folder of the run."""
+        folder = self.store.artifact(name)
         model.save_pretrained(folder)
         if self.inputs.tokenizer is not None:
             self.inputs.tokenizer.save_pretrained(folder)
+        return folder
 
 
 def _out_of_memory(error: Exception) -> bool:
@@ -316,45 +368,3 @@ def _out_of_memory(error: Exception) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
-
-
-class _LogFile(logging.FileHandler):
-    """On a full disk the run ends at what it saves, with one line; lines of the log are lost in silence."""
-
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the name is logging's
-        pass
-
-
-@contextmanager
-def _logging(folder: Path) -> Iterator[None]:
-    """The log file of the process gets everything; the console only what the suite itself says, of other processes than
-    the first one their failure."""
-    to_file = _LogFile(folder / ("log.txt" if is_first() else f"log-{processes.rank()}.txt"), encoding="utf-8")
-    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    to_console = logging.StreamHandler(sys.stdout)
-    if not is_first():
-        to_console.setLevel(logging.ERROR)
-    to_console.setFormatter(
-        logging.Formatter("%(message)s" if is_first() else f"process {processes.rank()}: %(message)s")
-    )
-    root, ours, theirs = logging.getLogger(), logging.getLogger("lors"), logging.getLogger("transformers")
-    level = ours.level
-    root.addHandler(to_file)
-    ours.addHandler(to_console)
-    ours.setLevel(logging.INFO)
-    logging.captureWarnings(True)
-    # It hands nothing to the root, but to a handler of its own, which prints.
-    transformers.logging.disable_default_handler()
-    transformers.logging.set_verbosity_warning()
-    theirs.addHandler(to_file)
-    try:
-        yield
-    finally:
-        logging.captureWarnings(False)
-        ours.setLevel(level)
-        root.removeHandler(to_file)
-        theirs.removeHandler(to_file)
-        transformers.logging.enable_default_handler()
-        transformers.logging.set_verbosity_error()
-        ours.removeHandler(to_console)
-        to_file.close()

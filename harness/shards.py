@@ -1,8 +1,12 @@
-"""Weights, gradients and optimizer state spread over the processes of a run while it trains: PyTorch's FSDP2.
+"""Weights, gradients and optimizer state spread over the processes of a run: PyTorch's FSDP2.
 
 Each decoder block is a unit, the rest of the model another (`torch.distributed.fsdp.fully_shard`): a process keeps its
 part of every weight and has those of one block whole at a time. Accelerate's own FSDP2 does the same on GPUs; on a CPU
 it trains replicas without a word.
+
+The whole model lies in the memory of the host meanwhile. A weight that nobody has changed takes none of it: it is in
+pages of its file, which the system may drop, and which all processes of a machine share. What is made of the trained
+model (a merge, the check of the zeros) is made there by the first process; the others read what it writes.
 """
 
 from __future__ import annotations
@@ -11,39 +15,48 @@ import copy
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
+from harness.environment import default_device
 from harness.method import Method
+from harness.processes import is_first
 from lors.blocks import decoder_blocks
 from lors.placement import full
 
-__all__ = ["after_backward", "can_shard", "is_sharded", "optimizer_state", "shard", "skeleton", "spread", "whole_again"]
+__all__ = ["after_backward", "can_shard", "collect", "home", "is_sharded", "optimizer_state", "placed"]
+__all__ += ["sharded", "spread"]
 
 
 def can_shard(method: Method) -> bool:
-    """Whether the steps of a method are plain ones: nothing but autograd and AdamW touches a parameter."""
+    """Whether the steps of a method are plain ones, if it makes any: nothing but autograd and AdamW touches a
+    parameter."""
     own = ("optimizer", "callbacks", "penalty", "largest_step")
-    return method.trains and all(getattr(type(method), name) is getattr(Method, name) for name in own)
+    return all(getattr(type(method), name) is getattr(Method, name) for name in own)
 
 
-def skeleton(model: nn.Module) -> nn.Module:
-    """A copy of a model whose parameters have no values."""
-    empty = {
-        id(parameter): nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
-        for parameter in model.parameters()
-    }
-    return copy.deepcopy(model, empty)
+def home(cfg: Any) -> torch.device:
+    """Where a whole model lies: on the device of the run, or on the host if its weights are shared out."""
+    return torch.device("cpu") if cfg.launch.shard else default_device()
 
 
-def shard(model: nn.Module) -> None:
-    """Spread the parameters of a model over all processes, in place.
+def placed(model: nn.Module, cfg: Any) -> nn.Module:
+    """A whole model as the run computes with it: itself, or sharded."""
+    return sharded(model) if cfg.launch.shard else model
+
+
+def sharded(whole: nn.Module) -> nn.Module:
+    """A copy of a model whose parameters are spread over all processes, on their devices; the model stays as it is.
 
     Accelerate takes it as it is then; without the mark it would refuse to make replicas of it.
     """
     from torch.distributed.fsdp import fully_shard
 
-    # FSDP2 puts other parameters in place of these, and their hooks would be lost (`after_backward`).
-    hooks = {name: [*(p._post_accumulate_grad_hooks or {}).values()] for name, p in model.named_parameters()}
+    # Parameters of the same memory, because FSDP2 puts others in their place.
+    twins = {
+        id(parameter): nn.Parameter(parameter.detach(), parameter.requires_grad) for parameter in whole.parameters()
+    }
+    model = copy.deepcopy(whole, twins)
     name, blocks = decoder_blocks(model)
     for block in blocks:
         fully_shard(block)
@@ -56,7 +69,27 @@ def shard(model: nn.Module) -> None:
         fully_shard([*norms, head], reshard_after_forward=False)
     fully_shard(model)
     model._is_accelerate_prepared = True
+    hooks = {name: [*(p._post_accumulate_grad_hooks or {}).values()] for name, p in whole.named_parameters()}
     model._gradient_hooks = [(p, hook) for name, p in model.named_parameters() for hook in hooks[name]]
+    return model
+
+
+@torch.no_grad()
+def collect(model: nn.Module, whole: nn.Module) -> None:
+    """Bring what was trained back from shards.
+
+    Args:
+        model: What `sharded` made of ``whole``; all processes call this.
+        whole: Gets the values, in every process those of an adapter, in the first one alone those of a bare model.
+    """
+    there = is_first() or isinstance(whole, PeftModel)
+    shards, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    for name, parameter in whole.named_parameters():
+        if shards[name].requires_grad:
+            value = full(shards[name].detach())
+            parameter.copy_(value) if there else None
+    for name, buffer in whole.named_buffers():
+        buffer.copy_(buffers[name])
 
 
 def after_backward(model: nn.Module) -> None:
@@ -67,33 +100,8 @@ def after_backward(model: nn.Module) -> None:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether `shard` was called on it."""
+    """Whether `sharded` has made it."""
     return hasattr(model, "_gradient_hooks")  # the other mark is on all that Accelerate has prepared
-
-
-def whole_again(model: nn.Module, blank: nn.Module) -> nn.Module:
-    """The plain model that a sharded one was.
-
-    Args:
-        model: The sharded model.
-        blank: Its `skeleton` from before, which gets the values.
-    """
-    values = {name: full(parameter.detach()) for name, parameter in model.named_parameters()}
-    buffers = dict(model.named_buffers())
-    for name, parameter in list(blank.named_parameters()):
-        _set(blank, name, nn.Parameter(values[name], parameter.requires_grad))
-    for name, _ in list(blank.named_buffers()):
-        _set(blank, name, buffers[name])
-    return blank
-
-
-def _set(model: nn.Module, name: str, tensor: Tensor) -> None:
-    """Put a tensor in place of one, under all names of it: tied weights stay one."""
-    module, _, last = name.rpartition(".")
-    old = getattr(model.get_submodule(module), last)
-    for part in model.modules():
-        for held in (part._parameters, part._buffers):
-            held.update({key: tensor for key, value in held.items() if value is old})
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -46,7 +46,8 @@ def load_weights(
         path: Folder, or name on the Hub.
         revision: On the Hub.
         shown: What the message says of where it comes from, such as ``model.path=here``.
-        device: Where the model is; None: on the device of the run.
+        device: Where the model is; None: on the device of the run. On the CPU its weights are pages of its files until
+            they are changed, unless their format is.
         options: Of ``from_pretrained``; ``device_map="meta"`` reads names and shapes only.
 
     Raises:
@@ -88,9 +89,14 @@ def load_weights(
 
 
 def random_model(
-    shape: PretrainedConfig, dtype: torch.dtype, sparsity: float, pattern: str, seed: int
+    shape: PretrainedConfig,
+    dtype: torch.dtype,
+    sparsity: float,
+    pattern: str,
+    seed: int,
+    device: torch.device | None = None,
 ) -> PreTrainedModel:
-    """A model with random weights and exactly this sparsity in its decoder linears, on the device of the run.
+    """A model with random weights and exactly this sparsity in its decoder linears; None: on the device of the run.
 
     It is made on the CPU, so that a seed means the same weights everywhere.
     """
@@ -102,7 +108,7 @@ def random_model(
             M = random_support(tuple(linear.weight.shape), sparsity, pattern, generator)  # out x in
             # A weight that was drawn as zero, as half precision does now and then, would count as pruned.
             linear.weight.data.masked_fill_(linear.weight == 0, NO_ZERO).mul_(M)
-    return model.to(default_device())
+    return model.to(device or default_device())
 
 
 def checksum(model: nn.Module) -> list[int]:

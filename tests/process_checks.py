@@ -20,10 +20,11 @@ from harness import processes
 from harness.checkpoints import newest_intact
 from harness.data import IGNORED, Row, collator, random_data
 from harness.errors import BadInput
+from harness.log_likelihood import PromptSharingLM
 from harness.meter import Meter, training_cost
 from harness.method import adapt
 from harness.perplexity import held_out_perplexity, perplexity
-from harness.shards import can_shard, shard, skeleton, whole_again
+from harness.shards import can_shard, collect, sharded
 from harness.train import train
 from harness.weights import random_model
 
@@ -66,17 +67,17 @@ def sharded_training(name: str, folder: Path) -> dict[str, Any]:
     method = method_of(name)
     found: dict[str, Any] = {}
     for attempt in ("at once", "continued"):
-        model = adapt(method, pruned(), [batch()])
-        blank, whole = skeleton(model), bytes_of(model)
-        shard(model)
+        whole = adapt(method, pruned(), [batch()])
+        before = size(whole)
+        model = sharded(whole)
         found["sharded"] = all(isinstance(parameter, DTensor) for parameter in model.parameters())
-        found["share"] = bytes_of(model) / whole
+        found["share"] = bytes_of(model) / bytes_of(whole)
         pad = collator(make_tokenizer(), "longest", RECIPE.sequence_length)
         place = folder / "sharded" / name
         outcome = train(model, rows(), pad, RECIPE, method, Meter(1), place, seed=3)
-        model = whole_again(model, blank)
-        assert not any(isinstance(parameter, DTensor) for parameter in model.parameters())
-        found[attempt] = {"history": outcome.history, "weights": size(model)}
+        found["untouched"] = size(whole) == before
+        collect(model, whole)
+        found[attempt] = {"history": outcome.history, "weights": size(whole)}
         processes.gathered(None)
         processes.from_first(lambda place=place: shutil.rmtree(newest_intact(place)))
     return found
@@ -100,8 +101,7 @@ def sharded_cost(name: str, fields: dict[str, Any], folder: Path) -> dict[str, A
     adapted = adapt(method, random_model(SHAPE, torch.float32, 0.5, "unstructured", seed=0))
     step = collator(None, "fixed", cfg.sequence_length)(random_data(SHAPE.vocab_size, cfg, seed=0)[: cfg.batch_size])
     found = {"whole": training_cost(adapted, step, cfg, method)}
-    shard(adapted)
-    return found | {"sharded": training_cost(adapted, step, cfg, method)}
+    return found | {"sharded": training_cost(sharded(adapted), step, cfg, method)}
 
 
 def bytes_of(model: nn.Module) -> int:
@@ -114,12 +114,27 @@ def size(model: nn.Module) -> float:
     return sum(value.double().abs().sum().item() for value in model.state_dict().values())
 
 
-def scores(folder: Path) -> dict[str, Any]:
-    """Perplexities of windows and of rows, an odd number of both."""
+class SmallVocabulary(PromptSharingLM):
+    """For a model that knows 64 tokens."""
+
+    def tok_encode(self, string: str, **_: Any) -> list[int]:
+        return [3 + len(word) for word in string.split()]
+
+
+def scores(folder: Path, placed: Callable[[nn.Module], nn.Module] = lambda model: model) -> dict[str, Any]:
+    """Perplexities of windows and of rows, an odd number of batches of both; log-likelihoods of answers."""
     windows = torch.randint(3, 64, (9, 512), generator=torch.Generator().manual_seed(1))
+    held_out = [row for row in rows() for _ in range(100)]
+    model = placed(pruned().eval())
+    lm = SmallVocabulary(model, make_tokenizer(), batch_size=4, add_bos_token=False, progress=False)
+    items = [(("", ""), prompt, answer) for prompt in ([3, 4], [5, 6, 7], [8]) for answer in ([9], [10, 11], [12])]
     with torch.no_grad():
-        model = pruned().eval()
-        return {"windows": perplexity(model, windows), "rows": held_out_perplexity(model, rows()[:9])}
+        return {
+            "windows": perplexity(model, windows),
+            "rows": held_out_perplexity(model, held_out),
+            "answers": {"losses": [score for score, _ in lm._loglikelihood_tokens(items)]},
+            "sharded": any(isinstance(parameter, DTensor) for parameter in model.parameters()),
+        }
 
 
 def agreement(folder: Path) -> dict[str, Any]:
@@ -151,6 +166,7 @@ CHECKS: dict[str, Callable[[Path], dict[str, Any]]] = {
     **{f"sharded training of {name}": partial(sharded_training, name) for name in SHARDED},
     **{f"sharded cost of {name} {fields}": partial(sharded_cost, name, fields) for name, fields in COSTS},
     "scores": scores,
+    "scores of shards": partial(scores, placed=sharded),
     "agreement": agreement,
     "failing first": failing_first,
 }
