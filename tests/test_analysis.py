@@ -332,14 +332,6 @@ def test_a_packed_row_edited_by_hand_is_refused_with_one_line_that_names_it(tmp_
 # ---- the command line, margins, and what the tests rest on
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_help(command, capsys):
-    with pytest.raises(SystemExit) as exit_:
-        main([command, "--help"])
-    assert exit_.value.code == 0
-    assert COMMANDS[command].__doc__.splitlines()[0][:30] in " ".join(capsys.readouterr().out.split())
-
-
 def test_margins_that_hold_margins_that_do_not_and_a_missing_run(tmp_path, capsys):
     """Three pruners that cost more and more; LoRS wins something back at 0.5 and next to nothing at 2:4."""
     folder = tmp_path / "runs"
