@@ -6,22 +6,16 @@ from dataclasses import replace
 import pytest
 import torch
 from architectures import ARCHITECTURES, Architecture
-from conftest import make_tiny_llama, make_tokenizer, sentence
+from conftest import make_tokenizer, sentence
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from test_evaluate import TOKENIZER, tiny
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from harness import log_likelihood
 from harness.errors import BadInput
 from harness.log_likelihood import PromptSharingLM
 from harness.perplexity import perplexity
-
-TOKENIZER = make_tokenizer()
-
-
-def tiny():
-    return make_tiny_llama(vocab_size=len(TOKENIZER), initializer_range=0.3)
-
 
 SMALL = {"vocab_size": len(TOKENIZER), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
          "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # fmt: skip

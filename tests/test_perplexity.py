@@ -5,19 +5,13 @@ import statistics
 
 import pytest
 import torch
-from conftest import make_tiny_llama, make_tokenizer, sentence, write_rows
-from test_evaluate import eval_cfg, text_cfg
+from conftest import sentence, write_rows
+from test_evaluate import TOKENIZER, eval_cfg, text_cfg, tiny
 
 from harness.data import IGNORED
 from harness.errors import BadInput
 from harness.evaluate import evaluate
 from harness.perplexity import perplexity, perplexity_windows
-
-TOKENIZER = make_tokenizer()
-
-
-def tiny():
-    return make_tiny_llama(vocab_size=len(TOKENIZER), initializer_range=0.3)
 
 
 def windows_of(text, folder, window, add_bos_token=True):
