@@ -16,7 +16,8 @@ from analysis.__main__ import COMMANDS, main
 from analysis.parquet_file import PLACES, read_rows, write_rows
 from analysis.results import MACHINE, load
 from analysis.table_writer import Bold, TextTable, latex, markdown
-from harness.store import RunStore, content_digest
+from harness.files import content_digest
+from harness.store import RunStore
 
 
 def test_a_run_has_a_row_for_each_end_state_and_controls_have_one_each(tmp_path):
