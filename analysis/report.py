@@ -13,8 +13,9 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import pandas as pd
@@ -63,7 +64,7 @@ def page(results: pd.DataFrame, *, mix: bool = False) -> str:
     return _environment().get_template("report.html.j2").render(
         title=TITLE,
         runs=runs,
-        by_key={run.key: run for run in reversed(runs)},
+        by_key={run["key"]: run for run in reversed(runs)},
         shared=_shared(runs),
         glance=[row for row in glances if row],
         tables=[(table, {title: _for_screen(text) for title, text in table.panels.items()}) for table in built],
@@ -104,29 +105,8 @@ def _for_screen(text: TextTable) -> TextTable:
 # ---- the runs
 
 
-@dataclass(frozen=True)
-class Run:
-    """A run as the page shows it, with `anchor` as its id.
-
-    `cells` are texts by column of the list of runs, `scores` has a column for each end state, `facts` are sizes,
-    memory, time and origin by name, `settings` the flat config and the environment.
-    """
-
-    key: str
-    anchor: str
-    method: str
-    name: str
-    title: str
-    status: str
-    error: str | None
-    cells: Mapping[str, str]
-    scores: TextTable
-    facts: Sequence[tuple[str, str]]
-    settings: Mapping[str, str]
-
-
-def _runs(results: pd.DataFrame) -> list[Run]:
-    """The runs behind the rows; a control that another run has scored belongs to that one."""
+def _runs(results: pd.DataFrame) -> list[dict[str, Any]]:
+    """The runs behind the rows, as the page shows them; a control that another run has scored belongs to that one."""
     names = results.config.map(lambda config: config["method"]["name"])
     seen: Counter[str] = Counter()
     runs = []
@@ -134,11 +114,12 @@ def _runs(results: pd.DataFrame) -> list[Run]:
         key = states.key.iloc[0]
         seen[key] += 1  # one key may have been run on several machines
         runs.append(_run(states, f"run-{key}" + (f"-{seen[key]}" if seen[key] > 1 else "")))
-    known = {name for run in runs for name, text in run.cells.items() if text != "-"}
-    return [replace(run, cells={name: run.cells[name] for name in run.cells if name in known}) for run in runs]
+    known = {name for run in runs for name, text in run["cells"].items() if text != "-"}
+    return [run | {"cells": {name: text for name, text in run["cells"].items() if name in known}} for run in runs]
 
 
-def _run(states: pd.DataFrame, anchor: str) -> Run:
+def _run(states: pd.DataFrame, anchor: str) -> dict[str, Any]:
+    """One of them: its anchor is its id in the page, its cells have their column in the list of runs."""
     first = states.iloc[0]
     seed = first.config.get("seed", "-")
     pruned = pruning_of(first)
@@ -158,19 +139,13 @@ def _run(states: pd.DataFrame, anchor: str) -> Run:
         "step (ms)": _shown(first.step_ms, "{:,.1f}"),
         "code": str(first.git_commit)[:10] + (", changed" if first.git_dirty else ""),
     }
-    return Run(
-        key=first.key,
-        anchor=anchor,
-        method=first.method,
-        name=name_of(first.method),
-        title=" · ".join(parts if first["mode"] == "run" else [*parts, first["mode"]]),
-        status=first.status,
-        error=first.error,
-        cells=cells,
-        scores=_scores(states),
-        facts=_facts(first),
-        settings={key: value if isinstance(value, str) else json.dumps(value) for key, value in settings.items()},
-    )
+    return {
+        **{name: first[name] for name in ("key", "method", "status", "error")},
+        **{"anchor": anchor, "name": name_of(first.method), "cells": cells},
+        "title": " · ".join(parts if first["mode"] == "run" else [*parts, first["mode"]]),
+        **{"scores": _scores(states), "facts": _facts(first)},
+        "settings": {key: value if isinstance(value, str) else json.dumps(value) for key, value in settings.items()},
+    }
 
 
 def _scores(states: pd.DataFrame) -> TextTable:
@@ -212,10 +187,10 @@ def _with_error(value: float | None, error: float | None, digits: int = 1) -> st
     return _shown(value, f"{{:.{digits}f}}") + (spread if spread != "-" else "")
 
 
-def _shared(runs: Sequence[Run]) -> dict[str, str]:
+def _shared(runs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Settings that all runs have in common; shown once."""
-    first = runs[0].settings if len(runs) > 1 else {}
-    return {key: text for key, text in first.items() if all(run.settings.get(key) == text for run in runs)}
+    first = runs[0]["settings"] if len(runs) > 1 else {}
+    return {key: text for key, text in first.items() if all(run["settings"].get(key) == text for run in runs)}
 
 
 # ---- the summary

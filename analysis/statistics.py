@@ -50,20 +50,8 @@ import numpy as np
 from numpy.polynomial.legendre import leggauss
 from scipy import special, stats
 
-__all__ = [
-    "ALPHA",
-    "CONDITION",
-    "Difference",
-    "Sample",
-    "best",
-    "best_range",
-    "between",
-    "difference",
-    "differences",
-    "p_value",
-    "pareto_front",
-    "pooled",
-]
+__all__ = ["ALPHA", "CONDITION", "Difference", "Sample", "best", "best_range", "between", "difference", "differences"]
+__all__ += ["p_value", "pareto_front", "pooled"]
 
 ALPHA = 0.05
 CONDITION = "conditional on one pruned checkpoint and on learning rates from one search seed"

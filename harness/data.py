@@ -44,21 +44,8 @@ from harness.errors import BadInput, one_line
 from harness.identity import digest, fingerprint
 from harness.sealed_file import computed_once
 
-__all__ = [
-    "IGNORED",
-    "Batch",
-    "Collator",
-    "Row",
-    "batches_of",
-    "calibration_samples",
-    "calibration_tokens",
-    "check_token_ids",
-    "collator",
-    "held_out_rows",
-    "random_data",
-    "tokenised_rows",
-    "training_rows",
-]
+__all__ = ["IGNORED", "Batch", "Collator", "Row", "batches_of", "calibration_samples", "calibration_tokens"]
+__all__ += ["check_token_ids", "collator", "held_out_rows", "random_data", "tokenised_rows", "training_rows"]
 
 logger = logging.getLogger("lors")
 

@@ -1,8 +1,9 @@
-"""Files that are whole or not there, and whose failures are one line."""
+"""Files that are whole or not there, and whose failures are one line; digests of what is in them."""
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -15,7 +16,8 @@ from typing import IO, Any
 
 from harness.errors import BadInput, one_line
 
-__all__ = ["Damaged", "atomically", "check_writable", "finite", "remove", "write_json", "write_text", "writing"]
+__all__ = ["Damaged", "atomically", "check_writable", "content_digest", "finite", "remove", "sha256_of", "write_json"]
+__all__ += ["write_text", "writing"]
 
 # Bytes that a folder has to take before a run starts in it.
 PROBE = 2**16
@@ -92,6 +94,17 @@ def remove(entry: Path) -> None:
         shutil.rmtree(entry)
     else:
         entry.unlink(missing_ok=True)
+
+
+def sha256_of(file: Path) -> str:
+    """SHA-256 of what is in a file."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def content_digest(value: Any) -> str:
+    """SHA-256 of a value made of JSON types, however its file is laid out."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def finite(value: Any) -> Any:

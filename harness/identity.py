@@ -18,7 +18,6 @@ Both are explicit on purpose: the version of the code says neither that numbers 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -29,19 +28,12 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from harness.errors import BadInput, one_line
+from harness.files import content_digest, sha256_of
 from harness.microworld import CHECKPOINT
 from harness.stock_tasks import local_files
 
-__all__ = [
-    "VERSIONS",
-    "digest",
-    "fingerprint",
-    "local_path",
-    "raised_versions",
-    "run_key",
-    "version_of",
-    "with_fingerprints",
-]
+__all__ = ["VERSIONS", "digest", "fingerprint", "local_path", "place_in", "raised_versions", "run_key", "version_of"]
+__all__ += ["with_fingerprints"]
 
 # Raised by a fix that changes what a stage makes of the same config; what is not listed is 1.
 VERSIONS: Mapping[str, int] = {
@@ -115,8 +107,8 @@ def run_key(cfg: DictConfig) -> str:
     if mode != "simulate":
         ignored.append("simulate")
     for name in ignored:
-        *parents, last = name.split(".")
-        _select(config, parents).pop(last, None)
+        section, last = place_in(config, name)
+        section.pop(last, None)
     chosen = {key: value for key, value in _choices(config) if key not in ABSENT or value != ABSENT[key]}
     return digest([chosen, raised_versions(mode, pruner)])
 
@@ -138,8 +130,7 @@ def with_fingerprints(cfg: DictConfig) -> dict[str, Any]:
     for name in SOURCES:
         path = local_path(OmegaConf.select(cfg, name))
         if path is not None and not (cfg.mode != "run" and name in NOT_IN_PROFILE_KEY):
-            *parents, last = name.split(".")
-            section = _select(config, parents)
+            section, last = place_in(config, name)
             try:
                 files = local_files(config["eval"]) if name == "eval.data_root" else None
                 section[last] = fingerprint(path, files)
@@ -150,7 +141,15 @@ def with_fingerprints(cfg: DictConfig) -> dict[str, Any]:
 
 def digest(value: Any) -> str:
     """16 hexadecimal digits that identify a value made of JSON types."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+    return content_digest(value)[:16]
+
+
+def place_in(config: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
+    """The part of a nested config that a dotted key is in (empty if it has none), and the last word of the key."""
+    *parents, last = key.split(".")
+    for name in parents:
+        config = config.get(name) or {}
+    return config, last
 
 
 def local_path(source: str | None) -> Path | None:
@@ -179,7 +178,7 @@ def fingerprint(path: Path, only: Iterable[str] | None = None) -> str:
     for name, file in files.items():
         stat = file.stat()
         at_rest = time.time_ns() - stat.st_mtime_ns > AT_REST
-        content = _remembered_sha256(file, stat.st_size, stat.st_mtime_ns) if at_rest else _sha256(file)
+        content = _remembered_sha256(file, stat.st_size, stat.st_mtime_ns) if at_rest else sha256_of(file)
         total.update(f"{name}\0{content}\0".encode())
     return f"sha256:{total.hexdigest()[:16]}"
 
@@ -201,18 +200,7 @@ def _choices(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         yield key, int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 @cache
 def _remembered_sha256(file: Path, size: int, modified: int) -> str:
     """SHA-256 of a file, read once per process for each size and time of its last change."""
-    return _sha256(file)
-
-
-def _select(config: dict[str, Any], parents: list[str]) -> dict[str, Any]:
-    for name in parents:
-        config = config[name]
-    return config
+    return sha256_of(file)

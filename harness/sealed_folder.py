@@ -11,7 +11,6 @@ the same key, one builds and the other waits and reuses. The lock is the operati
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -23,7 +22,7 @@ from pathlib import Path
 from filelock import FileLock
 from transformers import PreTrainedModel
 
-from harness.files import remove, write_json
+from harness.files import remove, sha256_of, write_json
 
 __all__ = ["damage", "seal", "sealed_once"]
 
@@ -121,11 +120,6 @@ def _entries(folder: Path) -> dict[str, str | None]:
     entries = {}
     for path in sorted(folder.rglob("*")):
         mode = path.lstat().st_mode
-        content = _sha256(path) if stat.S_ISREG(mode) else FOLDER if stat.S_ISDIR(mode) else None
+        content = sha256_of(path) if stat.S_ISREG(mode) else FOLDER if stat.S_ISDIR(mode) else None
         entries[path.relative_to(folder).as_posix()] = content
     return entries
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

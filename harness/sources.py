@@ -23,22 +23,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from harness.corpora import WELL_KNOWN, is_on_hub
 from harness.errors import BadInput, one_line
-from harness.identity import ABSENT, SOURCES, fingerprint, local_path, with_fingerprints
+from harness.identity import ABSENT, SOURCES, fingerprint, local_path, place_in, with_fingerprints
 from harness.sealed_folder import MANIFEST, damage
 from harness.stock_tasks import local_files
 
-__all__ = [
-    "PROVENANCE",
-    "REMEDY",
-    "Text",
-    "file_of",
-    "locate",
-    "model_folder",
-    "origin",
-    "provenance",
-    "read_provenance",
-]
-__all__ += ["recorded", "snapshots", "texts_of"]
+__all__ = ["PROVENANCE", "REMEDY", "Text", "file_of", "locate", "model_folder", "origin", "provenance"]
+__all__ += ["read_provenance", "recorded", "snapshots", "texts_of"]
 
 PROVENANCE = "provenance.json"
 REMEDY = "python -m harness.snapshot, with the overrides of this run, makes it (--help names the sources)"
@@ -103,11 +93,10 @@ def locate(config: dict[str, Any]) -> None:
         return
     for key, name, split in texts_of(config):
         place = root / file_of(name, split)
-        section, _, last = key.rpartition(".")
+        section, last = place_in(config, key)
         made = read_provenance(place.parent) or {}
         if place.exists() and made.get("source", origin(name)) == origin(name):
-            values = {last: str(place)} | ({"split": "train"} if key == "data.path" else {})  # the only one of a file
-            _section(config, section).update(values)
+            section |= {last: str(place)} | ({"split": "train"} if key == "data.path" else {})  # the only one of a file
         elif config["data_root"] is not None:
             raise BadInput(f"{key}={name}: data_root has no {file_of(name, split)} (in {root}); {REMEDY}")
     tasks = config["eval"]
@@ -175,19 +164,13 @@ def recorded(cfg: DictConfig) -> dict[str, Any]:
     config, contents = OmegaConf.to_container(cfg, resolve=True), with_fingerprints(cfg)
     roots = {str(snapshots(config)), os.path.join(cfg.cache_root, "snapshots")}
     for key in SOURCES:
-        section, _, last = key.rpartition(".")
         value = OmegaConf.select(cfg, key)
         if value is not None and any(value == root or value.startswith(os.path.join(root, "")) for root in roots):
-            _section(config, section)[last] = _section(contents, section)[last]
+            section, last = place_in(config, key)
+            section[last] = place_in(contents, key)[0][last]
     config["model"].pop("wheel", None)
     for key, absent in ABSENT.items():
-        section, _, last = key.rpartition(".")
         if not key.startswith("method.") and OmegaConf.select(cfg, key) == absent:
-            (_section(config, section) or {}).pop(last, None)
-    return config
-
-
-def _section(config: dict[str, Any], name: str) -> dict[str, Any]:
-    for part in name.split("."):
-        config = config and config.get(part)
+            section, last = place_in(config, key)
+            section.pop(last, None)
     return config

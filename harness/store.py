@@ -8,7 +8,6 @@ was changed or cut counts as absent. Every file appears whole or not at all.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,11 +19,11 @@ from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
 from harness.errors import one_line
-from harness.files import Damaged, finite, remove, write_json, write_text, writing
+from harness.files import Damaged, content_digest, finite, remove, write_json, write_text, writing
 from harness.identity import raised_versions, run_key
 from harness.sealed_file import computed_once
 
-__all__ = ["Busy", "RunStore", "content_digest", "read_result"]
+__all__ = ["Busy", "RunStore", "read_result"]
 
 log = logging.getLogger("lors")
 
@@ -224,8 +223,3 @@ def read_result(file: Path) -> dict[str, Any] | None:
     if written is not None and written != content_digest(result):
         raise Damaged(f"{file}: was changed or damaged after it was written (its sha256 is another)")
     return result
-
-
-def content_digest(value: Any) -> str:
-    """SHA-256 of a value made of JSON types, however its file is laid out."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

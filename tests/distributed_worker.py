@@ -24,88 +24,20 @@ import sharding_checks
 import torch
 import torch.distributed as dist
 from callback_loop import pruned_layers, train_with
-from contract import ROWS, TRAINED, batch, composed, method_of, pruned
+from contract import pruned
 from peft import get_peft_model
-from process_checks import BUSY
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import Trainer, TrainingArguments, default_data_collator
 from transformers.utils import ModelOutput
 
 import lors
 from baselines.geolora import GeoLoraConfig, GeoLoraLinear, GeometricIntegrator
-from harness.method import Method, adapt
 from lors import initialization
 from lors.placement import full
 
 WORLD, RANK = 2, int(os.environ.get("RANK", "0"))
-STEPS = 6
 PATIENCE = timedelta(seconds=60)  # with a process that does not come to a collective operation
-
-
-class PenalizedTrainer(Trainer):
-    """The Trainer with the penalty that a method adds to the loss."""
-
-    def __init__(self, *args: Any, penalty: Callable[[nn.Module], Tensor | None], **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._penalty = penalty
-
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Tensor:
-        loss = super().compute_loss(*args, **kwargs)
-        penalty = self._penalty(self.model)
-        return loss if penalty is None else loss + penalty
-
-
-def fit(model: nn.Module, method: Method, folder: Path) -> list[list[int]]:
-    """Train for ``STEPS`` steps as any user of the Trainer does in two processes; the rows that this one has read."""
-    seen: list[list[int]] = []
-
-    def collate(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
-        seen.extend(row["input_ids"] for row in rows)
-        return default_data_collator(rows)
-
-    clipping = {} if method.max_grad_norm is None else {"max_grad_norm": method.max_grad_norm}
-    settings = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=STEPS,
-        per_device_train_batch_size=2,
-        learning_rate=1e-2,
-        weight_decay=0.01,
-        report_to=[],
-        save_strategy="no",
-        use_cpu=True,
-        disable_tqdm=True,
-        ddp_timeout=int(PATIENCE.total_seconds()),
-        **clipping,
-    )
-    trainer = PenalizedTrainer(
-        model,
-        settings,
-        train_dataset=ROWS,
-        data_collator=collate,
-        optimizers=(method.optimizer(model, composed(method.name).train), None),
-        callbacks=method.callbacks(),
-        penalty=method.penalty,
-    )
-    trainer.train()
-    assert isinstance(trainer.model_wrapped, nn.parallel.DistributedDataParallel)
-    return seen
-
-
-def replicas(name: str, folder: Path) -> dict[str, Any]:
-    """Train one method: how far the replicas are apart afterwards, what has moved, and which rows were read."""
-    method = method_of(name, *BUSY.get(name, []))
-    # Whatever reads batches to set itself up gets the same ones in every process, as in the harness.
-    model = adapt(method, pruned(), [batch()])
-    start = {key: value.clone() for key, value in model.state_dict().items()}
-    rows = fit(model, method, folder)
-    end = model.state_dict()
-    return {
-        "difference": largest_difference(end),
-        "moved": [key for key, value in end.items() if not torch.equal(value, start[key])],
-        "rows": rows,
-    }
 
 
 def largest_difference(tensors: dict[str, Tensor]) -> float:
@@ -304,7 +236,6 @@ def compressed_and_sharded(folder: Path) -> dict[str, Any]:
 
 
 CHECKS: dict[str, Callable[[Path], dict[str, Any]]] = {
-    **{f"replicas of {name}": partial(replicas, name) for name in TRAINED},
     "integrator of geolora": integrator,
     "initialize": partial(initialized, torch.float32),
     "initialize in bfloat16": partial(initialized, torch.bfloat16),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from callback_loop import pruned_layers
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from lors.sparse_layer import SparseLinear
 
@@ -39,3 +42,21 @@ def assert_same(y: Tensor, expected: Tensor, *inputs: Tensor) -> list[Tensor]:
     for gradient, reference in zip(gradients, wanted, strict=True):
         torch.testing.assert_close(gradient, reference)
     return list(gradients)
+
+
+def assert_same_dropout(layers: Sequence[SparseLinear], merged: Callable[[SparseLinear], Tensor]) -> None:
+    """Assert that layers agree under one draw, whether the backward pass keeps it or makes it again, and that the base
+    path has none; ``merged`` is the weight without dropout."""
+    x, results = draw(5, layers[0].in_features).requires_grad_(), []
+    for layer in layers:
+        factors = [getattr(layer, part)["default"] for part in layer.adapter_layer_names]
+        torch.manual_seed(0)
+        y = layer.train()(x)
+        torch.rand(7)  # the generator moves on before the backward pass draws again
+        results.append([y, *torch.autograd.grad(y.square().sum(), [x, *factors])])
+        assert not torch.equal(layer(x), y)
+        torch.testing.assert_close(layer.eval()(x), linear(x, merged(layer), layer.bias))
+        factors[-1].data.zero_()
+        assert torch.equal(layer.train()(x), layer.base_layer(x))
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0])

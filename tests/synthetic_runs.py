@@ -9,9 +9,13 @@ from typing import Any
 
 import yaml
 
+from analysis.results import load
+from analysis.tables import build
+
 SEVEN = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 HUB = {"llama2_7b": "meta-llama/Llama-2-7b-hf", "llama3_8b": "meta-llama/Meta-Llama-3-8B"}
 MEBIBYTE = 2**20
+PRECISE = 0.001  # standard error over the items
 # Tokens of the held-out answers, and how far their losses are from the mean.
 TARGETS, AWAY = (10, 40, 150, 20), (2.0, 1.0, -0.5, 0.75)
 
@@ -138,6 +142,34 @@ def write(folder: Path, *results: dict[str, Any]) -> None:
         if content["artifacts"]["steps"]:
             steps = ({"step": step, "loss": 3.0 - 0.2 * step, "step_ms": 100.0} for step in range(1, 11))
             (run / "steps.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps), encoding="utf-8")
+
+
+def scored(method, accuracy, *, stderr=PRECISE, **options):
+    """A result whose scores have a standard error of their own."""
+    content = result(method, accuracy=accuracy, **options)
+    content["eval"] = scores(accuracy, options.get("loss", 1.0), stderr=stderr)
+    return content
+
+
+def lora(seed, accuracy, **options):
+    """A LoRA run: beside the weights, merged and masked again (3 points less), merged with all zeros lost."""
+    content = scored("lora", accuracy, seed=seed, states=("adapter", "remasked", "dense"), **options)
+    content["zeros"] |= {"after_merge": None, "lost": None, "gained": None, "mergeable": False}
+    content["variants"]["remasked"]["eval"] = scores(accuracy - 0.03, 1.0, stderr=PRECISE)
+    content["variants"]["dense"]["zeros"] |= {"after_merge": 0.0, "lost": 500, "gained": 0, "mergeable": False}
+    return content
+
+
+def tables_of(folder, *contents):
+    """The tables of results that are written there."""
+    write(folder, *contents)
+    return build(load([folder]))
+
+
+def row_of(table, label):
+    """The row of a name."""
+    (row,) = [row for row in table.rows if row.label == label]
+    return row
 
 
 def _key(config: dict[str, Any]) -> str:

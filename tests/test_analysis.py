@@ -16,7 +16,8 @@ from analysis.__main__ import COMMANDS, main
 from analysis.parquet_file import PLACES, read_rows, write_rows
 from analysis.results import MACHINE, load
 from analysis.table_writer import Bold, TextTable, latex, markdown
-from harness.store import RunStore, content_digest
+from harness.files import content_digest
+from harness.store import RunStore
 
 
 def test_a_run_has_a_row_for_each_end_state_and_controls_have_one_each(tmp_path):
@@ -330,14 +331,6 @@ def test_a_packed_row_edited_by_hand_is_refused_with_one_line_that_names_it(tmp_
 
 
 # ---- the command line, margins, and what the tests rest on
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_help(command, capsys):
-    with pytest.raises(SystemExit) as exit_:
-        main([command, "--help"])
-    assert exit_.value.code == 0
-    assert COMMANDS[command].__doc__.splitlines()[0][:30] in " ".join(capsys.readouterr().out.split())
 
 
 def test_margins_that_hold_margins_that_do_not_and_a_missing_run(tmp_path, capsys):

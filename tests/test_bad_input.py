@@ -17,6 +17,7 @@ import torch
 import transformers
 from bad_command_lines import ARGUMENTS, COMPOSED
 from bad_inputs import IN_PROCESS, Bad
+from bad_models import MODELS
 from conftest import compose_config
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -121,7 +122,7 @@ def parametrized(corpus: list[Bad]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("bad", [pytest.param(bad, id=bad.name, marks=[slow] * bad.slow) for bad in corpus])
 
 
-@parametrized(IN_PROCESS)
+@parametrized(IN_PROCESS + MODELS)
 def test_a_run_is_refused_before_any_work(looking, tiny_checkpoint, tiny_sources, tmp_path, capsys, bad: Bad) -> None:
     given, says = prepare(bad, tmp_path, tiny_checkpoint, tiny_sources)
     looking(bad)

@@ -11,12 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from contract import OWN_ALPHA, OWN_RANK
 from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from harness.config import resolve
-from harness.method_from_config import build_method
 
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"
@@ -62,16 +60,6 @@ def test_every_option_opens_with_a_command_that_composes(composed, group: str, o
         composed(*overrides)
 
 
-@pytest.mark.parametrize("option", [option for group, option in OPTIONS if group == "method"])
-def test_every_method_builds(composed, option: str) -> None:
-    method = build_method(resolve(composed(f"method={option}", "adapter.r=4", "adapter.alpha=8")))
-    assert method.name == option
-    rank = getattr(method.peft, "r", 4)
-    assert rank == OWN_RANK.get(option, 4), "adapter.r is shared by all methods"
-    alpha = getattr(method.peft, "lora_alpha", 8)
-    assert alpha == OWN_ALPHA.get(option, 8), "adapter.alpha is shared by all methods"
-
-
 @pytest.mark.parametrize("name", sorted(PARAMETERS))
 def test_model_shapes_have_the_published_size(composed, name: str) -> None:
     shape = OmegaConf.to_container(composed(f"model={name}").model.shape)
@@ -86,14 +74,7 @@ def test_help_is_quick_and_names_groups_and_keys() -> None:
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     for group in GROUPS:
         assert f"\n{group}: " in run.stdout
-    for name in (
-        "sparsity:",
-        "pattern:",
-        "learning_rate:",
-        "data_root:",
-        "targets:",
-        "method=lors sparsity=0.5",
-    ):
+    for name in ("sparsity:", "pattern:", "learning_rate:", "data_root:", "targets:", "method=lors sparsity=0.5"):
         assert name in run.stdout
     # Processor time, because the clock depends on what else the machine does.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2

@@ -14,9 +14,7 @@ import torch
 from contract import (
     ADAPTERS,
     ALPHA,
-    CONF,
     ELSEWHERE,
-    FILES,
     LAYERWISE,
     NAMES,
     OWN,
@@ -43,13 +41,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from harness.method import Method, adapt, finish
 from lors.blocks import decoder_linears
 from lors.sparsity import supports, zero_report
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_the_file_opens_with_its_command_and_is_named_after_its_method(name):
-    lines = (CONF / "method" / f"{name}.yaml").read_text().splitlines()
-    assert lines[0] == f"# python run.py method={name} sparsity=0.5"
-    assert method_of(name).name == name
 
 
 @pytest.mark.parametrize("name", LAYERWISE)

@@ -1,6 +1,5 @@
 """Reading text and instructions, the template, tokenised rows, batches, calibration samples."""
 
-import hashlib
 import json
 import os
 from itertools import pairwise
@@ -21,10 +20,6 @@ from harness.errors import BadInput
 
 TOKENIZER = make_tokenizer()
 BOS, EOS, PAD = 1, 2, 0
-# A folder with real data sets, laid out as <name>/<split>.jsonl.
-REAL = Path(os.environ.get("LORS_DATA_ROOT", "no-such-folder"))
-needs_real_data = pytest.mark.skipif(not REAL.is_dir(), reason="LORS_DATA_ROOT names no folder")
-
 PREAMBLE = "Below is an instruction that describes a task"
 WITH_INPUT = (
     PREAMBLE + ", paired with an input that provides further context. Write a response that appropriately completes "
@@ -386,28 +381,7 @@ def test_random_data_fills_every_step_and_is_seeded():
     assert rows == random_data(50, cfg, seed=0) != random_data(50, cfg, seed=1)
 
 
-# ---- real data
-
-
 def test_wikitext_rows_are_lines_and_blank_lines_are_empty():
     pages = [" = A = \n \n First line . \n ", " = B = \n \n Second . \n \n"]
     rows = wikitext_rows(pages)
     assert rows == ["", " = A = \n", "", " First line . \n", "", " = B = \n", "", " Second . \n", ""]
-
-
-@needs_real_data
-def test_wikitext_pages_give_back_the_original_file():
-    pages = [row["page"] for row in read_rows(str(REAL / "wikitext" / "test.jsonl"))]
-    original = " \n" + "\n".join(pages)
-    digest = "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"
-    assert hashlib.sha256(original.encode()).hexdigest() == digest
-    assert len(wikitext_rows(pages)) == 4358
-
-
-@needs_real_data
-def test_real_alpaca_rows_and_c4_documents():
-    rows = tokenised_rows(data_cfg(REAL / "alpaca_gpt4" / "train.jsonl", limit=50), train_cfg(), TOKENIZER)
-    assert len(rows) == 50
-    assert all(row["input_ids"][0] == BOS and len(row["input_ids"]) <= 512 for row in rows)
-    tokens = calibration_tokens(prune_cfg(REAL / "c4" / "train.jsonl", 8, 256), TOKENIZER, seed=0)
-    assert tokens.shape == (8, 256)

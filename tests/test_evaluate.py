@@ -2,10 +2,8 @@
 
 import contextlib
 import math
-import os
 import random
 import statistics
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,16 +13,13 @@ from conftest import make_tiny_llama, make_tokenizer, sentence, write_rows
 from harness import evaluate as evaluate_module
 from harness import microworld
 from harness.corpora import texts
-from harness.data import IGNORED
 from harness.errors import BadInput
 from harness.evaluate import MICROWORLD_TASKS, check_scoring, check_tasks, evaluate
 from harness.log_likelihood import PromptSharingLM
-from harness.perplexity import perplexity_windows
 from harness.stock_tasks import ZERO_SHOT
 
 TOKENIZER = make_tokenizer()
 VOCABULARY = len(TOKENIZER)
-REAL = Path(os.environ.get("LORS_DATA_ROOT", "no-such-folder"))  # real data sets, as <name>/<split>.jsonl
 ITEMS = 5
 WITH_NORM = {"hellaswag", "arc_easy", "arc_challenge", "openbookqa"}
 
@@ -80,11 +75,6 @@ def eval_cfg(tasks=(), data_root=None, **fields):
 
 def text_cfg(source, window, windows=None):
     return SimpleNamespace(text=str(source), window=window, windows=windows)
-
-
-def text_of(cfg):
-    """The text of the windows, without BOS."""
-    return TOKENIZER.decode(perplexity_windows(TOKENIZER, cfg).flatten()[1:])
 
 
 def check(cfg, tokenizer=TOKENIZER, vocabulary=VOCABULARY):
@@ -236,43 +226,6 @@ def test_items_that_can_be_half_right_are_not_listed():
     assert evaluate_module._correct([{"doc_id": 0, "acc": 0.5}]) == {}
 
 
-# ---- perplexity
-
-
-def test_perplexity_in_the_result_and_its_text(tmp_path, world):
-    file = write_rows(tmp_path / "text.jsonl", [{"text": sentence(i)} for i in range(9)])
-    cfg = eval_cfg(perplexity=text_cfg(file, 32))
-    assert text_of(cfg).startswith("\n\n".join(sentence(i) for i in range(3)))
-    windows = perplexity_windows(TOKENIZER, cfg)
-    result = evaluate(tiny(), TOKENIZER, cfg, windows, progress=False)["perplexity"]
-    assert result["text"] == str(file)
-    assert 1 < result["value"] < 1e6
-    assert len(perplexity_windows(TOKENIZER, eval_cfg(perplexity=text_cfg(file, 32, windows=1)))) == 1 < len(windows)
-    pages = [{"page": " = A = \n \n One . "}, {"page": " = B = \n \n"}]
-    write_rows(tmp_path / "wikitext" / "test.jsonl", pages)
-    rows = ["", " = A = \n", "", " One . \n", " = B = \n", ""]
-    cfg = eval_cfg(perplexity=text_cfg("wikitext", 4), data_root=tmp_path)
-    assert "\n\n".join(rows).startswith(text_of(cfg)) and len(text_of(cfg)) > 20
-
-
-def test_perplexity_of_answers_counts_every_target_once():
-    """Against one row at a time; a row of one target has the weight of one target."""
-    model = tiny()
-    ids = [[1, 5, 6, 7, 8, 9], [1, 4, 4], [1, 9, 8, 7]]
-    rows = [{"input_ids": row, "labels": [IGNORED] * 2 + row[2:]} for row in ids]
-    means = []
-    for row in ids:
-        logits = model(torch.tensor([row])).logits[0].log_softmax(-1)
-        means.append(-statistics.mean(logits[i - 1, row[i]].item() for i in range(2, len(row))))
-    result = evaluate(model, TOKENIZER, eval_cfg(), None, rows, progress=False)["held_out"]
-    assert result["losses"] == pytest.approx(means, abs=1e-5)
-    assert (result["targets"], result["rows"], result["tokens"]) == ([4, 1, 2], 3, 7)
-    mean = (4 * means[0] + means[1] + 2 * means[2]) / 7
-    assert result["loss"] == pytest.approx(mean) and result["value"] == pytest.approx(math.exp(mean))
-    residuals = [count * (loss - mean) for count, loss in zip((4, 1, 2), means, strict=True)]
-    assert result["loss_stderr"] == pytest.approx(math.sqrt(3 / 2 * sum(x * x for x in residuals)) / 7, rel=1e-4)
-
-
 # ---- bad input
 
 
@@ -326,14 +279,6 @@ def test_an_empty_file_and_a_missing_column_are_named(tmp_path):
     )
 
 
-def test_columns_that_a_task_does_not_read_do_not_matter(tmp_path):
-    rows = [item | {"note": note} for item, note in zip(items("rte"), (1, "x", None, 10**30, [2]), strict=True)]
-    write_rows(tmp_path / "rte" / "validation.jsonl", rows)
-    cfg = eval_cfg(["rte"], tmp_path)
-    check(cfg)
-    assert evaluate(tiny(), TOKENIZER, cfg, None, progress=False)["tasks"]["rte"]["n"] == ITEMS
-
-
 # ---- tokens that the model does not know
 
 
@@ -357,16 +302,6 @@ def test_a_token_that_the_model_does_not_know_is_named(tmp_path):
 
 
 # ---- the Hub
-
-
-def test_without_a_network_the_line_says_what_would_do(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
-    message = refused(eval_cfg(["rte"]))
-    assert message.startswith("eval.tasks=rte: cannot be loaded (Couldn't reach 'nyu-mll/glue' on the Hub")
-    assert message.endswith("for the seven tasks of the papers eval.data_root=FOLDER too")
-    message = refused(eval_cfg(perplexity=text_cfg("wikitext", 8)))
-    assert message.startswith("eval.perplexity.text=wikitext: ")
-    assert "data set Salesforce/wikitext could not be read from the Hub or the cache of datasets (Couldn't" in message
 
 
 def test_what_is_scored_is_kept_and_what_is_trained_on_is_streamed(monkeypatch):
@@ -430,10 +365,3 @@ def test_what_cannot_be_scored_fails_before_the_training(data_root, monkeypatch,
     for cfg in (tasks, text):
         with pytest.raises(NotImplementedError, match="no logits"):
             check_scoring(model, TOKENIZER, cfg)
-
-
-@pytest.mark.skipif(not REAL.is_dir(), reason="LORS_DATA_ROOT names no folder")
-def test_the_seven_real_sets_are_scored_from_a_folder(no_network):
-    cfg = eval_cfg(ZERO_SHOT, REAL, limit=3, perplexity=text_cfg("wikitext", 2048))
-    result = evaluate(tiny(max_position_embeddings=2048), TOKENIZER, cfg, check(cfg)[:1], progress=False)
-    assert [score["n"] for score in result["tasks"].values()] == [3] * 7 and result["perplexity"]["windows"] == 1

@@ -83,7 +83,7 @@ def test_one_row_of_the_real_table_is_the_one_of_its_sweep(composed) -> None:
 
 @pytest.mark.parametrize("experiment", [name for name in EXPERIMENTS if name != ONE_ROW])
 def test_the_jobs_of_every_experiment_are_valid(composed, experiment: str) -> None:
-    """Every value of every axis is in a job that resolves and builds; test_config builds the methods one by one."""
+    """Every value of every axis is in a job that resolves and builds; test_inputs builds the methods one by one."""
     jobs = jobs_of(experiment)
     assert len(jobs) > 1, "a complete command, without axes to add"
     seen = {f"method={option}" for option in METHODS}

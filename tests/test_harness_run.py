@@ -41,28 +41,13 @@ def tiny(composed, tiny_checkpoint, tiny_sources, tmp_path) -> Callable[..., Dic
 
 
 def tiny_overrides(checkpoint: Path, sources: Path, folder: Path) -> list[str]:
-    return [
-        "model=hf",
-        f"model.path={checkpoint}",
-        "data=alpaca",
-        f"data.path={sources}/instructions.jsonl",
-        f"prune.text={sources}/text.jsonl",
-        "prune.samples=4",
-        "prune.sequence_length=32",
-        "eval=zeroshot",
-        f"eval.data_root={sources}",
-        "eval.tasks=[arc_easy,rte]",
-        f"eval.perplexity={{text:{sources}/text.jsonl,window:32}}",
-        "adapter.r=4",
-        "train.steps=4",
-        "train.batch_size=2",
-        "train.sequence_length=96",
-        "train.timing_warmup=1",
-        "train.init_rows=4",
-        "train.checkpoint_every=1",
-        f"runs_root={folder}/runs",
-        f"cache_root={folder}/cache",
-    ]
+    words = "model=hf data=alpaca eval=zeroshot prune.samples=4 prune.sequence_length=32 eval.tasks=[arc_easy,rte] "
+    words += "adapter.r=4 train.steps=4 train.batch_size=2 train.sequence_length=96 train.timing_warmup=1 "
+    words += "train.init_rows=4 train.checkpoint_every=1"
+    places = {"model.path": checkpoint, "data.path": f"{sources}/instructions.jsonl", "eval.data_root": sources}
+    places |= {"prune.text": f"{sources}/text.jsonl", "runs_root": f"{folder}/runs", "cache_root": f"{folder}/cache"}
+    perplexity = f"eval.perplexity={{text:{sources}/text.jsonl,window:32}}"
+    return [*words.split(), *(f"{key}={place}" for key, place in places.items()), perplexity]
 
 
 def folder_of(result: dict, cfg: DictConfig) -> Path:
@@ -103,16 +88,7 @@ def test_a_run_from_end_to_end(tiny, capsys, no_network) -> None:
     assert sum(memory["breakdown"].values()) == memory["train_peak"] > memory["eval_peak"] > 0
     assert memory["init_peak"] > memory["breakdown"]["weights"]
     assert result["time"]["steps"] == 3 and result["time"]["warmup_steps"] == 1
-    assert set(result["time"]["phases"]) == {
-        "load",
-        "prune",
-        "baselines",
-        "measure",
-        "init",
-        "train",
-        "merge",
-        "evaluate",
-    }
+    assert set(result["time"]["phases"]) == set("load prune baselines measure init train merge evaluate".split())
     assert result["flops"]["per_step"] > 0
     assert result["parameters"]["adapter_bytes"] == 4 * result["parameters"]["trainable"]
     assert result["parameters"]["adapted_share"] == 1
@@ -312,17 +288,12 @@ def test_what_transformers_reports_is_in_the_log(tiny, monkeypatch, capsys) -> N
     assert "of note" not in "".join(capsys.readouterr())
 
 
-def test_the_dense_control_is_fine_tuned_without_pruning(tiny) -> None:
-    result = execute(tiny("sparsity=0", "prune=none", "eval.tasks=[]"))
-    assert result["status"] == "ok"
-    assert (result["pruner"], result["sparsity"], result["zeros"]["after_prune"]) == ("none", 0.0, 0.0)
-    assert result["baselines"]["dense"] == result["baselines"]["pruned"]
-    assert result["loss"]["eval_after"] != result["loss"]["eval_before"]
-
-
 def test_the_dense_model_is_fine_tuned_and_then_pruned(tiny) -> None:
     """Its training is that of the dense control, its zeros are those that were asked for."""
     dense = execute(tiny("prune=none", "sparsity=0"))
+    assert (dense["pruner"], dense["sparsity"], dense["zeros"]["after_prune"]) == ("none", 0.0, 0.0)
+    assert dense["baselines"]["dense"] == dense["baselines"]["pruned"]
+    assert dense["loss"]["eval_after"] != dense["loss"]["eval_before"]
     after = execute(tiny("prune.when=after", "eval.held_out=null"))
     assert after["status"] == "ok" and after["loss"]["last"] == dense["loss"]["last"]
     assert after["end_state"] == "merged" and after["variants"] == {}
@@ -406,23 +377,10 @@ def test_a_random_weight_that_is_drawn_as_zero_is_not_pruned() -> None:
 
 
 def test_profile_needs_no_weights_no_data_and_no_scores(composed, tmp_path, no_network) -> None:
-    cfg = composed(
-        "mode=profile",
-        "model=tinyllama_1b",
-        "model.layers=1",
-        "model.shape.hidden_size=64",
-        "model.shape.intermediate_size=96",
-        "model.shape.vocab_size=128",
-        "adapter.r=4",
-        "pattern=2:4",
-        "train.steps=3",
-        "train.batch_size=1",
-        "train.sequence_length=32",
-        "train.timing_warmup=1",
-        "train.precision=bf16",
-        f"runs_root={tmp_path}",
-        f"cache_root={tmp_path}/cache",
-    )
+    words = "mode=profile model=tinyllama_1b model.layers=1 model.shape.hidden_size=64 model.shape.vocab_size=128 "
+    words += "model.shape.intermediate_size=96 adapter.r=4 pattern=2:4 train.steps=3 train.batch_size=1 "
+    words += "train.sequence_length=32 train.timing_warmup=1 train.precision=bf16"
+    cfg = composed(*words.split(), f"runs_root={tmp_path}", f"cache_root={tmp_path}/cache")
     result = execute(cfg)
     assert result["status"] == "ok", result["error"]
     assert result["zeros"]["after_prune"] == 0.5 and result["zeros"]["pattern_valid"]

@@ -38,48 +38,24 @@ def key(*overrides: str) -> str:
     return run_key(resolved(*overrides))
 
 
-@pytest.mark.parametrize(
-    "override",
-    [
-        "force=true",
-        "name=other",
-        "runs_root=/elsewhere",
-        "cache_root=/elsewhere",
-        "save_merged=true",
-        "launch=torchrun",
-        "only=failed",
-        "train.tuned.sqft=0.1",  # the rate of another method
-        "train.checkpoint_every=7",
-        "train.report_to=[]",
-        "+method.version=1",
-        "method._target_=my.Method",  # a method enters by its name
-        "adapter.alpha=16.0",
-        "sparsity=0.5",  # what null stands for
-        "prune.text=microworld",  # likewise
-    ],
-)
+# The rate of another method is among them, what a null stands for, and a class: a method enters by its name.
+OF_NO_NUMBER = (
+    "force=true name=other runs_root=/elsewhere cache_root=/elsewhere save_merged=true launch=torchrun only=failed "
+    "train.tuned.sqft=0.1 train.checkpoint_every=7 train.report_to=[] +method.version=1 method._target_=my.Method "
+    "adapter.alpha=16.0 sparsity=0.5 prune.text=microworld"
+).split()
+CHOSEN = (
+    "seed=1 sparsity=0.6 pattern=2:4 method=lora prune=magnitude prune.seed=1 adapter.r=8 train.steps=151 "
+    "method.peft.exact_gradient=true train.epochs=1 eval.limit=3 mode=profile data.loss_on=answer"
+).split()
+
+
+@pytest.mark.parametrize("override", OF_NO_NUMBER)
 def test_what_cannot_change_the_numbers_is_not_in_the_key(override: str) -> None:
     assert key(override) == key()
 
 
-@pytest.mark.parametrize(
-    "override",
-    [
-        "seed=1",
-        "sparsity=0.6",
-        "pattern=2:4",
-        "method=lora",
-        "prune=magnitude",
-        "prune.seed=1",
-        "adapter.r=8",
-        "method.peft.exact_gradient=true",
-        "train.steps=151",
-        "train.epochs=1",
-        "eval.limit=3",
-        "mode=profile",
-        "data.loss_on=answer",
-    ],
-)
+@pytest.mark.parametrize("override", CHOSEN)
 def test_what_can_change_the_numbers_is_in_the_key(override: str) -> None:
     assert key(override) != key()
 

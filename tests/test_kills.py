@@ -14,28 +14,18 @@ import pytest
 from conftest import compose_config
 from contract import FILES, TRAINED, method_of
 from peft import PeftModel
+from test_harness_run import numbers
 
 from harness import store, train
 from harness.run import execute
 
 FORK = multiprocessing.get_context("fork")
 STEPS = 4
-RUN = [
-    f"train.steps={STEPS}",
-    "train.checkpoint_every=2",
-    "train.batch_size=2",
-    "train.sequence_length=32",
-    "train.init_rows=4",
-    "train.timing_warmup=1",
-    "data.limit=24",
-    "prune=magnitude",
-    "adapter.r=2",
-    "adapter.targets=[q_proj,down_proj]",
-    "eval.tasks=[microworld_boolq]",
-    "eval.limit=4",
-    "eval.perplexity=null",
-    "eval.baselines=false",
-]
+RUN = (
+    f"train.steps={STEPS} train.checkpoint_every=2 train.batch_size=2 train.sequence_length=32 train.init_rows=4 "
+    "train.timing_warmup=1 data.limit=24 prune=magnitude adapter.r=2 adapter.targets=[q_proj,down_proj] "
+    "eval.tasks=[microworld_boolq] eval.limit=4 eval.perplexity=null eval.baselines=false"
+).split()
 # What a method does every tenth step or so has to happen within four.
 OWN = {
     "gelora": ["method.init_rows=24"],
@@ -126,12 +116,6 @@ def kill(moment: Callable[[], None], overrides: list[str]) -> None:
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL, "the moment did not come"
-
-
-def numbers(result: dict) -> dict:
-    """All of a result but clocks, places and the memory of the process."""
-    kept = {name: value for name, value in result.items() if name not in ("environment", "time", "config")}
-    return kept | {"memory": {name: value for name, value in result["memory"].items() if name != "process_rss_peak"}}
 
 
 def files(folder: Path) -> dict[str, object]:

@@ -1,38 +1,21 @@
-"""Log-likelihoods against the stock harness and against plain forward passes; perplexity by its definition."""
+"""Log-likelihoods against the stock harness and against plain forward passes."""
 
 import math
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 from architectures import ARCHITECTURES, Architecture
-from conftest import make_tiny_llama, make_tokenizer, sentence
+from conftest import make_tokenizer, sentence
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from test_evaluate import TOKENIZER, tiny
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from harness import log_likelihood
 from harness.errors import BadInput
 from harness.log_likelihood import PromptSharingLM
-from harness.perplexity import perplexity, perplexity_windows
-
-TOKENIZER = make_tokenizer()
-
-
-def tiny():
-    return make_tiny_llama(vocab_size=len(TOKENIZER), initializer_range=0.3)
-
-
-def windows_of(text, folder, window=16, add_bos_token=True):
-    (folder / "text.txt").write_text(text)
-    perplexity_cfg = SimpleNamespace(text=str(folder / "text.txt"), window=window, windows=None)
-    cfg = SimpleNamespace(perplexity=perplexity_cfg, data_root=None, add_bos_token=add_bos_token)
-    return perplexity_windows(TOKENIZER, cfg)
-
-
-# ---- log-likelihoods
-
+from harness.perplexity import perplexity
 
 SMALL = {"vocab_size": len(TOKENIZER), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
          "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # fmt: skip
@@ -101,7 +84,7 @@ SOON = ("mamba", "rwkv", "lfm2", "qwen3_next", "gemma4_shared")
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in SOON else pytest.mark.slow) for name in SCORED]
 )
-def test_any_architecture_is_scored_as_lm_eval_scores_it(name, caplog, tmp_path):
+def test_any_architecture_is_scored_as_lm_eval_scores_it(name, caplog):
     """Those that see more than a mask shows them the stock way, and the log says so once."""
     architecture = SCORED[name]
     model = replace(architecture, fields=architecture.fields | {"vocab_size": len(TOKENIZER)}).build()
@@ -114,7 +97,7 @@ def test_any_architecture_is_scored_as_lm_eval_scores_it(name, caplog, tmp_path)
     assert len(lines) <= 1
     if name in STATEFUL:
         assert f"every answer is run with its prompt; {type(model).__name__} cannot share it" in lines[0]
-    windows = windows_of(sentence(0, 40), tmp_path)
+    windows = torch.tensor([TOKENIZER.encode(sentence(0, 40))[:16]])
     assert math.isfinite(perplexity(model, windows, progress=False)["value"])
 
 
@@ -204,31 +187,3 @@ def test_log_probabilities_are_float32_on_a_bfloat16_model():
     ((score, _),) = lm._loglikelihood_tokens([(None, ids[:-1], ids[-1:])])
     logits = model(torch.tensor([ids[:-1]])).logits[0, -1].float()
     assert score == pytest.approx(logits.log_softmax(-1)[ids[-1]].item(), abs=1e-6)
-
-
-# ---- perplexity
-
-
-@pytest.mark.parametrize("add_bos_token", [True, False])
-def test_perplexity_is_the_exponential_of_the_mean_of_window_means(tmp_path, add_bos_token):
-    model = tiny()
-    text = " ".join(sentence(i) for i in range(20))
-    ids = TOKENIZER.encode(text, add_special_tokens=False)
-    ids = [1, *ids] if add_bos_token else ids
-    means = []
-    for start in range(0, len(ids) // 16 * 16, 16):
-        window = torch.tensor(ids[start : start + 16])
-        logits = model(window[None]).logits[0].log_softmax(-1)
-        means.append(-sum(logits[i, window[i + 1]].item() for i in range(15)) / 15)
-    result = perplexity(model, windows_of(text, tmp_path, add_bos_token=add_bos_token), progress=False)
-    assert result["value"] == pytest.approx(math.exp(sum(means) / len(means)), rel=1e-5)
-    assert result["loss"] == pytest.approx(sum(means) / len(means), rel=1e-6)
-    spread = torch.tensor(means).std().item() / math.sqrt(len(means))
-    assert result["loss_stderr"] == pytest.approx(spread, rel=1e-4)
-    assert result["losses"] == pytest.approx(means, abs=1e-5)
-    assert (result["window"], result["windows"], result["tokens"]) == (16, len(means), 15 * len(means))
-
-
-def test_a_text_shorter_than_a_window_is_an_error(tmp_path):
-    with pytest.raises(BadInput, match=r"eval.perplexity.window=100: must be at most 3, the tokens of the text"):
-        windows_of("the cat", tmp_path, 100)

@@ -112,14 +112,6 @@ def test_without_an_adapter_everything_trains_in_the_trainable_format(tiny_llama
     assert all(torch.equal(linear.weight, W[name]) for name, linear in decoder_linears(merged).items())
 
 
-def test_a_method_that_does_not_train_leaves_the_model_frozen_and_unchanged(tiny_llama) -> None:
-    model, none = sparse(tiny_llama), Method(name="none", trains=False)
-    before = logits(model)
-    adapted = adapt(none, model)
-    assert not any(parameter.requires_grad for parameter in adapted.parameters())
-    assert torch.equal(logits(finish(none, adapted, supports(model), "merged")), before)
-
-
 def test_prepare_gets_the_wrapped_model_the_batches_and_the_seed(tiny_llama) -> None:
     seen = {}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import get_peft_model
-from single_layers import assert_same, draw
+from single_layers import assert_same, assert_same_dropout, draw
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -51,19 +51,7 @@ def test_output_gradients_and_merge_are_those_of_the_formula(organisation, r):
 
 @pytest.mark.parametrize("organisation", ["checkpoint", "blockwise"])
 def test_organisations_agree_under_the_same_dropout_which_leaves_the_base_path_alone(organisation):
-    x, results = draw(5, IN).requires_grad_(), []
-    for name in ("plain", organisation):
-        layer = adapted(name, dropout=0.4).train()
-        torch.manual_seed(0)
-        y = layer(x)
-        torch.rand(7)  # the generator moves on before the backward pass draws again
-        results.append([y, *torch.autograd.grad(y.square().sum(), [x, *factors(layer)])])
-        assert not torch.equal(layer(x), y)
-        torch.testing.assert_close(layer.eval()(x), linear(x, effective_weight(layer), layer.bias))
-        layer.train().spp_c["default"].data.zero_()
-        assert torch.equal(layer(x), layer.base_layer(x))
-    for value, reference in zip(*results, strict=True):
-        torch.testing.assert_close(value, reference)
+    assert_same_dropout([adapted(name, dropout=0.4) for name in ("plain", organisation)], effective_weight)
 
 
 def test_no_temporary_of_the_weights_size_in_the_blockwise_update():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from single_layers import assert_same, draw
+from single_layers import assert_same, assert_same_dropout, draw
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
@@ -46,19 +46,7 @@ def test_output_and_gradients_are_those_of_the_formula(fields):
 
 
 def test_dropout_acts_on_the_update_alone_and_is_the_same_when_computed_again():
-    x, results = draw(5, IN).requires_grad_(), []
-    for checkpoint in (False, True):
-        layer = adapted(dropout=0.4, checkpoint=checkpoint).train()
-        torch.manual_seed(0)
-        y = layer(x)
-        torch.rand(7)  # the generator moves on before the backward pass draws again
-        results.append([y, *torch.autograd.grad(y.square().sum(), [x, *factors(layer)])])
-        assert not torch.equal(layer(x), y)
-        torch.testing.assert_close(layer.eval()(x), linear(x, effective_weight(layer), layer.bias))
-        layer.train().sqft_B["default"].data.zero_()
-        assert torch.equal(layer(x), layer.base_layer(x))
-    for value, reference in zip(*results, strict=True):
-        torch.testing.assert_close(value, reference)
+    assert_same_dropout([adapted(dropout=0.4, checkpoint=again) for again in (False, True)], effective_weight)
 
 
 @pytest.mark.parametrize("first", FORMS)

@@ -88,15 +88,6 @@ def test_a_result_of_another_run_is_not_taken_for_this_one(tmp_path: Path) -> No
     assert RunStore(tmp_path / "copy").result() is None
 
 
-@pytest.mark.parametrize("damage", ["cut", "changed"])
-def test_a_damaged_part_is_computed_again(tmp_path: Path, damage: str) -> None:
-    store = RunStore(tmp_path)
-    assert store.once("part", lambda: {"value": 0.5}) == {"value": 0.5}
-    file = store.parts / "part.sealed"
-    file.write_text(DAMAGE[damage](file.read_text()))
-    assert store.once("part", lambda: {"value": 0.7}) == {"value": 0.7}
-
-
 def test_a_good_result_gives_way_only_to_a_good_one(tmp_path: Path) -> None:
     store = RunStore(tmp_path / "run")
     store.write({"status": "ok", "round": 1, "artifacts": {"adapter": "adapter", "merged": "merged"}})
@@ -168,22 +159,6 @@ def test_a_temporary_file_follows_no_link(tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(FileExistsError):
         write_text(tmp_path / "file", "new")
     assert victim.read_text() == "keep me"
-
-
-def test_a_finished_part_is_not_computed_again(tmp_path: Path) -> None:
-    calls = []
-
-    def compute() -> dict[str, int]:
-        calls.append(1)
-        return {"peak": 7}
-
-    assert RunStore(tmp_path).once("memory", compute) == {"peak": 7}
-    assert RunStore(tmp_path).once("memory", compute) == {"peak": 7}
-    assert len(calls) == 1
-    RunStore(tmp_path).drop_progress()
-    assert RunStore(tmp_path).once("memory", compute) == {"peak": 7}
-    assert len(calls) == 2
-    assert RunStore(tmp_path).once("nothing", lambda: None) is None
 
 
 def finished_run(composed, folder: Path, *overrides: str, **result: object) -> tuple[RunStore, DictConfig]:

@@ -1,13 +1,9 @@
-"""Sweeps and launchers as processes: failed jobs, kills, a second sweep beside the first, joblib and submitit."""
+"""Sweeps and launchers as processes: failed jobs, joblib and submitit."""
 
 from __future__ import annotations
 
-import os
-import random
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,56 +23,6 @@ def run_py(arguments: Sequence[str]) -> subprocess.Popen:
 
 def results_in(folder: Path) -> dict[str, dict]:
     return {file.parent.name: read_result(file) for file in folder.rglob("result.json")}
-
-
-@pytest.mark.slow
-def test_killed_sweeps_end_with_the_numbers_of_an_undisturbed_one(tiny_checkpoint, tiny_sources, tmp_path) -> None:
-    """SIGKILL of the sweep, of everything, and Ctrl-C, at random moments; a finished run is never made again."""
-    settings = ["method=lora,lors", "eval.tasks=[rte]", "train.steps=6"]
-    undisturbed = tmp_path / "undisturbed"
-    start = time.monotonic()
-    assert run_py([*tiny_overrides(tiny_checkpoint, tiny_sources, undisturbed), *settings]).wait() == 0
-    whole_sweep = time.monotonic() - start
-    arguments = [*tiny_overrides(tiny_checkpoint, tiny_sources, tmp_path / "killed"), *settings]
-    draw = random.Random(0)
-    finished: dict[str, int] = {}
-    for way in ("parent", "group", "interrupt") * 2:
-        process = run_py(arguments)
-        try:
-            process.wait(timeout=draw.uniform(0.2, 0.9) * whole_sweep)
-        except subprocess.TimeoutExpired:
-            if way == "parent":
-                process.kill()
-            else:
-                os.killpg(process.pid, signal.SIGKILL if way == "group" else signal.SIGINT)
-        code, output = process.wait(), process.stdout.read()  # read to the end: no child of it is left
-        if way == "interrupt" and code:
-            assert code == 130 and "the same command continues" in output
-        for file in (tmp_path / "killed").rglob("result.json"):
-            written = file.stat().st_mtime_ns
-            assert finished.setdefault(file.parent.name, written) == written, "made again"
-    process = run_py(arguments)
-    assert process.wait() == 0, process.stdout.read()
-    killed, whole = results_in(tmp_path / "killed"), results_in(undisturbed)
-    assert set(killed) == set(whole) and len(whole) == 2
-    for key, result in killed.items():
-        assert numbers(result) == numbers(whole[key])
-    for key, written in finished.items():
-        [file] = (tmp_path / "killed").rglob(f"{key}/result.json")
-        assert file.stat().st_mtime_ns == written
-
-
-@pytest.mark.slow
-def test_two_sweeps_at_once_share_the_jobs(tiny_checkpoint, tiny_sources, tmp_path) -> None:
-    arguments = [*tiny_overrides(tiny_checkpoint, tiny_sources, tmp_path), *NO_SCORES, "seed=0,1,2,3"]
-    both = [run_py(arguments) for _ in range(2)]
-    outputs = [process.communicate()[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0], outputs
-    results = results_in(tmp_path)
-    assert len(results) == 4 and all(result["status"] == "ok" for result in results.values())
-    # A run that was made twice would have been logged twice.
-    logs = [file.read_text() for file in tmp_path.rglob("log.txt")]
-    assert [log.count("train ...") for log in logs] == [1] * 4
 
 
 @pytest.mark.slow
