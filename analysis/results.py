@@ -19,7 +19,8 @@ that no mean can pick up what a broken run had measured before it broke. The col
               window, or None); of held-out answers: answers_perplexity, answers_loss, answers_stderr, answers_items
     zeros     zeros_lost (count), zeros_kept (fraction of the old zeros that are still zero; NaN beside an unmerged
               adapter)
-    others    numbers of SIZES and COSTS: counts, bytes, milliseconds; memory_kind and memory_breakdown (by category)
+    others    numbers of SIZES and COSTS: counts, bytes, milliseconds; memory_kind, memory_breakdown (by category),
+              peak_by_devices (bytes of a simulated step on one of so many devices, by their number; else None)
 """
 
 import argparse
@@ -292,7 +293,8 @@ def _zeros(zeros: Result | None) -> dict[str, float]:
 def _cost(result: Result | None) -> dict[str, Any]:
     """Memory, time and losses of a run; without a result there are none."""
     memory = result["memory"] if result else {"kind": None, "breakdown": None}
-    return {**_numbers(result, COSTS), "memory_kind": memory["kind"], "memory_breakdown": memory["breakdown"] or {}}
+    parts = {"memory_kind": memory["kind"], "memory_breakdown": memory["breakdown"] or {}}
+    return {**_numbers(result, COSTS), **parts, "peak_by_devices": memory.get("train_peak_by_devices")}
 
 
 def _numbers(result: Result | None, places: Mapping[str, str]) -> dict[str, float]:

@@ -149,9 +149,11 @@ class LiveTensors(TorchDispatchMode):
 
         Args:
             shards: Number of devices; a storage that is counted as sharded is divided by it, rounded up.
-            whole: ``whole(phase, module)``, bytes that are on the device in full while ``module`` runs, on top of
-                its own shard of them.
+            whole: ``whole(phase, module)``, bytes that are on one of several devices in full while ``module`` runs,
+                on top of its own shard of them.
         """
+        if shards == 1:
+            whole = lambda phase, module: 0  # noqa: E731
 
         def share(storage: _Storage, change: int) -> int:
             part = -(-abs(change) // shards) if storage.sharded else abs(change)

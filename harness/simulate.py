@@ -25,7 +25,8 @@ not. A decoder block is gathered as a whole beside its own shard, and once more 
 is as large as the next block if that is fetched ahead; it is whole from the first of its operations to the last, with
 the gradients of what it trains in the backward pass, and is sharded again after its forward pass too. The head stays
 whole through the loss, one that is tied to the embedding all the time. The numbers are those of one device; measured
-steps of two processes agree within 3 % (``tests/test_processes.py``).
+steps of two processes agree within 3 % (``tests/test_processes.py``). The ledger of one step has the peak for any
+number of devices.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from harness.cards import MOST_CARDS
 from harness.deferred_head import deferred_by
 from harness.flops import CountFlops
 from harness.live_memory import LiveTensors, Peak, step_counted, training_step
@@ -52,6 +54,7 @@ from harness.method import PRECISIONS, Method, wrap
 from harness.module_trace import ModuleTrace, module_names, without_index
 from harness.recipe import enable_activation_checkpointing
 from harness.result import count_parameters
+from harness.shards import can_shard
 from harness.weights import base_format
 from lors import compress
 from lors.blocks import decoder_blocks
@@ -77,7 +80,8 @@ def simulate(cfg: DictConfig, method: Method, shape: PretrainedConfig) -> dict[s
         ``parameters`` as `result.count_parameters`; ``flops`` {``per_step``} of one device; ``memory`` of one device:
         ``kind`` (simulated), ``device``, ``shards``, ``train_peak`` (bytes), at that peak ``breakdown`` (bytes by
         category), ``modules`` (by layer and category; a ``*`` stands for every decoder block), ``peak_phase`` and
-        ``peak_module``, and ``saved_for_backward`` (bytes).
+        ``peak_module``, and ``saved_for_backward`` (bytes); and ``train_peak_by_devices``, bytes of one of so many
+        devices, by their number from "1" to `MOST_CARDS`, or of "1" alone if the method cannot be sharded.
     """
     train, device, shards = cfg.train, cfg.simulate.device, cfg.simulate.shards
     trace = ModuleTrace()
@@ -98,12 +102,15 @@ def simulate(cfg: DictConfig, method: Method, shape: PretrainedConfig) -> dict[s
             step(LiveTensors(), counted)  # a ledger that is not entered counts nothing
         with largest or nullcontext(), trace.of(names), step_counted(live, model, batch, optimizer, names):
             saved = step(live, counted if largest is None else None)
-    peak = live.at_peak(shards, _gathered(model, names, shards))
+    whole = _gathered(model, names)
+    peak = live.at_peak(shards, whole)
+    numbers = range(1, 1 + (MOST_CARDS if can_shard(method) else 1))
     memory = {
         "kind": "simulated",
         "device": device,
         "shards": shards,
         "train_peak": peak.bytes,
+        "train_peak_by_devices": {str(number): live.at_peak(number, whole).bytes for number in numbers},
         "breakdown": peak.by_category(),
         "modules": _by_layer(peak),
         "peak_phase": peak.phase,
@@ -156,7 +163,7 @@ def _with_state(optimizer: torch.optim.Optimizer, *, on_lists: bool) -> torch.op
     return optimizer
 
 
-def _gathered(model: nn.Module, names: Mapping[nn.Module, str], shards: int) -> Callable[[str, str], int]:
+def _gathered(model: nn.Module, names: Mapping[nn.Module, str]) -> Callable[[str, str], int]:
     """Bytes beyond its own shard that a device holds while a module runs, see the module's text."""
     blocks = f"{decoder_blocks(model)[0]}."
 
@@ -173,7 +180,7 @@ def _gathered(model: nn.Module, names: Mapping[nn.Module, str], shards: int) -> 
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
     def whole(phase: str, module: str) -> int:
-        if shards == 1 or phase not in ("forward", "backward"):
+        if phase not in ("forward", "backward"):
             return 0
         if tied and module != names[model.get_input_embeddings()]:
             return rest.get((phase, group(module)), 0) + head

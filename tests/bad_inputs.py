@@ -212,6 +212,7 @@ TOGETHER = [
             "method=geolora launch=torchrun launch.processes=2 launch.shard=true",
             "launch.shard=true: must be false for method=geolora, whose steps need whole weights",
         ),
+        ("mode=simulate simulate.shards=2 method=geolora", "simulate.shards=2: must be 1 for method=geolora, whose"),
     ),
 ]
 

@@ -72,7 +72,7 @@ MUTANTS = [
     Mutant("harness/meter.py", "for step in self.steps if not step.warmup]", "for step in self.steps]", "meter"),
     Mutant("harness/checkpoints.py", "if damage(path) is None:", "if path.is_dir():", "checkpoints"),
     Mutant("harness/zeros.py", 'kept = report["lost"] == 0', "kept = True", "harness_run"),
-    Mutant("harness/simulate.py", "nbytes * (shards - 1) // shards", "nbytes // shards", "simulate"),
+    Mutant("harness/cards.py", "peaks[number] + HEADROOM <=", "peaks[number] <=", "simulate"),
     # The analysis: what a table says of the results.
     Mutant("analysis/statistics.py", "return 2 * _rest_square(y)", "return _rest_square(y)", "analysis_statistics"),
     Mutant("analysis/averages.py", 'table.axes["pattern"] != "uns', 'table.axes["pattern"] == "uns', "analysis_tables"),
