@@ -36,6 +36,7 @@ Scores = _part(tasks=dict[str, Score], average=Average | None, perplexity=Perple
 Zeros = _part(**dict.fromkeys(("after_prune", "after_merge", "lost", "gained"), Number)) | None
 Count = Annotated[str, Field(pattern="^[1-9][0-9]*$")]
 Peaks = dict.fromkeys(("train_peak", "init_peak", "eval_peak"), Number)
+Peaks |= dict.fromkeys(("prune_peak", "host_peak"), (Number, None)) | {"format": (Text, None)}
 Peaks |= {"train_peak_by_devices": (dict[Count, int] | None, None)}
 Speed = dict.fromkeys(("forward_ms", "backward_ms", "optimizer_ms", "tokens_per_second"), Number)
 Lengths = dict.fromkeys(("batch_size", "gradient_accumulation", "sequence_length"), int)

@@ -31,7 +31,6 @@ number of devices.
 
 from __future__ import annotations
 
-import copy
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -40,14 +39,13 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PretrainedConfig
 
 from harness.cards import MOST_CARDS
 from harness.deferred_head import deferred_by
+from harness.fake_tensors import ReadsAsOne, faked, on_meta
 from harness.flops import CountFlops
 from harness.live_memory import LiveTensors, Peak, step_counted, training_step
 from harness.method import PRECISIONS, Method, wrap
@@ -63,9 +61,6 @@ __all__ = ["simulate"]
 
 # Bytes that the allocator of a device rounds up to.
 BLOCK = {"cpu": 1, "cuda": 512}
-# An attention that transformers makes no mask for, because it does not know it.
-UNMASKED = "sdpa_of_full_rows"
-AttentionInterface.register(UNMASKED, sdpa_attention_forward)
 
 
 def simulate(cfg: DictConfig, method: Method, shape: PretrainedConfig) -> dict[str, dict[str, Any]]:
@@ -89,7 +84,7 @@ def simulate(cfg: DictConfig, method: Method, shape: PretrainedConfig) -> dict[s
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     model = _model(cfg, method, shape, mode)
     names = module_names(model)
-    with mode, _ReadsAsOne(), deferred_by(model, train):
+    with mode, ReadsAsOne(), deferred_by(model, train):
         optimizer = _with_state(method.optimizer(model, train), on_lists=device == "cuda")
         # Without padding: three int64 tensors of B x T.
         batch = {
@@ -123,30 +118,20 @@ def simulate(cfg: DictConfig, method: Method, shape: PretrainedConfig) -> dict[s
 def _model(cfg: DictConfig, method: Method, shape: PretrainedConfig, mode: FakeTensorMode) -> nn.Module:
     """The model on fake tensors, set up by the method, as a training begins with it."""
     formats = PRECISIONS[cfg.train.precision]
-    with torch.device("meta"):  # outside of fake tensors, whose modules cannot change type
-        model = AutoModelForCausalLM.from_config(shape, dtype=base_format(cfg), trust_remote_code=False)
-        if model.config._attn_implementation == "sdpa":
-            model.set_attn_implementation(UNMASKED)
+    model = on_meta(shape, base_format(cfg))
+    with torch.device("meta"):
         model = wrap(method, model, precision=cfg.train.precision)
         storage = getattr(method.peft, "storage", "dense")
         if storage != "dense":
             compress(model, storage, sparsity=cfg.sparsity, pattern=cfg.pattern)
-    with mode:
-        fakes = {id(tensor): _fake(tensor) for tensor in [*model.parameters(), *model.buffers()] if tensor.is_meta}
-    model = copy.deepcopy(model, fakes)
+    model = faked(model, mode)
     # Outside of the mode what it draws has values, a choice of layers for example; the model stays as it is.
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=formats.autocast)
-    with autocast, _ReadsAsOne(whole_numbers=True):
+    with autocast, ReadsAsOne(whole_numbers=True):
         model = method.prepare(model, None, 0)
     if cfg.train.activation_checkpointing:
         enable_activation_checkpointing(model)
     return model.train()
-
-
-def _fake(tensor: Tensor) -> Tensor:
-    """A fake tensor on the CPU like a meta tensor."""
-    like = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
-    return nn.Parameter(like, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else like
 
 
 def _with_state(optimizer: torch.optim.Optimizer, *, on_lists: bool) -> torch.optim.Optimizer:
@@ -202,21 +187,3 @@ def _by_layer(peak: Peak) -> dict[str, dict[str, int]]:
 def _outside(phase: str) -> str:
     """What runs when no module does."""
     return "optimizer" if phase == "optimizer" else "loss"
-
-
-class _ReadsAsOne(TorchDispatchMode):
-    """Gives 1, 1.0 or True to whoever reads the value of a fake tensor, see the module's text."""
-
-    def __init__(self, *, whole_numbers: bool = False) -> None:
-        super().__init__()
-        self._whole_numbers = whole_numbers
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
-            dtype = args[0].dtype
-            if dtype is torch.bool or dtype.is_floating_point:
-                return True if dtype is torch.bool else 1.0
-            if self._whole_numbers:
-                return 1
-            raise RuntimeError("the step reads a whole number off a tensor, which has no value in a simulation")
-        return func(*args, **(kwargs or {}))

@@ -76,6 +76,11 @@ def _zeros(result: dict[str, Any]) -> list[str]:
 
 
 def _memory(memory: dict[str, Any]) -> list[str]:
+    if memory.get("prune_peak") is not None:
+        lines = [f"{_size(memory['prune_peak'])} at the peak of pruning on the {memory['device']} device (simulated)"]
+        if memory["host_peak"] is not None:
+            lines.append(f"{_size(memory['host_peak'])} on the host: {memory['format']} weights and hidden states")
+        return lines
     if memory["train_peak"] is None:
         return []
     lines = [f"{_size(memory['train_peak'])} at the peak of a training step ({MEMORY[memory['kind']]})"]
@@ -90,8 +95,9 @@ def _memory(memory: dict[str, Any]) -> list[str]:
 
 
 def _cards(result: dict[str, Any]) -> list[str]:
-    peaks = result["memory"].get("train_peak_by_devices")
-    if peaks is None:
+    memory = result["memory"]
+    peaks = memory.get("train_peak_by_devices") or {"1": memory.get("prune_peak")}
+    if peaks["1"] is None:
         return []
     found, most = cards_needed(peaks), len(peaks)
     fitting = [f"{number} x {size} GB" for size, number in found.items() if number is not None]
@@ -100,6 +106,8 @@ def _cards(result: dict[str, Any]) -> list[str]:
     divided = f"FSDP divides all but the batch, {train['batch_size']} x {train['sequence_length']} tokens on each card"
     if most == 1:
         divided = f"one card, because the steps of {result['method']} need whole weights"
+    if memory["train_peak"] is None:
+        divided = "one card, which has one block at a time"
     free = f"{_size(HEADROOM)} of each card left for what is no tensor: CUDA context, NCCL, reserve of the allocator"
     return [", ".join(fitting + too_small), divided, free]
 
