@@ -86,8 +86,10 @@ def check_fit(cfg: DictConfig, method: Method, shape: PretrainedConfig) -> None:
         raise BadInput(f"{shown}: its config makes a model without linear layers in decoder blocks")
     if cfg.mode == "simulate":
         _check_simulated(cfg, method)
-        if any(expert_names(part) for part in model.modules()):
-            raise BadInput(f"{shown}: must be a model without experts in mode=simulate; values choose their tokens")
+        if not method.trains and any(expert_names(part) for part in model.modules()):
+            raise BadInput(
+                f"{shown}: must be a model without experts if its pruning is simulated (method={method.name})"
+            )
     if cfg.mode == "run" and needs_calibration(cfg.prune.name) and not torch.cuda.is_available():
         width = shape.get_text_config().hidden_size * base_format(cfg).itemsize
         states = cfg.prune.samples * cfg.prune.sequence_length * width

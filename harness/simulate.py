@@ -10,6 +10,8 @@ Values. Whatever the step reads out of a tensor (the step counter of AdamW, a ch
 whole number is refused, because a size may depend on it. Rows fill the batch, so attention is causal and needs no
 mask, as in mode=profile. A ``prepare`` that only chooses initial values or ranks by values is skipped, so that GeLoRA
 has the ranks of its config; every other one runs, and reads ones off the model.
+A mixture of experts gives every expert as many tokens as any other, rounded up; an uneven choice moves activations from
+one expert to another, and measured steps of small mixtures agree within 3 %.
 Memory is that of the step of the method that needs most (``Method.largest_step``), FLOPs are those of an ordinary one.
 The optimizer has its state; what a layer keeps for itself from its first step on counts as an activation.
 
@@ -45,7 +47,7 @@ from transformers import PretrainedConfig
 
 from harness.cards import MOST_CARDS
 from harness.deferred_head import deferred_by
-from harness.fake_tensors import ReadsAsOne, faked, on_meta
+from harness.fake_tensors import ReadsAsOne, count_experts, faked, on_meta
 from harness.flops import CountFlops
 from harness.live_memory import LiveTensors, Peak, step_counted, training_step
 from harness.method import PRECISIONS, Method, wrap
@@ -84,7 +86,7 @@ def simulate(cfg: DictConfig, method: Method, shape: PretrainedConfig) -> dict[s
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     model = _model(cfg, method, shape, mode)
     names = module_names(model)
-    with mode, ReadsAsOne(), deferred_by(model, train):
+    with mode, ReadsAsOne(experts=count_experts(model)), deferred_by(model, train):
         optimizer = _with_state(method.optimizer(model, train), on_lists=device == "cuda")
         # Without padding: three int64 tensors of B x T.
         batch = {

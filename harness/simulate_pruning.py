@@ -44,6 +44,7 @@ __all__ = ["simulate_pruning"]
 HOST = torch.device("cpu")
 # Stands for the GPU.
 DEVICE = torch.device("meta")
+_ATTENTION = torch.nn.functional.scaled_dot_product_attention
 # Blocks and batches that the walk goes over.
 WALKED = 2
 
@@ -117,7 +118,10 @@ def _fused_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """What PyTorch chooses on a CPU or a GPU; on the meta device it would spell out all scores."""
+    """What PyTorch chooses on a CPU or a GPU where the heads of keys and values have one width; on the meta device it
+    would spell out all scores."""
+    if query.shape[-1] != value.shape[-1]:
+        return _ATTENTION(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     return fused(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
 
