@@ -34,7 +34,10 @@ Perplexity, Answers = _part(text=str, window=float, **Loss), _part(targets=list[
 Scores = _part(tasks=dict[str, Score], average=Average | None, perplexity=Perplexity | None,
                held_out=(Answers | None, None)) | None  # fmt: skip
 Zeros = _part(**dict.fromkeys(("after_prune", "after_merge", "lost", "gained"), Number)) | None
+Count = Annotated[str, Field(pattern="^[1-9][0-9]*$")]
 Peaks = dict.fromkeys(("train_peak", "init_peak", "eval_peak"), Number)
+Peaks |= dict.fromkeys(("prune_peak", "host_peak"), (Number, None)) | {"format": (Text, None)}
+Peaks |= {"train_peak_by_devices": (dict[Count, int] | None, None)}
 Speed = dict.fromkeys(("forward_ms", "backward_ms", "optimizer_ms", "tokens_per_second"), Number)
 Lengths = dict.fromkeys(("batch_size", "gradient_accumulation", "sequence_length"), int)
 Environment = _part(**dict.fromkeys(("python", "git_commit", "end", *MACHINE), Text)

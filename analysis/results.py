@@ -19,7 +19,9 @@ that no mean can pick up what a broken run had measured before it broke. The col
               window, or None); of held-out answers: answers_perplexity, answers_loss, answers_stderr, answers_items
     zeros     zeros_lost (count), zeros_kept (fraction of the old zeros that are still zero; NaN beside an unmerged
               adapter)
-    others    numbers of SIZES and COSTS: counts, bytes, milliseconds; memory_kind and memory_breakdown (by category)
+    others    numbers of SIZES and COSTS: counts, bytes, milliseconds; memory_kind, memory_breakdown (by category),
+              peak_by_devices (bytes of a simulated step on one of so many devices, by their number; else None);
+              of simulated pruning prune_peak, host_peak (bytes) and prune_format (of the weights; else None)
 """
 
 import argparse
@@ -198,7 +200,7 @@ def _run(result: Result) -> dict[str, Any]:
 def _end_states(result: Result, run: dict[str, Any]) -> Iterator[dict[str, Any]]:
     ok = result["status"] == "ok"
     cost = _cost(result if ok else None)
-    if result["method"] == "none":
+    if result["method"] == "none" and result["mode"] != "simulate":
         control = _as_control("dense" if is_dense(result) else "pruned")
         yield run | cost | control | _quality(result["eval"] if ok else None) | _zeros(result["zeros"] if ok else None)
         yield from _controls(result, run, ("dense",)) if ok else ()
@@ -292,7 +294,10 @@ def _zeros(zeros: Result | None) -> dict[str, float]:
 def _cost(result: Result | None) -> dict[str, Any]:
     """Memory, time and losses of a run; without a result there are none."""
     memory = result["memory"] if result else {"kind": None, "breakdown": None}
-    return {**_numbers(result, COSTS), "memory_kind": memory["kind"], "memory_breakdown": memory["breakdown"] or {}}
+    parts = {"memory_kind": memory["kind"], "memory_breakdown": memory["breakdown"] or {}}
+    parts |= {"peak_by_devices": memory.get("train_peak_by_devices"), "prune_format": memory.get("format")}
+    parts |= {name: _number(memory.get(name)) for name in ("prune_peak", "host_peak")}
+    return _numbers(result, COSTS) | parts
 
 
 def _numbers(result: Result | None, places: Mapping[str, str]) -> dict[str, float]:

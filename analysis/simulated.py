@@ -1,8 +1,8 @@
-"""Peak memory of simulated training steps: the card they fit on, and the authors' A6000 as a check.
+"""Peak memory of simulated steps and pruning: how many cards they fit on, and the authors' A6000 as a check.
 
-Reads the results of ``mode=simulate`` (`experiment=efficiency_simulated` and `methods_simulated`) and writes
-``simulated.md``. A card holds a step if its peak and `HEADROOM` fit: the simulation counts tensors, and a process needs
-more than those. `python -m analysis plots` draws the peaks against sequence length and rank.
+Reads the results of ``mode=simulate`` (`experiment=efficiency_simulated`, `methods_simulated`, `pruning_simulated`)
+and writes ``simulated.md``. Several cards divide the model as FSDP does, and `harness.cards` says what of each stays
+free. `python -m analysis plots` draws the peaks against sequence length and rank.
 """
 
 import argparse
@@ -17,16 +17,18 @@ from analysis.results import add_run_arguments as add_arguments
 from analysis.results import load, publish
 from analysis.style import name_of, order_of
 from analysis.table_writer import TextTable, markdown
+from harness.cards import CARDS, HEADROOM, MOST_CARDS, cards_needed
 
-__all__ = ["a6000_table", "add_arguments", "fits_on", "peaks", "run", "tables_of"]
+__all__ = ["a6000_table", "add_arguments", "peaks", "run", "tables_of"]
 
-HEADER = "method,tokens,r,peak (GiB),of LoRA,weights,activations,transients,rest,TFLOP,fits on".split(",")
+HEADER = "method,tokens,r,peak (GiB),of LoRA,weights,activations,transients,rest,TFLOP".split(",")
+HEADER += [f"{card} GB" for card in CARDS]
+PRUNING = "model,pruner,pruned,samples,format,GPU (GiB),host (GiB),fits on".split(",")
 MEBIBYTE, GIBIBYTE = 2**20, 2**30
-# Memory of common cards, in GiB.
-CARDS = (16, 24, 48, 80)
-# CUDA context, workspaces of libraries and what the allocator keeps, in bytes: so much more than the simulated tensors
-# did the authors' process hold on their A6000 (`a6000_table`, LoRA and LoRS).
-HEADROOM = 3 * GIBIBYTE // 2
+NOTE = f"""Columns of GB: how many cards of this size take the step if FSDP divides the model among them and each has a
+batch of its own; a dash: {MOST_CARDS} do not, or one does not and the method needs whole weights."""
+FREE = f"Of each card {HEADROOM / GIBIBYTE:g} GiB stay free for what is no tensor: CUDA context, NCCL, reserve of the "
+FREE += "allocator."
 A6000 = Path(__file__).parent / "published" / "a6000_memory.csv"
 A6000_MIB = 49140
 # What the authors' script trains: model, tokens, rank; see the source in the file.
@@ -38,37 +40,40 @@ SETTING = ["model", "label", "precision", "batch", "accumulation", "checkpointin
 def run(options: argparse.Namespace) -> int:
     """Print the tables and write them to `simulated.md`; exit code 0."""
     results = load(options.runs)
-    table = peaks(results)
-    origin = origin_of(results[results["mode"] == "simulate"])
-    publish("\n\n".join([*tables_of(table), *a6000_table(table), *origin]) + "\n", options, "simulated.md")
+    simulated = results[results["mode"] == "simulate"]
+    found = simulated[simulated["status"] == "ok"]
+    if found.empty:
+        raise ValueError("runs: no finished simulation; python run.py -m experiment=efficiency_simulated makes some")
+    table = peaks(found[found["train_peak"].notna()])
+    parts = [*tables_of(table), *pruning_tables(found[found["prune_peak"].notna()]), FREE]
+    parts += [*a6000_table(table), *origin_of(simulated)]
+    publish("\n\n".join(parts) + "\n", options, "simulated.md")
     return 0
 
 
 def peaks(results: pd.DataFrame) -> pd.DataFrame:
-    """One row for each simulated step, in the order of the table.
+    """One row for each simulated step, in the order of the table; the results are those of finished ones.
 
     Columns: those of SETTING, method, storage, tokens (sequence length), r; peak and its categories (bytes on one
-    device), relative (peak over that of LoRA in the same step; NaN without it), flops (per step), fits_on.
-
-    Raises:
-        ValueError: No finished simulation among the results.
+    device), relative (peak over that of LoRA in the same step; NaN without it), flops (per step), cards (how many of
+    each size it takes, see `harness.cards.cards_needed`; an older result knows one number of devices).
     """
     rows = []
-    for result in results[(results["mode"] == "simulate") & (results["status"] == "ok")].to_dict("records"):
+    for result in results.to_dict("records"):
         config, sizes = result["config"], result["memory_breakdown"]
-        train, simulated = config["train"], config["simulate"]
+        train, simulated, peak = config["train"], config["simulate"], result["train_peak"]
         rows.append(
             {name: result[name] for name in ("model", "label", "method", "flops")}
             | {"precision": train["precision"], "batch": train["batch_size"], "tokens": train["sequence_length"]}
             | {"accumulation": train["gradient_accumulation"], "checkpointing": train["activation_checkpointing"]}
             | {"shards": simulated["shards"], "device": simulated["device"], "r": config["adapter"]["r"]}
             | {"storage": (config["method"].get("peft") or {}).get("storage") or "dense"}
-            | {"peak": result["train_peak"], "fits_on": fits_on(result["train_peak"])}
+            | {"peak": peak, "cards": cards_needed(result["peak_by_devices"] or {str(simulated["shards"]): peak})}
             | {name: sizes.get(name, 0) for name in ("weights", "activations", "transients")}
             | {"rest": sum(sizes.get(name, 0) for name in ("adapters", "gradients", "optimizer", "other"))}
         )
     if not rows:
-        raise ValueError("runs: no finished simulation; python run.py -m experiment=efficiency_simulated makes some")
+        return pd.DataFrame(columns=list(dict.fromkeys([*SETTING, *A6000_STEP, "method", "storage", "peak"])))
     table = pd.DataFrame(rows)
     table["order"] = table.method.map(order_of)
     table = table.sort_values([*SETTING, "tokens", "r", "order", "storage"], ignore_index=True)
@@ -78,26 +83,38 @@ def peaks(results: pd.DataFrame) -> pd.DataFrame:
     return table.assign(relative=table.peak / table.join(lora, on=step).lora)
 
 
-def fits_on(peak: float) -> str:
-    """The smallest of `CARDS` that a step with this peak (bytes) fits on; a dash if none does."""
-    return next((f"{card} GB" for card in CARDS if peak + HEADROOM <= card * GIBIBYTE), "-")
-
-
 def tables_of(table: pd.DataFrame) -> Iterator[str]:
-    """Markdown: one table for each model and setting."""
+    """Markdown: one table for each model and setting, and what its columns of cards say; none without a step."""
     for (model, label, precision, batch, accumulation, checkpointing, shards, device), rows in table.groupby(SETTING):
         parts = [f"batch {batch}" + (f" x {accumulation}" if accumulation > 1 else ""), precision, f"sparsity {label}"]
         parts += ["activation checkpointing"] if checkpointing else []
         parts += [f"each of {shards} devices"] if shards > 1 else []
         yield f"## {model}: {', '.join(parts)}, simulated for {device}"
         yield markdown(TextTable(HEADER, [_cells(row) for row in rows.itertuples()]))
+    if not table.empty:
+        yield NOTE
+
+
+def pruning_tables(results: pd.DataFrame) -> Iterator[str]:
+    """Markdown: the peaks of pruning with one block at a time on a GPU; none without its runs."""
+    rows = []
+    for result in results.sort_values(["model", "pruner", "label"]).to_dict("records"):
+        prune = result["config"]["prune"]
+        sizes = [f"{result[name] / GIBIBYTE:.2f}" for name in ("prune_peak", "host_peak")]
+        cards = [card for card, number in cards_needed({"1": result["prune_peak"]}).items() if number]
+        run = [result["model"], result["pruner"], result["label"], f"{prune['samples']} x {prune['sequence_length']}"]
+        rows.append([*run, result["prune_format"], *sizes, f"{cards[0]} GB" if cards else "-"])
+    if rows:
+        yield "## Pruning, simulated: a GPU with one block at a time, and the host with the rest"
+        yield markdown(TextTable(PRUNING, rows))
 
 
 def _cells(row) -> list[str]:
     name = name_of(row.method) + ("" if row.storage == "dense" else f", {row.storage}")
     relative = "-" if math.isnan(row.relative) else f"{row.relative:.2f}"
     sizes = [f"{size / GIBIBYTE:.2f}" for size in (row.peak, row.weights, row.activations, row.transients, row.rest)]
-    return [name, str(row.tokens), str(row.r), sizes[0], relative, *sizes[1:], f"{row.flops / 1e12:.1f}", row.fits_on]
+    cards = [str(number or "-") for number in row.cards.values()]
+    return [name, str(row.tokens), str(row.r), sizes[0], relative, *sizes[1:], f"{row.flops / 1e12:.1f}", *cards]
 
 
 def a6000_table(table: pd.DataFrame) -> Iterator[str]:

@@ -43,9 +43,9 @@ def resolve(cfg: DictConfig, *, places: bool = True) -> DictConfig:
     """Check every value and return the config of the run: no interpolation, no open default, nothing ignored.
 
     What is decided here: the sparsity that the pattern implies, where something is pruned; ``train.epochs`` replaces
-    ``train.steps``; nothing is pruned at sparsity 0, and at random outside of mode=run; calibration text is that of the
-    microworld for its own model and C4 for any other; a model without a name is called after its path; the cache is the
-    user's own, ``lors`` below ``XDG_CACHE_HOME``; what has a snapshot is read from there (`sources.locate`).
+    ``train.steps``; nothing is pruned at sparsity 0, at random for a mere step; calibration text is that of
+    the microworld for its own model and C4 for any other; a model without a name is called after its path; the cache is
+    the user's own, ``lors`` below ``XDG_CACHE_HOME``; what has a snapshot is read from there (`sources.locate`).
 
     Args:
         cfg: A config as Hydra composes it.
@@ -69,8 +69,9 @@ def resolve(cfg: DictConfig, *, places: bool = True) -> DictConfig:
     config["sparsity"] = _requested_sparsity(config)
     _check_together(config)
     if config["mode"] != "run":
-        config["prune"] = {"name": "random"}
         config["train"]["checkpoint_every"] = None
+    if config["mode"] == "profile" or (config["mode"] == "simulate" and config["method"].get("trains", True)):
+        config["prune"] = {"name": "random"}
     elif config["sparsity"] == 0 or config["prune"]["name"] == "none":
         config["prune"] = {"name": "none"}
     elif needs_calibration(config["prune"]["name"]) and config["prune"]["text"] is None:

@@ -85,10 +85,12 @@ def check_fit(cfg: DictConfig, method: Method, shape: PretrainedConfig) -> None:
     if not linears:
         raise BadInput(f"{shown}: its config makes a model without linear layers in decoder blocks")
     if cfg.mode == "simulate":
-        _check_simulated(method)
-        if any(expert_names(part) for part in model.modules()):
-            raise BadInput(f"{shown}: must be a model without experts in mode=simulate; values choose their tokens")
-    if needs_calibration(cfg.prune.name) and not torch.cuda.is_available():
+        _check_simulated(cfg, method)
+        if not method.trains and any(expert_names(part) for part in model.modules()):
+            raise BadInput(
+                f"{shown}: must be a model without experts if its pruning is simulated (method={method.name})"
+            )
+    if cfg.mode == "run" and needs_calibration(cfg.prune.name) and not torch.cuda.is_available():
         width = shape.get_text_config().hidden_size * base_format(cfg).itemsize
         states = cfg.prune.samples * cfg.prune.sequence_length * width
         _refuse_above_free([(f"prune.samples={cfg.prune.samples}", states, "what they are at one layer")])
@@ -105,14 +107,14 @@ def check_fit(cfg: DictConfig, method: Method, shape: PretrainedConfig) -> None:
             raise BadInput(f"{one_line(error)} of {name}") from error
 
 
-def _check_simulated(method: Method) -> None:
+def _check_simulated(cfg: DictConfig, method: Method) -> None:
     """Refuse what cannot run on fake tensors.
 
     Raises:
-        BadInput: A method that does not train, or whose step needs values.
+        BadInput: Nothing is trained or pruned, or the step of the method needs values.
     """
-    if not method.trains:
-        raise BadInput(f"method={method.name}: must be one that trains in mode=simulate")
+    if not method.trains and cfg.prune.name == "none":
+        raise BadInput(f"method={method.name}: must be one that trains in mode=simulate if nothing is pruned")
     reason = None if method.peft is None else NEEDS_VALUES.get(method.peft.peft_type.value)
     if reason is not None:
         raise BadInput(f"method={method.name}: must be one whose step needs no values in mode=simulate; {reason}")

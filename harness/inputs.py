@@ -102,8 +102,11 @@ def read_inputs(cfg: DictConfig, method: Method) -> Inputs:
     """
     fingerprinted, folder = with_fingerprints(cfg), local_path(cfg.model.path)
     source = _source(cfg, folder)
+    whole = f"for method={method.name}, whose steps need whole weights"
     if cfg.launch.shard and not can_shard(method):
-        raise BadInput(f"launch.shard=true: must be false for method={method.name}, whose steps need whole weights")
+        raise BadInput(f"launch.shard=true: must be false {whole}")
+    if cfg.mode == "simulate" and cfg.simulate.shards > 1 and not can_shard(method):
+        raise BadInput(f"simulate.shards={cfg.simulate.shards}: must be 1 {whole}")
     shape = _read_shape(cfg, source)
     check_fit(cfg, method, shape)
     train = cfg.train

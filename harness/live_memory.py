@@ -97,6 +97,7 @@ class LiveTensors(TorchDispatchMode):
 
     Args:
         block: Storages are rounded up to multiples of so many bytes, as the allocator of a device does.
+        device: The device whose storages are counted; None: of all.
         running: Name of the module that runs at the moment of the call.
 
     Attributes:
@@ -105,12 +106,13 @@ class LiveTensors(TorchDispatchMode):
         resized: Whether storages change their size without an operation, as those do in which FSDP2 gathers weights.
     """
 
-    def __init__(self, *, block: int = 1, running: Callable[[], str] = str) -> None:
+    def __init__(self, *, block: int = 1, device: torch.device | None = None, running: Callable[[], str] = str) -> None:
         super().__init__()
         self.phase = ""
         self.category = "transients"
         self.resized = False
         self._block = block
+        self._device = device
         self._running = running
         self._alive: dict[int, _Storage] = {}  # by address
         self._ledger: list[tuple[_Storage, int, str, str]] = []  # change in bytes, phase, module
@@ -149,9 +151,11 @@ class LiveTensors(TorchDispatchMode):
 
         Args:
             shards: Number of devices; a storage that is counted as sharded is divided by it, rounded up.
-            whole: ``whole(phase, module)``, bytes that are on the device in full while ``module`` runs, on top of
-                its own shard of them.
+            whole: ``whole(phase, module)``, bytes that are on one of several devices in full while ``module`` runs,
+                on top of its own shard of them.
         """
+        if shards == 1:
+            whole = lambda phase, module: 0  # noqa: E731
 
         def share(storage: _Storage, change: int) -> int:
             part = -(-abs(change) // shards) if storage.sharded else abs(change)
@@ -182,7 +186,7 @@ class LiveTensors(TorchDispatchMode):
 
     def _see(self, trees: Iterable[Any], category: str) -> list[_Storage]:
         """Enter all storages, or their new sizes, into the ledger."""
-        storages = (storage for tree in trees for storage in _storages(tree))
+        storages = (storage for tree in trees for storage in _storages(tree, self._device))
         return [known for storage in storages if (known := self._enter(storage, category)) is not None]
 
     def _measure_again(self) -> None:
@@ -209,9 +213,9 @@ class LiveTensors(TorchDispatchMode):
         storage.bytes = size
 
 
-def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
+def _storages(tree: Any, device: torch.device | None) -> Iterator[torch.UntypedStorage]:
     for leaf in tree_leaves(tree):
-        if not isinstance(leaf, Tensor):
+        if not isinstance(leaf, Tensor) or device not in (None, leaf.device):
             continue
         leaf = getattr(leaf, "_local_tensor", leaf)  # of a shard what is here
         if leaf.layout is torch.strided:

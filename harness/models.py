@@ -33,9 +33,15 @@ from harness.sources import provenance
 from harness.weights import base_format, load_weights
 from lors.pruning import prune_model
 
-__all__ = ["Models"]
+__all__ = ["Models", "pruner_options"]
 
 log = logging.getLogger("lors")
+
+
+def pruner_options(cfg: DictConfig) -> dict[str, Any]:
+    """The pruner's own options; the other fields of the group say what the calibration tokens are."""
+    tokens = ("name", "samples", "sequence_length", "seed", "text", "when")
+    return {key: value for key, value in OmegaConf.to_container(cfg.prune).items() if key not in tokens}
 
 
 class Models:
@@ -126,16 +132,8 @@ class Models:
         tokens = self.inputs.calibration
         content = None if tokens is None else hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
         pruner = self.cfg.prune.name
-        asked = [pruner, version_of(f"prune.{pruner}"), self._options(), self.cfg.sparsity, self.cfg.pattern]
+        asked = [pruner, version_of(f"prune.{pruner}"), pruner_options(self.cfg), self.cfg.sparsity, self.cfg.pattern]
         return digest([self.dense_key, *asked, content])
-
-    def _options(self) -> dict[str, Any]:
-        """The pruner's own options; the other fields of the group say what the calibration tokens are."""
-        return {
-            key: value
-            for key, value in OmegaConf.to_container(self.cfg.prune).items()
-            if key not in ("name", "samples", "sequence_length", "seed", "text", "when")
-        }
 
     @property
     def _prunes_first(self) -> bool:
@@ -151,6 +149,6 @@ class Models:
             pattern=self.cfg.pattern,
             calibration=None if calibration is None else calibration.to(model.device),
             device=default_device(),
-            **self._options(),
+            **pruner_options(self.cfg),
         )
         return model

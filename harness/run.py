@@ -45,6 +45,7 @@ from harness.processes import from_first, gathered, in_first, is_first
 from harness.result import blank_result, count_parameters, held_out_loss
 from harness.shards import collect, home, placed
 from harness.simulate import simulate
+from harness.simulate_pruning import simulate_pruning
 from harness.store import RunStore
 from harness.summary import summary
 from harness.trackers import reporting
@@ -167,9 +168,11 @@ class Job:
     def run(self) -> None:
         """Prune, score what is started from, fine-tune, bring to the end states and score."""
         cfg, inputs, result = self.cfg, self.inputs, self.result
-        if cfg.mode == "simulate":  # one training step without memory; all other phases would need values
+        if cfg.mode == "simulate":  # one training step or the pruning, without memory
             with self.phase("simulate"):
-                for field, values in simulate(cfg, self.method, inputs.shape).items():
+                trains = self.method.trains
+                found = simulate(cfg, self.method, inputs.shape) if trains else simulate_pruning(cfg, inputs.shape)
+                for field, values in found.items():
                     result[field] = (result[field] or {}) | values
             return
         dtype = base_format(cfg)

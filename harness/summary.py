@@ -7,6 +7,8 @@ from typing import Any
 
 import pandas as pd
 
+from harness.cards import HEADROOM, cards_needed
+
 __all__ = ["summary"]
 
 MEBIBYTE = 2**20
@@ -16,8 +18,8 @@ TUNED = {"adapter": "with adapter", "remasked": "re-masked", "dense": "zeros los
 
 
 def summary(result: dict[str, Any], file: Path) -> str:
-    """Text of several lines: zeros, memory by category, step time, loss, all scores side by side, and where
-    the file is.
+    """Text of several lines: zeros, memory by category, cards that a simulated step fits on, step time, loss, all
+    scores side by side, and where the file is.
 
     Args:
         result: Content of ``result.json``.
@@ -29,6 +31,7 @@ def summary(result: dict[str, Any], file: Path) -> str:
         "error": [] if result["status"] == "ok" else [f"{error['type']}: {' '.join(error['message'].split())}"],
         "zeros": _zeros(result),
         "memory": _memory(result["memory"]),
+        "fits on": _cards(result),
         "step time": _step_time(result["time"]),
         "FLOPs": [] if flops is None else [f"{flops / 1e9:,.1f} GFLOP a step"],
         "phases": [f"{', '.join(phases)} s"] if phases else [],
@@ -73,6 +76,11 @@ def _zeros(result: dict[str, Any]) -> list[str]:
 
 
 def _memory(memory: dict[str, Any]) -> list[str]:
+    if memory.get("prune_peak") is not None:
+        lines = [f"{_size(memory['prune_peak'])} at the peak of pruning on the {memory['device']} device (simulated)"]
+        if memory["host_peak"] is not None:
+            lines.append(f"{_size(memory['host_peak'])} on the host: {memory['format']} weights and hidden states")
+        return lines
     if memory["train_peak"] is None:
         return []
     lines = [f"{_size(memory['train_peak'])} at the peak of a training step ({MEMORY[memory['kind']]})"]
@@ -84,6 +92,24 @@ def _memory(memory: dict[str, Any]) -> list[str]:
     others = {"init": "init_peak", "evaluation": "eval_peak", "process": "process_rss_peak"}
     known = [f"{name} {_size(memory[key])}" for name, key in others.items() if memory.get(key) is not None]
     return [*lines, f"peaks of the other phases: {', '.join(known)}"] if known else lines
+
+
+def _cards(result: dict[str, Any]) -> list[str]:
+    memory = result["memory"]
+    peaks = memory.get("train_peak_by_devices") or {"1": memory.get("prune_peak")}
+    if peaks["1"] is None:
+        return []
+    found, most = cards_needed(peaks), len(peaks)
+    fitting = [f"{number} x {size} GB" for size, number in found.items() if number is not None]
+    too_small = [f"not on {most} x {size} GB" for size, number in found.items() if number is None]
+    train = result["config"]["train"]
+    divided = f"FSDP divides all but the batch, {train['batch_size']} x {train['sequence_length']} tokens on each card"
+    if most == 1:
+        divided = f"one card, because the steps of {result['method']} need whole weights"
+    if memory["train_peak"] is None:
+        divided = "one card, which has one block at a time"
+    free = f"{_size(HEADROOM)} of each card left for what is no tensor: CUDA context, NCCL, reserve of the allocator"
+    return [", ".join(fitting + too_small), divided, free]
 
 
 def _step_time(time: dict[str, Any]) -> list[str]:

@@ -174,7 +174,7 @@ TOGETHER = [
         ("model.attn_implementation=flash_attention_2", "model.attn_implementation=flash_attention_2: cannot be had"),
         ("eval.tasks=[rte,rte]", "eval.tasks=[rte, rte]: must have each task once; rte is there twice"),
         ("+eval.split=validation", "eval.split=validation: must be test for rte"),
-        ("mode=simulate method=none", "method=none: must be one that trains in mode=simulate"),
+        ("mode=simulate method=none prune=none", "method=none: must be one that trains in mode=simulate if nothing is"),
         ("mode=simulate method=shira", "method=shira: must be one whose step needs no values"),
         ("mode=profile model.layers=3", "model.layers=3: must be at most 2, the layers of the model"),
         ("mode=profile model.shape={model_type:x}", "model.shape: describes no model (ValueError: "),
@@ -205,6 +205,7 @@ TOGETHER = [
             "method=geolora launch=torchrun launch.processes=2 launch.shard=true",
             "launch.shard=true: must be false for method=geolora, whose steps need whole weights",
         ),
+        ("mode=simulate simulate.shards=2 method=geolora", "simulate.shards=2: must be 1 for method=geolora, whose"),
     ),
 ]
 

@@ -73,6 +73,8 @@ def test_products_of_fused_experts_count_as_those_of_linear_layers_do() -> None:
         assert found == count_inference_flops(model, batch)
 
 
-def test_a_mixture_cannot_be_simulated(mixture) -> None:
-    with pytest.raises(BadInput, match=r"must be a model without experts in mode=simulate"):
-        execute(mixture("mode=simulate", "method=lors"))
+def test_a_step_of_a_mixture_is_simulated_and_its_pruning_is_not(mixture) -> None:
+    result = execute(mixture("mode=simulate", "method=lors"))
+    assert result["status"] == "ok", result["error"]
+    with pytest.raises(BadInput, match=r"must be a model without experts if its pruning is simulated"):
+        execute(mixture("mode=simulate", "method=none"))

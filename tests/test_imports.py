@@ -15,7 +15,7 @@ ALLOWED = {
     "baselines": ("lors", "harness.method"),
     "harness": ("lors",),
     "harness/microworld": ("harness.alpaca",),
-    "analysis": ("harness.store", "harness.files", "harness.identity"),
+    "analysis": ("harness.store", "harness.files", "harness.identity", "harness.cards"),
     "hydra_plugins": ("harness",),
 }
 ROOMS = ("lors", "baselines", "harness", "analysis", "hydra_plugins")

@@ -95,27 +95,51 @@ def _sweep(W: Tensor, R: Tensor, dead: Tensor, sparsity: float, pattern: str, bl
     width = W.shape[1]
     pruned = W == 0  # and more as the sweep chooses
     kept = parse_pattern(pattern)
-    if kept is None:
-        due = _zeros_due(pruned, sparsity)
-    else:
+    due = _zeros_due(pruned, sparsity) if kept is None else None
+    if kept is not None:
         block_size = math.ceil(block_size / kept[1]) * kept[1]  # a group must not straddle two blocks
     for start in range(0, width, block_size):
-        stop = min(start + block_size, width)
-        w, r, gone = W[:, start:stop], R[start:stop, start:stop], pruned[:, start:stop]
-        error = torch.zeros_like(w)  # column j: what was removed, in units of R_jj
-        if kept is None:
-            saliency = _saliency(w, r, dead[start:stop], gone).flatten()
-            gone |= lowest(saliency, due(stop) - due(start)).view_as(w)
-        for j in range(stop - start):
-            if kept is not None and j % kept[1] == 0:
-                group = slice(j, j + kept[1])
-                saliency = _saliency(w[:, group], r[group, group], dead[start:stop][group], gone[:, group])
-                gone[:, group] |= lowest_per_group(saliency, pattern)
-            # An old zero too: what the columns before have made of it goes to the columns behind.
-            error[:, j] = torch.where(gone[:, j], w[:, j] / r[j, j], 0.0)
-            w[:, j:] -= torch.outer(error[:, j], r[j, j:])
-        w.masked_fill_(gone, 0.0)  # exactly: the update itself leaves rounding behind
-        W[:, stop:] -= error @ R[start:stop, stop:]
+        _prune_block(start, min(start + block_size, width), W, R, dead, pruned, due, pattern)
+
+
+def _prune_block(
+    start: int,
+    stop: int,
+    W: Tensor,
+    R: Tensor,
+    dead: Tensor,
+    pruned: Tensor,
+    due: Callable[[int], int] | None,
+    pattern: str,
+) -> None:
+    """Prune the columns from start to stop, and let all behind them make up for it.
+
+    Args:
+        pruned: What is marked, out x in; more is when this returns.
+        due: How many zeros the columns before a given one are to have; None for n:m.
+    """
+    w, r = W[:, start:stop], R[start:stop, start:stop]
+    idle, gone = dead[start:stop], pruned[:, start:stop]
+    error = torch.zeros_like(w)  # column j: what was removed, in units of R_jj
+    if due is not None:
+        saliency = _saliency(w, r, idle, gone).flatten()
+        gone |= lowest(saliency, due(stop) - due(start)).view_as(w)
+    for j in range(stop - start):
+        _prune_column(j, w, r, idle, gone, error, pattern)
+    w.masked_fill_(gone, 0.0)  # exactly: the update itself leaves rounding behind
+    W[:, stop:] -= error @ R[start:stop, stop:]
+
+
+def _prune_column(j: int, w: Tensor, r: Tensor, dead: Tensor, gone: Tensor, error: Tensor, pattern: str) -> None:
+    """Prune column j of the columns of a block, w, and let those behind make up for it; n:m chooses by groups."""
+    kept = parse_pattern(pattern)
+    if kept is not None and j % kept[1] == 0:
+        group = slice(j, j + kept[1])
+        saliency = _saliency(w[:, group], r[group, group], dead[group], gone[:, group])
+        gone[:, group] |= lowest_per_group(saliency, pattern)
+    # An old zero too: what the columns before have made of it goes to the columns behind.
+    error[:, j] = torch.where(gone[:, j], w[:, j] / r[j, j], 0.0)
+    w[:, j:] -= torch.outer(error[:, j], r[j, j:])
 
 
 def _zeros_due(zero: Tensor, sparsity: float) -> Callable[[int], int]:
@@ -161,7 +185,7 @@ def _inverse_factor(H: Tensor, damping: float) -> tuple[Tensor, Tensor]:
         # A dead input is decoupled from all others: any positive number does; the mean scales with X.
         damped.diagonal().add_((damping * mean + torch.where(dead, mean, 0.0)).flip(0))
         L, failed = torch.linalg.cholesky_ex(damped)
-        if not failed and L.isfinite().all():
+        if failed == 0 and L.isfinite().all():
             break
         damping = max(10 * damping, 1e-3)
         if damping > LARGEST_DAMPING:
