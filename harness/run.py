@@ -215,8 +215,7 @@ class Job:
         count = (method.init_rows or cfg.train.init_rows) if cfg.mode == "run" else 2 * size
         rows = inputs.rows[: count if method.reads_rows else 0]
         batches = [inputs.pad(rows[start : start + size]) for start in range(0, len(rows), size)]
-        on_cpu = default_device().type == "cpu"
-        if on_cpu and method.trains and not cfg.launch.shard:
+        if default_device().type == "cpu" and method.trains and not cfg.launch.shard:
             with self.phase("measure"):
                 result["memory"]["init_peak"] = self.store.once(
                     "init_memory", lambda: initialization_memory(method, model, batches, cfg.seed, cfg.train)

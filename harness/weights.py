@@ -96,7 +96,7 @@ def random_model(
     seed: int,
     device: torch.device | None = None,
 ) -> PreTrainedModel:
-    """A model with random weights and exactly this sparsity in its decoder linears; None: on the device of the run.
+    """A model with random weights and exactly this sparsity in its decoder linears, by default where the run is.
 
     It is made on the CPU, so that a seed means the same weights everywhere.
     """

@@ -208,21 +208,6 @@ def test_tables_count_the_runs_of_a_changed_tree_and_of_several_experiments(tmp_
     assert text.count(f"0.5: {note}") == 1, "of the averages"
 
 
-def test_simulated_peaks_stand_beside_lora_with_the_cards_that_they_fit_on(tmp_path):
-    of = {"simulate": {"device": "cuda", "shards": 1}, "train.activation_checkpointing": False}
-    for method, peak in (("lora", 15 * 2**30), ("lors", 12 * 2**30)):
-        run = result(method, mode="simulate", config=of, train_peak=peak, environment={"git_dirty": method == "lora"})
-        if method == "lora":  # that of lors is older than this field
-            run["memory"]["train_peak_by_devices"] = {"1": peak, "2": 14 * 2**30, "3": peak}
-        write(tmp_path, run)
-    assert main(["simulated", str(tmp_path)]) == 0
-    text = (tmp_path / "simulated.md").read_text()
-    assert "| LoRA | 512 | 16 | 15.00 | 1.00 |" in text and "| LoRS | 512 | 16 | 12.00 | 0.80 |" in text
-    header, _, lora, lors = [line for line in text.splitlines() if line.startswith("|")]
-    assert header.endswith("| 16 GB | 24 GB | 48 GB | 80 GB |") and "1 of 2 runs with changes" in text
-    assert lora.endswith("| 2 | 1 | 1 | 1 |") and lors.endswith("| 1 | 1 | 1 | 1 |")
-
-
 # ---- bad input
 
 
