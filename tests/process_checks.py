@@ -68,14 +68,14 @@ def sharded_training(name: str, folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for attempt in ("at once", "continued"):
         whole = adapt(method, pruned(), [batch()])
-        before = size(whole)
+        found["before"] = size(whole)
         model = sharded(whole)
         found["sharded"] = all(isinstance(parameter, DTensor) for parameter in model.parameters())
         found["share"] = bytes_of(model) / bytes_of(whole)
         pad = collator(make_tokenizer(), "longest", RECIPE.sequence_length)
         place = folder / "sharded" / name
         outcome = train(model, rows(), pad, RECIPE, method, Meter(1), place, seed=3)
-        found["untouched"] = size(whole) == before
+        found["untouched"] = size(whole) == found["before"]
         collect(model, whole)
         found[attempt] = {"history": outcome.history, "weights": size(whole)}
         processes.gathered(None)

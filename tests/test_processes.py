@@ -65,12 +65,14 @@ def test_a_training_of_two_processes_is_continued_by_one(results: Results, pair:
 def test_two_processes_that_share_the_weights_train_as_one(results: Results, name: str, tmp_path: Path) -> None:  # noqa: F811
     """FSDP2, and again from a checkpoint, in whose place one process would go on too."""
     alone = process_checks.training(name, tmp_path)
-    for found in results(f"sharded training of {name}"):
+    for rank, found in enumerate(results(f"sharded training of {name}")):
+        # Of a bare model only the first process has a use for the trained weights.
+        weights = found["before"] if rank and name == "full" else alone["weights"]
         assert found["sharded"] and found["untouched"]
         assert found["share"] == pytest.approx(0.5, abs=0.05)
         for attempt in ("at once", "continued"):
             assert_same_steps(found[attempt]["history"], alone["history"])
-            assert found[attempt]["weights"] == pytest.approx(alone["weights"], rel=1e-4)
+            assert found[attempt]["weights"] == pytest.approx(weights, rel=1e-4)
 
 
 def test_these_methods_can_be_sharded() -> None:
