@@ -23,6 +23,7 @@ from harness.method import Method
 from harness.processes import is_first
 from lors.blocks import decoder_blocks
 from lors.placement import full
+from lors.storage import places_as_parameters
 
 __all__ = ["after_backward", "can_shard", "collect", "home", "is_sharded", "optimizer_state", "placed"]
 __all__ += ["sharded", "spread"]
@@ -57,6 +58,7 @@ def sharded(whole: nn.Module) -> nn.Module:
         id(parameter): nn.Parameter(parameter.detach(), parameter.requires_grad) for parameter in whole.parameters()
     }
     model = copy.deepcopy(whole, twins)
+    places_as_parameters(model)
     name, blocks = decoder_blocks(model)
     for block in blocks:
         fully_shard(block)
@@ -69,8 +71,9 @@ def sharded(whole: nn.Module) -> nn.Module:
         fully_shard([*norms, head], reshard_after_forward=False)
     fully_shard(model)
     model._is_accelerate_prepared = True
-    hooks = {name: [*(p._post_accumulate_grad_hooks or {}).values()] for name, p in whole.named_parameters()}
-    model._gradient_hooks = [(p, hook) for name, p in model.named_parameters() for hook in hooks[name]]
+    shards = dict(model.named_parameters())
+    hooks = ((shards[name], p._post_accumulate_grad_hooks or {}) for name, p in whole.named_parameters())
+    model._gradient_hooks = [(shard, hook) for shard, of_whole in hooks for hook in of_whole.values()]
     return model
 
 
@@ -89,7 +92,8 @@ def collect(model: nn.Module, whole: nn.Module) -> None:
             value = full(shards[name].detach())
             parameter.copy_(value) if there else None
     for name, buffer in whole.named_buffers():
-        buffer.copy_(buffers[name])
+        if name in buffers:  # not the places of compressed values
+            buffer.copy_(buffers[name])
 
 
 def after_backward(model: nn.Module) -> None:

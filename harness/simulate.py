@@ -58,6 +58,7 @@ from harness.shards import can_shard
 from harness.weights import base_format
 from lors import compress
 from lors.blocks import decoder_blocks
+from lors.storage import places_as_parameters
 
 __all__ = ["simulate"]
 
@@ -126,6 +127,7 @@ def _model(cfg: DictConfig, method: Method, shape: PretrainedConfig, mode: FakeT
         storage = getattr(method.peft, "storage", "dense")
         if storage != "dense":
             compress(model, storage, sparsity=cfg.sparsity, pattern=cfg.pattern)
+    places_as_parameters(model)
     model = faked(model, mode)
     # Outside of the mode what it draws has values, a choice of layers for example; the model stays as it is.
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=formats.autocast)

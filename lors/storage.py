@@ -40,6 +40,7 @@ __all__ = [
     "decompress_linear",
     "dense_state_dict",
     "gradient_weight",
+    "places_as_parameters",
 ]
 
 GROUPED = "n:m"
@@ -51,8 +52,9 @@ PARTS = {BITMAP: ("values", "bits", "offsets"), GROUPED: ("values", "codes")}
 class CompressedLinear(nn.Linear):
     """A linear layer with a packed, frozen weight. ``compress_linear`` turns a plain layer into one.
 
-    The values are a parameter without gradient, their places are buffers (FSDP1 takes no whole numbers as parameters):
-    they move, are copied and saved with the model, a cast touches the values only, and the values are sharded.
+    The values are a parameter without gradient, their places are buffers (FSDP1 takes no whole numbers as parameters,
+    for FSDP2 see `places_as_parameters`): they move, are copied and saved with the model, a cast touches the values
+    only, and the values are sharded.
     ``weight`` is decoded afresh at every access and cannot be assigned to. A state dict with a dense ``weight`` can be
     loaded: it is packed again.
 
@@ -252,9 +254,21 @@ def gradient_weight(linear: nn.Linear) -> Iterator[Tensor]:
         linear._like_weight = None
 
 
+def places_as_parameters(model: nn.Module) -> None:
+    """Let FSDP2 divide the places of compressed values too, which it does with parameters, of whole numbers as well.
+
+    To be called before ``fully_shard``; without it every process keeps a bitmap, or the codes of n:m, whole.
+    """
+    for part in model.modules():
+        if isinstance(part, CompressedLinear):
+            for name in part._part_names[1:]:
+                if name in part._buffers:
+                    part._parameters[name] = nn.Parameter(part._buffers.pop(name), requires_grad=False)
+
+
 def count_weights(model: nn.Module) -> int:
     """Numbers in a model as if no weight of it were packed."""
     layers = [part for part in model.modules() if isinstance(part, CompressedLinear)]
-    packed = {id(layer.values) for layer in layers}
+    packed = {id(getattr(layer, name)) for layer in layers for name in layer._part_names}
     plain = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in packed)
     return plain + sum(layer.out_features * layer.in_features for layer in layers)

@@ -70,7 +70,8 @@ def sharded_training(name: str, folder: Path) -> dict[str, Any]:
         whole = adapt(method, pruned(), [batch()])
         found["before"] = size(whole)
         model = sharded(whole)
-        found["sharded"] = all(isinstance(parameter, DTensor) for parameter in model.parameters())
+        places = [buffer for buffer in model.buffers() if not buffer.is_floating_point()]  # of compressed values
+        found["sharded"] = all(isinstance(tensor, DTensor) for tensor in [*model.parameters(), *places])
         found["share"] = bytes_of(model) / bytes_of(whole)
         pad = collator(make_tokenizer(), "longest", RECIPE.sequence_length)
         place = folder / "sharded" / name
