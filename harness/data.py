@@ -9,9 +9,7 @@ Instruction rows (Alpaca, Taori et al. 2023; the choices are those of the LoRS a
     answer, or on the answer alone. Prompt and answer are encoded as one text, so that the tokens are those of
     plain inference; a token that holds any character of the answer belongs to the answer. With data.template=chat
     the tokenizer's own chat template takes the place of prompt, BOS and EOS.
-Text for language modelling and for calibration:
-    BOS document EOS BOS document EOS ..., cut into pieces of `sequence_length` - 1 tokens with BOS in front
-    of each.
+Text for language modelling and for calibration: `lors.pruning.calibration`.
 
 The first token of a row is no target, as nothing predicts it. So the number of targets of a batch is the number of
 labels that are not ``IGNORED``, which is what the Trainer counts.
@@ -43,6 +41,8 @@ from harness.corpora import MICROWORLD, has_splits, instructions, texts
 from harness.errors import BadInput, one_line
 from harness.identity import digest, fingerprint
 from harness.sealed_file import computed_once
+from lors.pruning import calibration
+from lors.pruning.calibration import ENCODED_AT_ONCE, chunks, if_any, token_stream
 
 __all__ = ["IGNORED", "Batch", "Collator", "Row", "batches_of", "calibration_samples", "calibration_tokens"]
 __all__ += ["check_token_ids", "collator", "held_out_rows", "random_data", "tokenised_rows", "training_rows"]
@@ -55,9 +55,9 @@ Collator = Callable[[Sequence[Row]], Batch]
 
 HERE = Path(__file__).parent
 # The code that makes tokens.
-MAKERS = [*(HERE / f"{name}.py" for name in ("alpaca", "corpora", "data")), *sorted(HERE.glob("microworld/*.py"))]
+MAKERS = [*(HERE / f"{name}.py" for name in ("alpaca", "corpora", "data")), Path(calibration.__file__)]
+MAKERS += sorted(HERE.glob("microworld/*.py"))
 IGNORED = -100  # a label that is no target; torch's and transformers' convention
-ENCODED_AT_ONCE = 512  # texts per call of the tokenizer
 CALIBRATION_POOL = 10_000  # calibration samples are drawn from so many documents, the first of the source
 
 
@@ -177,36 +177,22 @@ def batches_of(rows: Sequence[Row], train_cfg: Any, tokenizer: Tokenizer | None)
 
 
 def calibration_tokens(prune_cfg: Any, tokenizer: Tokenizer, seed: int) -> LongTensor:
-    """Calibration samples for pruning, N x L token ids; each starts with BOS if the tokenizer has one.
-
-    The first documents of the source (at most ``CALIBRATION_POOL``) are shuffled and joined. If they hold
-    enough tokens the samples do not overlap; if not, evenly spaced samples overlap equally. (The samplers of
-    Wanda and SparseGPT draw documents that are longer than a sample, of which small corpora have hardly any.)
+    """`lors.pruning.calibration_tokens` of the first documents of a source, at most ``CALIBRATION_POOL``.
 
     Args:
-        prune_cfg: ``samples`` (N), ``sequence_length`` (L), ``text`` (source, see `corpora.texts`).
+        prune_cfg: ``samples``, ``sequence_length``, ``text`` (source, see `corpora.texts`).
         seed: Order of the documents.
 
     Raises:
         BadInput: No such source, or less text than one sample.
     """
-    N, L = prune_cfg.samples, prune_cfg.sequence_length
-    bos = _if_any(tokenizer.bos_token_id)
-    width = L - len(bos)
-    split = "calibration" if prune_cfg.text == MICROWORLD else "train"
-    documents = list(texts(prune_cfg.text, split=split, limit=CALIBRATION_POOL, key="prune.text"))
-    random.Random(seed).shuffle(documents)
-    stream = list(islice(_token_stream(documents, tokenizer), N * width))
-    last = len(stream) - width
-    if last < 0:
-        raise BadInput(
-            f"prune.text={prune_cfg.text}: holds {len(stream)} tokens; "
-            f"one sample of prune.sequence_length={L} needs {width}"
-        )
-    if len(stream) < N * width:
-        logger.warning("prune.text=%s: %d tokens, so that %d samples of %d overlap", prune_cfg.text, len(stream), N, L)
-    starts = [round(i * last / max(N - 1, 1)) for i in range(N)]
-    return torch.tensor([bos + stream[start : start + width] for start in starts])
+    source, length = prune_cfg.text, prune_cfg.sequence_length
+    split = "calibration" if source == MICROWORLD else "train"
+    documents = list(texts(source, split=split, limit=CALIBRATION_POOL, key="prune.text"))
+    try:
+        return calibration.calibration_tokens(documents, tokenizer, samples=prune_cfg.samples, length=length, seed=seed)
+    except ValueError as error:
+        raise BadInput(f"prune.text={source} prune.sequence_length={length}: {error}") from error
 
 
 def check_token_ids(ids: Iterable[int], tokenizer: Tokenizer, vocabulary: int, where: str) -> None:
@@ -253,8 +239,11 @@ def _instruction_rows(
         pairs = (_as_chat(tokenizer, *row) for row in source)
     else:
         pairs = ((alpaca_prompt(instruction, context), answer) for instruction, context, answer in source)
-    chunks = _chunks(pairs, ENCODED_AT_ONCE)
-    encoded = [row for chunk in chunks for row in _encode_rows(chunk, tokenizer, data_cfg.loss_on, length, chat)]
+    encoded = [
+        row
+        for chunk in chunks(pairs, ENCODED_AT_ONCE)
+        for row in _encode_rows(chunk, tokenizer, data_cfg.loss_on, length, chat)
+    ]
     # A prompt that fills the row leaves nothing to learn from, and a batch of such rows has no mean loss.
     rows = [row for row in encoded if any(label != IGNORED for label in row["labels"])]
     if not encoded:
@@ -287,7 +276,7 @@ def _encode_rows(
     answer_only = loss_on == "answer"
     joined = [prompt + answer for prompt, answer in pairs]
     encoding = tokenizer(joined, add_special_tokens=False, return_offsets_mapping=answer_only, verbose=False)
-    bos, eos = ([] if chat else _if_any(token) for token in (tokenizer.bos_token_id, tokenizer.eos_token_id))
+    bos, eos = ([] if chat else if_any(token) for token in (tokenizer.bos_token_id, tokenizer.eos_token_id))
     for i, ids in enumerate(encoding["input_ids"]):
         labels = ids
         if answer_only:
@@ -299,8 +288,8 @@ def _encode_rows(
 
 
 def _text_rows(documents: Iterable[str], source: str, train_cfg: Any, tokenizer: Tokenizer) -> list[Row]:
-    bos, length = _if_any(tokenizer.bos_token_id), train_cfg.sequence_length
-    pieces = (bos + piece for piece in _chunks(_token_stream(documents, tokenizer), length - len(bos)))
+    bos, length = if_any(tokenizer.bos_token_id), train_cfg.sequence_length
+    pieces = (bos + piece for piece in chunks(token_stream(documents, tokenizer), length - len(bos)))
     rows = [
         _all_targets(piece) for piece in islice(pieces, _rows_needed(train_cfg)) if len(piece) == length
     ]  # the tail is dropped
@@ -309,31 +298,8 @@ def _text_rows(documents: Iterable[str], source: str, train_cfg: Any, tokenizer:
     return rows
 
 
-def _token_stream(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[int]:
-    """The tokens of all documents, each between BOS and EOS but for the very first BOS, which the first piece
-    brings; empty documents leave no trace."""
-    bos, eos = _if_any(tokenizer.bos_token_id), _if_any(tokenizer.eos_token_id)
-    boundary: list[int] = []
-    for chunk in _chunks((document for document in documents if document.strip()), ENCODED_AT_ONCE):
-        for ids in tokenizer(chunk, add_special_tokens=False, verbose=False)["input_ids"]:
-            yield from boundary
-            yield from ids
-            boundary = eos + bos
-    yield from eos if boundary else []
-
-
 def _all_targets(tokens: list[int]) -> Row:
     return {"input_ids": tokens, "labels": [IGNORED, *tokens[1:]]}
-
-
-def _if_any(token: int | None) -> list[int]:
-    return [] if token is None else [token]
-
-
-def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    iterator = iter(items)
-    while chunk := list(islice(iterator, size)):
-        yield chunk
 
 
 def _made_once(

@@ -6,7 +6,9 @@ and peft, nothing else.
 
 from lors.functional import masked_linear
 from lors.initialization import initialize
+from lors.pruning import prune_model as prune
+from lors.sparsity import check
 from lors.tuner import LorsConfig, LorsLinear, LorsModel, compress
 
 __version__ = "0.1.0"
-__all__ = ["LorsConfig", "LorsLinear", "LorsModel", "compress", "initialize", "masked_linear"]
+__all__ = ["LorsConfig", "LorsLinear", "LorsModel", "check", "compress", "initialize", "masked_linear", "prune"]

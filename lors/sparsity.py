@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lors.blocks import decoder_linears
-from lors.support import PackedSupports
+from lors.support import PackedSupports, Support, support_of
 
 UNSTRUCTURED = "unstructured"
 # `sparsity=0.333 pattern=2:3` is a third written with three digits, not a contradiction.
@@ -185,6 +185,29 @@ def supports(model: nn.Module) -> PackedSupports:
 def sparsity_of(model: nn.Module) -> float:
     """Fraction of exact zeros among the weights of the decoder linears."""
     return _zero_fraction(linear.weight.detach() for linear in decoder_linears(model).values())
+
+
+class Check(Support):
+    """What ``check`` finds: the zeros of all layers together, and of each its sparsity, by its name."""
+
+    layers: dict[str, float]
+
+
+def check(model: nn.Module) -> Check:
+    """The zeros of a model: sparsity, pattern and fingerprint of the linear layers of its decoder blocks.
+
+    Of the base weights if adapters are attached; of a merged model those of the merged weights. Two models with the
+    same ``sha256`` have zeros in the same places.
+
+    Args:
+        model: A decoder-only model of transformers, with or without adapters, its weights compressed or not.
+
+    Raises:
+        ValueError: ``lors.blocks`` cannot read it.
+    """
+    linears = decoder_linears(model)
+    support = support_of({name: lambda linear=linear: linear.weight.detach() for name, linear in linears.items()})
+    return Check(**support, layers={name: _zero_fraction([linear.weight]) for name, linear in linears.items()})
 
 
 def zero_report(before: Mapping[str, Tensor], model: nn.Module, pattern: str) -> dict[str, float | int | bool]:

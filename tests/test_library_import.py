@@ -67,7 +67,7 @@ def test_a_model_is_tuned_with_the_bench_absent(tmp_path: Path) -> None:
     packages = {name.partition(".")[0] for name in report["added"]}
     assert packages - set(sys.stdlib_module_names) - {"torch"} == {"lors"}
     assert "lors.tuner" in report["own"]
-    bench = ("harness", "lors.pruning", "baselines", "analysis")
+    bench = ("harness", "baselines", "analysis")
     assert not [name for name in report["own"] if name.startswith(bench)]
     assert report["merged"] == "LlamaForCausalLM"
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -26,14 +26,16 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten_with_path, tree_leaves
 from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from lors.blocks import block_linears, decoder_blocks, decoder_linears
 from lors.experts import ExpertLinears, experts_as_linears
+from lors.pruning.calibration import tokens_for
 from lors.pruning.magnitude import prune_magnitude
 from lors.pruning.sparsegpt import gram_matrix, prune_sparsegpt
 from lors.pruning.wanda import prune_wanda, squared_norms
 from lors.randomness import modes_kept
-from lors.sparsity import check_width, resolve_sparsity
+from lors.sparsity import UNSTRUCTURED, check_width, resolve_sparsity
 
 log = logging.getLogger("lors")
 
@@ -56,11 +58,12 @@ CHECKED_TOKENS = 16
 @torch.no_grad()
 def prune_model(
     model: nn.Module,
-    pruner: str,
+    pruner: str = "wanda",
     *,
-    sparsity: float | None,
-    pattern: str,
-    calibration: Tensor | None,
+    sparsity: float | None = None,
+    pattern: str = UNSTRUCTURED,
+    calibration: Tensor | Iterable[str] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     device: torch.device | str | None = None,
     **options: Any,
 ) -> None:
@@ -74,9 +77,11 @@ def prune_model(
     Args:
         model: A decoder-only model of transformers in any floating type; statistics and scores are float32.
         pruner: ``magnitude``, ``wanda`` or ``sparsegpt``.
-        sparsity: See ``lors.sparsity.resolve_sparsity``.
-        pattern: ``unstructured`` or ``n:m``.
-        calibration: Token ids ``[samples, length]``, unpadded; None for magnitude, which looks at no data.
+        sparsity: Fraction of the weights to prune; None for what the pattern implies (1 - n/m; 0.5 if unstructured).
+        pattern: ``unstructured`` or ``n:m``, n weights kept of every m along the input.
+        calibration: Token ids ``[samples, length]``, unpadded; or texts, of which ``calibration_tokens`` makes 128
+            samples of 2048 tokens, or of as many as the model has positions. None for magnitude, which needs no data.
+        tokenizer: That of the model, for texts.
         device: Where blocks are pruned; each is moved there and back, so that a model on the CPU needs a GPU for
             one block. None: where they are.
         **options: Keyword arguments of the pruner: ``group`` for magnitude, ``block_size`` and ``damping``
@@ -96,7 +101,7 @@ def prune_model(
     _check_model(model, pattern)
     rule = partial(rule, sparsity=sparsity, pattern=pattern, **options)
     if statistic is not None:
-        _check_calibration(model, calibration)
+        calibration = tokens_for(model, calibration, tokenizer)
     with experts_as_linears(model):
         _walk(model, pruner, rule, statistic, calibration, device)
 
@@ -384,12 +389,3 @@ def _check_model(model: nn.Module, pattern: str) -> None:
             check_width(pattern, linear.in_features)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-
-
-def _check_calibration(model: nn.Module, calibration: Tensor | None) -> None:
-    if calibration is None or calibration.ndim != 2 or calibration.dtype != torch.long or not calibration.numel():
-        got = "None" if calibration is None else f"{calibration.dtype} of shape {tuple(calibration.shape)}"
-        raise ValueError(f"calibration: got {got}; allowed are token ids, int64 of shape (samples, length)")
-    vocabulary = model.get_input_embeddings().num_embeddings
-    if not 0 <= int(calibration.min()) <= int(calibration.max()) < vocabulary:
-        raise ValueError(f"calibration: token ids outside the vocabulary of {vocabulary}; is it another tokenizer's?")
