@@ -280,7 +280,7 @@ FILES = [
     ),
     file("data.path", "cut.jsonl", '{"instruction": ', ":1: not valid JSON"),
     file("data.path", "none.txt", "", "less text than one block of train.sequence_length=128", given="data=text"),
-    file("prune.text", "short.jsonl", '{"text": "cat"}', "holds 2 tokens; one sample of prune.sequence_length=32"),
+    file("prune.text", "short.jsonl", '{"text": "cat"}', "holds 2 tokens; one sample of 32 needs"),
     file("prune.text", "packed.jsonl.gz", b"\x1f\x8b\x08\x00", "cannot be read ('utf-8' codec"),
     file("eval.perplexity.text", "number.jsonl", '{"text": 3}\n', "column 'text' of row 1 must be text, not 3"),
     *(

@@ -40,12 +40,14 @@ def adapted(base: Path, config: LoraConfig, folder: Path) -> Path:
 
 
 def test_texts_prune_as_the_tokens_that_are_made_of_them(tiny_llama) -> None:
-    """128 samples, each as long as the model has positions."""
+    """As many samples as do not overlap, each as long as the model has positions."""
     tokenizer = make_tokenizer()
     models = [tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=24) for _ in range(2)]
     lors.prune(models[0], sparsity=0.6, calibration=iter(TEXTS), tokenizer=tokenizer)
     tokens = calibration_tokens(TEXTS, tokenizer, length=24)
-    assert tokens.shape == (128, 24)
+    words = sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) + 2 for text in TEXTS)  # BOS and EOS
+    assert tokens.shape == ((words - 1) // 23, 24)
+    assert calibration_tokens(200 * TEXTS, tokenizer, length=24).shape == (128, 24)
     lors.prune(models[1], "wanda", sparsity=0.6, pattern="unstructured", calibration=tokens)
     assert all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in models), strict=True))
 

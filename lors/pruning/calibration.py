@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger("lors")
 
-LENGTH = 2048  # tokens of a sample, as in the papers
+SAMPLES, LENGTH = 128, 2048  # how many samples of how many tokens the papers take
 ALLOWED = "token ids, int64 of shape (samples, length), or texts and a tokenizer"
 ENCODED_AT_ONCE = 512  # texts per call of the tokenizer
 
@@ -29,11 +29,11 @@ def calibration_tokens(
     documents: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
     *,
-    samples: int = 128,
+    samples: int | None = None,
     length: int = LENGTH,
     seed: int = 0,
 ) -> LongTensor:
-    """Token ids ``[samples, length]`` for a pruner; the defaults are those of the papers.
+    """Token ids ``[samples, length]`` for a pruner.
 
     The documents are shuffled and joined. If they hold enough tokens the samples do not overlap; if not, evenly spaced
     samples overlap equally, and the log says so.
@@ -41,7 +41,8 @@ def calibration_tokens(
     Args:
         documents: Texts without special tokens.
         tokenizer: That of the model.
-        samples, length: How many rows of how many tokens.
+        samples: How many rows; None for the 128 of the papers, or as many as there are without overlap.
+        length: How many tokens in each; 2048 in the papers.
         seed: Order of the documents.
 
     Raises:
@@ -51,7 +52,8 @@ def calibration_tokens(
     width = length - len(bos)
     documents = list(documents)
     random.Random(seed).shuffle(documents)
-    stream = list(islice(token_stream(documents, tokenizer), samples * width))
+    stream = list(islice(token_stream(documents, tokenizer), (samples or SAMPLES) * width))
+    samples = samples or max(1, len(stream) // width)
     last = len(stream) - width
     if last < 0:
         raise ValueError(f"the calibration text holds {len(stream)} tokens; one sample of {length} needs {width}")

@@ -79,8 +79,9 @@ def prune_model(
         pruner: ``magnitude``, ``wanda`` or ``sparsegpt``.
         sparsity: Fraction of the weights to prune; None for what the pattern implies (1 - n/m; 0.5 if unstructured).
         pattern: ``unstructured`` or ``n:m``, n weights kept of every m along the input.
-        calibration: Token ids ``[samples, length]``, unpadded; or texts, of which ``calibration_tokens`` makes 128
-            samples of 2048 tokens, or of as many as the model has positions. None for magnitude, which needs no data.
+        calibration: Token ids ``[samples, length]``, unpadded; or texts, of which ``calibration_tokens`` makes at
+            most 128 samples of 2048 tokens, or of as many as the model has positions. None for magnitude, which needs
+            no data.
         tokenizer: That of the model, for texts.
         device: Where blocks are pruned; each is moved there and back, so that a model on the CPU needs a GPU for
             one block. None: where they are.
