@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -61,3 +62,17 @@ def test_several_adapters(tiny_checkpoint, tmp_path) -> None:
     mixed = eval(texts["one and none"])
     assert mixed == [eval(texts["one"])[0], eval(texts["none"])[1]]
     assert float(compiled.split()[-2]) < 1e-4
+
+
+def test_the_notebook_shows_what_its_text_says(tmp_path) -> None:
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    notebook = nbformat.read(EXAMPLES / "prune_to_plot.ipynb", 4)
+    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": EXAMPLES}}).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    printed = "".join(output.get("text", "") for output in outputs)
+    loss = dict(re.findall(r"^(.+): loss ([\d.]+)", printed, re.MULTILINE))
+    order = ["sparsity 0.50", "LoRA, merged", "LoRA, zeros put back", "sparsity 0.70"]
+    assert [float(loss[name]) for name in order] == sorted(float(loss[name]) for name in order)
+    assert float(loss["LoRS"]) < float(loss["LoRA, zeros put back"])
+    assert re.search(r"LoRS: .* sparsity 0\.70", printed) and re.search(r"LoRA, merged: .* sparsity 0\.00", printed)
+    assert "image/png" in outputs[-1]["data"]
