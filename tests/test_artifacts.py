@@ -5,23 +5,240 @@ The tests marked slow read each of them in a fresh virtual environment that has 
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
+from collections.abc import Callable
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from huggingface_hub import ModelCard
+from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel
 from pruned_models import adapted_model, logits, pruned_model
 from safetensors import safe_open
-from torch import Tensor
+from test_harness_run import tiny_overrides
+from torch import Tensor, nn
 from torch.sparse import to_sparse_semi_structured
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import lors
+from harness.model_card import Base, base_of, write_card
+from harness.run import execute
+from harness.store import RunStore
 from lors.compressed_file import FILE, semi_structured
 from lors.kernels import pack
-from lors.sparsity import random_support
+from lors.sparsity import random_support, sparsity_of
 
 ROOT = Path(__file__).parents[1]
+TOKENS = torch.arange(10)[None] + 5
+
+# Folders of a run
+
+
+@pytest.fixture(scope="module")
+def run(composed, tiny_checkpoint, tiny_sources, tmp_path_factory) -> Callable[..., tuple[dict, Path]]:
+    """Function from overrides to the result and the folder of a run of seconds."""
+    place = tmp_path_factory.mktemp("run")
+
+    def execute_(*overrides: str) -> tuple[dict, Path]:
+        cfg = composed(*tiny_overrides(tiny_checkpoint, tiny_sources, place), "train.steps=2", *overrides)
+        result = execute(cfg)
+        assert result["status"] == "ok", result["error"]
+        return result, Path(cfg.runs_root) / cfg.name / result["key"]
+
+    return execute_
+
+
+@pytest.fixture(scope="module")
+def folder(run) -> Path:
+    """Adapter, base and merged model of LoRS."""
+    return run("method=lors", "save_merged=true", "save_base=true")[1]
+
+
+def of(model: nn.Module) -> Tensor:
+    """Logits of a model of `tiny_checkpoint`."""
+    with torch.no_grad():
+        return model.eval()(TOKENS).logits
+
+
+def card_of(folder: Path) -> ModelCard:
+    return ModelCard.load(folder / "README.md")
+
+
+def test_the_cards_say_what_a_reader_needs(folder: Path) -> None:
+    result = json.loads((folder / "result.json").read_text())
+    assert {name: result["artifacts"][name] for name in ("adapter", "base", "merged")} == {
+        name: name for name in ("adapter", "base", "merged")
+    }
+    for name, library in (("adapter", "peft"), ("base", "transformers"), ("merged", "transformers")):
+        card = card_of(folder / name)
+        assert card.data.library_name == library and card.data.pipeline_tag == "text-generation"
+        assert {"pruned", "sparse"} <= set(card.data.tags) and ("lors" in card.data.tags) == (name != "base")
+        for text in (
+            "50 % zeros",
+            "wanda",
+            result["support"]["sha256"],
+            result["key"],
+            "arc_easy (acc)",
+            "from_pretrained",
+        ):
+            assert text in card.text, (name, text)
+        assert "More Information Needed" not in card.text and "PEFT 0." in card.text
+    text = card_of(folder / "adapter").text
+    for part in (
+        "`import lors` before PEFT",
+        "r 4",
+        "learning_rate",
+        "instructions.jsonl",
+        "at the peak",
+        "fine-tuned |",
+    ):
+        assert part in text, part
+
+
+def test_no_folder_names_a_place_of_this_machine(folder: Path, tiny_checkpoint: Path) -> None:
+    for name in ("adapter", "base", "merged"):
+        for file in (folder / name).iterdir():
+            if file.suffix in (".json", ".md"):
+                text = file.read_text()
+                assert str(folder.parents[2]) not in text and str(tiny_checkpoint) not in text, file
+                assert "local_files_only" not in text, file
+
+
+def test_an_adapter_is_loaded_by_every_way(folder: Path, monkeypatch) -> None:
+    base, adapter = str(folder / "base"), str(folder / "adapter")
+    expected = of(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter))
+    torch.testing.assert_close(of(AutoModelForCausalLM.from_pretrained(folder / "merged")), expected)
+    elsewhere = f"{folder}-elsewhere"
+    shutil.copytree(folder, elsewhere)
+    monkeypatch.chdir(elsewhere)
+    (block,) = re.findall(r"```python\n(.*?)```", card_of(Path("adapter")).text, re.DOTALL)
+    names = {}
+    exec(block, names)
+    assert torch.equal(of(names["model"]), expected)
+    assert torch.equal(of(AutoModelForCausalLM.from_pretrained("adapter")), expected)
+    plain = AutoModelForCausalLM.from_pretrained("base")
+    plain.load_adapter("adapter")
+    assert torch.equal(of(plain), expected)
+    monkeypatch.chdir("/")
+    with pytest.raises(OSError, match=r"\./base"):
+        AutoPeftModelForCausalLM.from_pretrained(adapter)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "source", "base"),
+    [
+        ([], {"source": "org/dense", "revision": "abc"}, Base("./base", None, "org/dense")),
+        (["prune=none"], {"source": "org/pruned", "revision": "abc"}, Base("org/pruned", "abc", "org/pruned")),
+        (["prune=none"], {"source": "org/pruned", "values": "four-bit"}, Base("./base", None, "org/pruned")),
+        (["prune=none", "save_base=true"], {"source": "org/pruned"}, Base("./base", None, "org/pruned")),
+        (["prune.when=after"], {"source": "org/dense", "revision": "abc"}, Base("org/dense", "abc", "org/dense")),
+        (["prune=none"], {"source": "a folder", "sha256": "sha256:0"}, Base("my/folder")),
+        ([], {"source": "a folder", "sha256": "sha256:0"}, Base("./base")),
+        (["prune=none"], {"source": "microworld"}, Base("./base")),
+    ],
+)
+def test_which_base_an_adapter_names(composed, monkeypatch, overrides, source, base) -> None:
+    monkeypatch.setattr("harness.model_card.provenance", lambda _: {"model.path": source})
+    assert base_of(composed("model=hf", "model.path=my/folder", "cache_root=/cache", *overrides)) == base
+
+
+def test_the_revision_of_the_hub_is_that_of_the_files_that_were_read(composed, monkeypatch) -> None:
+    monkeypatch.setattr("harness.model_card.provenance", lambda _: {"model.path": {"source": "org/pruned"}})
+    file = "/cache/models--org--pruned/snapshots/0123abc/config.json"
+    monkeypatch.setattr("harness.model_card.try_to_load_from_cache", lambda *_: file)
+    cfg = composed("model=hf", "model.path=org/pruned", "prune=none")
+    assert base_of(cfg) == Base("org/pruned", "0123abc", "org/pruned")
+
+
+def test_a_card_of_a_model_of_the_hub_links_it(folder: Path, tmp_path: Path) -> None:
+    result, peft = json.loads((folder / "result.json").read_text()), PeftConfig.from_pretrained(folder / "adapter")
+    write_card(tmp_path, "adapter", result, Base("org/pruned", "abc", "org/pruned"), dtype="bfloat16", peft=peft)
+    data = card_of(tmp_path).data
+    assert (data.base_model, data.base_model_relation) == ("org/pruned", "adapter")
+    assert "base_model:adapter:org/pruned" in data.tags
+
+
+def test_lora_names_its_end_state_and_an_unwritten_base(run) -> None:
+    _, folder = run("method=lora", "save_merged=true")
+    assert "its zeros were put back after the merge; 50.00% of the weights" in card_of(folder / "merged").text
+    text = card_of(folder / "adapter").text
+    assert "import lors" not in text and "which the run has not written (`save_base=true` does)" in text
+    assert json.loads((folder / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == "./base"
+    assert not (folder / "base").exists()
+
+
+def assert_plain(folder: Path) -> None:
+    """What transformers alone reads, and what vLLM's config and weight loading asks for.
+
+    From vLLM's transformers_utils/config.py, config/model.py and model_loader: a known model_type and architecture, no
+    code to trust, a dtype, no quantization_config nor hf_quant_config.json, every weight in safetensors files under the
+    name that the architecture has, an index that names each once, and no adapter in the folder.
+    """
+    config = json.loads((folder / "config.json").read_text())
+    known = AutoConfig.for_model(config["model_type"])
+    model_class = getattr(transformers, config["architectures"][0])
+    assert config["architectures"] == [AutoModelForCausalLM._model_mapping[type(known)].__name__]
+    assert config["dtype"] in ("float32", "bfloat16", "float16")
+    extra = set(config) - set(known.to_dict()) - {"architectures", "transformers_version", "dtype"}
+    assert not extra, "attributes that the architecture does not have"
+    assert not [
+        key for key in config if key in ("quantization_config", "auto_map", "compression_config", "peft_config")
+    ]
+    files = {entry.name for entry in folder.iterdir()}
+    assert not files & {"hf_quant_config.json", "adapter_config.json", "params.json"} and ".py" not in str(files)
+    assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "README.md"} <= files
+    stored = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            assert opened.metadata() == {"format": "pt"}
+            for name in opened.keys():  # noqa: SIM118
+                assert name not in stored
+                stored[name] = (file.name, opened.get_slice(name).get_dtype())
+    with torch.device("meta"):
+        model = model_class(AutoConfig.from_pretrained(folder))
+    tied = set(model.all_tied_weights_keys)
+    assert set(model.state_dict()) - tied <= set(stored) <= set(model.state_dict())
+    assert {kind for _, kind in stored.values()} == {{"float32": "F32", "bfloat16": "BF16"}[config["dtype"]]}
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        assert json.loads(index.read_text())["weight_map"] == {name: file for name, (file, _) in stored.items()}
+    else:
+        assert set(file for file, _ in stored.values()) == {"model.safetensors"}
+
+
+def test_a_merged_model_is_a_plain_folder(folder: Path) -> None:
+    assert_plain(folder / "merged")
+    assert_plain(folder / "base")
+    merged, base = (AutoModelForCausalLM.from_pretrained(folder / name) for name in ("merged", "base"))
+    for name, W in base.state_dict().items():
+        assert not merged.state_dict()[name][W == 0].any(), name
+    assert sparsity_of(merged) == pytest.approx(0.5, abs=1e-3)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_in_bfloat16_and_in_several_files_too(run, monkeypatch, method: str) -> None:
+    save = transformers.PreTrainedModel.save_pretrained
+    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", partialmethod(save, max_shard_size="40KB"))
+    _, folder = run(f"method={method}", "save_merged=true", "train.precision=bf16_mixed", "eval.tasks=[]")
+    assert len(list((folder / "merged").glob("*.safetensors"))) > 1
+    assert_plain(folder / "merged")
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    store = RunStore(tmp_path / "run")
+    with store.artifact("merged") as folder:
+        (folder / "weights").write_text("first")
+    with pytest.raises(KeyboardInterrupt), store.artifact("merged") as folder:
+        (folder / "weights").write_text("half")
+        raise KeyboardInterrupt
+    assert [entry.name for entry in store.directory.iterdir()] == ["merged"]
+    assert (store.directory / "merged" / "weights").read_text() == "first"
+
 
 # Compressed weights
 
