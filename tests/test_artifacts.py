@@ -6,8 +6,12 @@ The tests marked slow read each of them in a fresh virtual environment that has 
 from __future__ import annotations
 
 import json
+import os
 import re
+import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partialmethod
 from pathlib import Path
@@ -15,7 +19,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from conftest import sentence, write_rows
 from huggingface_hub import ModelCard
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel
 from pruned_models import adapted_model, logits, pruned_model
 from safetensors import safe_open
@@ -23,17 +30,21 @@ from test_harness_run import tiny_overrides
 from torch import Tensor, nn
 from torch.sparse import to_sparse_semi_structured
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import lors
+from harness import run as harness_run
+from harness.microworld import CHECKPOINT
 from harness.model_card import Base, base_of, write_card
 from harness.run import execute
 from harness.store import RunStore
 from lors.compressed_file import FILE, semi_structured
 from lors.kernels import pack
+from lors.pruning import prune_model
 from lors.sparsity import random_support, sparsity_of
 
 ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "artifacts.md").read_text(encoding="utf-8")
 TOKENS = torch.arange(10)[None] + 5
 
 # Folders of a run
@@ -54,15 +65,31 @@ def run(composed, tiny_checkpoint, tiny_sources, tmp_path_factory) -> Callable[.
 
 
 @pytest.fixture(scope="module")
-def folder(run) -> Path:
-    """Adapter, base and merged model of LoRS."""
-    return run("method=lors", "save_merged=true", "save_base=true")[1]
+def live(run) -> tuple[Path, Tensor]:
+    """The folder of a run of LoRS with adapter, base and merged model, and the logits of its model while it ran."""
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        evaluate = harness_run.evaluate
+        patch.setattr(harness_run, "evaluate", lambda model, *rest: seen.append(of(model)) or evaluate(model, *rest))
+        folder = run("method=lors", "save_merged=true", "save_base=true")[1]
+    (logits,) = seen
+    return folder, logits
+
+
+@pytest.fixture(scope="module")
+def folder(live) -> Path:
+    return live[0]
 
 
 def of(model: nn.Module) -> Tensor:
     """Logits of a model of `tiny_checkpoint`."""
     with torch.no_grad():
         return model.eval()(TOKENS).logits
+
+
+def blocks(text: str, language: str = "python") -> list[str]:
+    found = re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    return [block for kind, block in found if kind == language]
 
 
 def card_of(folder: Path) -> ModelCard:
@@ -109,14 +136,17 @@ def test_no_folder_names_a_place_of_this_machine(folder: Path, tiny_checkpoint: 
                 assert "local_files_only" not in text, file
 
 
-def test_an_adapter_is_loaded_by_every_way(folder: Path, monkeypatch) -> None:
+def test_an_adapter_is_loaded_by_every_way(live, monkeypatch) -> None:
+    folder, logits = live
     base, adapter = str(folder / "base"), str(folder / "adapter")
     expected = of(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter))
-    torch.testing.assert_close(of(AutoModelForCausalLM.from_pretrained(folder / "merged")), expected)
+    torch.testing.assert_close(expected, logits)
+    assert (of(AutoModelForCausalLM.from_pretrained(base)) - logits).abs().max() > 0.1, "the adapter does something"
+    assert torch.equal(of(AutoModelForCausalLM.from_pretrained(folder / "merged")), logits)
     elsewhere = f"{folder}-elsewhere"
     shutil.copytree(folder, elsewhere)
     monkeypatch.chdir(elsewhere)
-    (block,) = re.findall(r"```python\n(.*?)```", card_of(Path("adapter")).text, re.DOTALL)
+    (block,) = blocks(card_of(Path("adapter")).text)
     names = {}
     exec(block, names)
     assert torch.equal(of(names["model"]), expected)
@@ -311,3 +341,122 @@ def test_the_converted_tensor_multiplies_as_that_of_torch() -> None:
     y = torch.nn.functional.linear(x, semi_structured(*pack(W, "2:4").parts))
     torch.testing.assert_close(y, torch.nn.functional.linear(x, W))
     torch.testing.assert_close(y, torch.nn.functional.linear(x, to_sparse_semi_structured(W)))
+
+
+def test_the_loader_in_the_docs_reads_what_is_written_there(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    shutil.copytree(folder / "merged", tmp_path / "merged")
+    monkeypatch.chdir(tmp_path)
+    save, load, loader, convert = blocks(PAGE)[1:]
+    exec(save, {})
+    for name in ("lors", "transformers", "peft"):
+        monkeypatch.setitem(sys.modules, name, None)
+    names = {}
+    exec(loader, names)
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    exec(load, names)
+    assert torch.equal(of(names["model"]), of(AutoModelForCausalLM.from_pretrained("merged")))
+    lines = [line for line in loader.splitlines() if line.strip()]
+    assert len(lines) <= 40
+    compile(convert, "docs/artifacts.md", "exec")
+
+
+def test_the_sizes_in_the_docs_are_those_of_the_files(tmp_path: Path) -> None:
+    rows = re.findall(r"^\| microworld, (\w+) \| (\S+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", PAGE, re.MULTILINE)
+    assert len(rows) == 5
+    for dtype, zeros, *sizes in rows:
+        model = AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=dtype)
+        pattern, sparsity = ("2:4", None) if zeros == "2:4" else ("unstructured", float(zeros))
+        prune_model(model, "magnitude", sparsity=sparsity, pattern=pattern, calibration=None)
+        model.save_pretrained(tmp_path)
+        lors.save_compressed(model, tmp_path)
+        dense, compressed = ((tmp_path / name).stat().st_size for name in ("model.safetensors", FILE))
+        assert sizes == [f"{dense / 1e6:.2f}", f"{compressed / 1e6:.2f}", f"{compressed / dense:.2f}"]
+
+
+# Fresh environments
+
+LOGITS = """
+import importlib.util, sys, torch
+with torch.no_grad():
+    torch.save(model.eval()(torch.arange(10)[None] + 5).logits, "logits.pt")
+there = [name for name in ("lors", "peft", "accelerate", "lm_eval", "harness") if importlib.util.find_spec(name)]
+assert there == sys.argv[1:], there
+"""
+
+
+def lm_eval_task(folder: Path) -> Path:
+    """A folder with a task `tiny` of lm-eval: multiple choice, from a file."""
+    answers = [[sentence(i + k, 3) for k in (1, 2)] for i in range(8)]
+    rows = [{"question": sentence(i), "choices": answers[i], "answer": i % 2} for i in range(8)]
+    file = write_rows(folder / "tasks" / "rows.jsonl", rows)
+    task = {
+        "task": "tiny",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(file)}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "choices",
+        "doc_to_target": "answer",
+        "metric_list": [{"metric": "acc"}],
+    }
+    (file.parent / "tiny.yaml").write_text(json.dumps(task))
+    return file.parent
+
+
+def assert_scores(folder: Path, model: HFLM) -> None:
+    """What lm-eval has written there are the log-likelihoods of a model."""
+    (file,) = folder.rglob("samples_tiny_*.jsonl")
+    samples = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(samples) == 8
+    for sample in samples:
+        prompts = [tuple(arguments.values()) for arguments in sample["arguments"].values()]
+        requests = [Instance("loglikelihood", sample["doc"], prompt, i) for i, prompt in enumerate(prompts)]
+        expected = [value for value, _ in model.loglikelihood(requests, disable_tqdm=True)]
+        assert [float(value) for value, _ in sample["filtered_resps"]] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_each_folder_loads_where_there_is_nothing_but_its_reader(live, tmp_path: Path) -> None:
+    """One environment that grows: transformers; the wheel, which brings peft; lm-eval."""
+    home, expected = shutil.copytree(live[0], tmp_path / "home"), live[1]
+    merged = AutoModelForCausalLM.from_pretrained(home / "merged")
+    lors.save_compressed(merged, home / "compressed")
+    here = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    here |= {"PATH": f"{tmp_path}/venv/bin:{os.environ['PATH']}", "HF_HOME": f"{tmp_path}/cache", "HF_HUB_OFFLINE": "1"}
+
+    def call(*command: str) -> None:
+        done = subprocess.run(command, cwd=home, env=here, capture_output=True, text=True)
+        assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-5000:]}"
+
+    def install(*packages: str) -> None:
+        call("pip", "install", "-q", "-c", str(ROOT / "constraints.txt"), *packages)
+
+    def check(code: str, *there: str) -> None:
+        call("python", "-c", code + LOGITS, *there)
+        torch.testing.assert_close(torch.load(home / "logits.pt"), expected)
+
+    call(sys.executable, "-m", "venv", f"{tmp_path}/venv")
+    install("torch", "transformers")
+    check(*blocks(card_of(home / "merged").text))
+    _, _, load, loader, _ = blocks(PAGE)
+    check(loader + load)
+
+    source = tmp_path / "source"
+    shutil.copytree(ROOT / "lors", source / "lors")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    call("pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(source))
+    install(*map(str, tmp_path.glob("lors-*.whl")))
+    with_peft = ("lors", "peft", "accelerate")
+    check(*blocks(card_of(home / "adapter").text), *with_peft)
+    check("import lors\n" + blocks(card_of(home / "base").text)[0].replace("base", "adapter", 1), *with_peft)
+
+    install("lm_eval[hf]")
+    options = f"--include_path {lm_eval_task(tmp_path)} --device cpu --batch_size 4 --log_samples --output_path"
+    tokenizer = AutoTokenizer.from_pretrained(home / "merged")
+    for number, command in enumerate(blocks(PAGE, "")):
+        words = shlex.split(command.replace("\\\n", " ").replace("arc_easy", "tiny"))
+        call(*words, *options.split(), f"{tmp_path}/scores{number}")
+        assert_scores(tmp_path / f"scores{number}", HFLM(merged, tokenizer=tokenizer))
