@@ -98,15 +98,19 @@ def write_card(
         peft: Of an adapter: its config.
         state: Of a merged model: its end state.
     """
-    tags = ["pruned", "sparse", *([] if kind == BASE else [result["method"]])]
-    tags += [] if result["pattern"] == "unstructured" else [result["pattern"]]
+    tags = ["pruned", "sparse"] if _is_pruned(result, kind) else []
+    tags += [result["pattern"]] if tags and result["pattern"] != "unstructured" else []
+    tags += [] if kind == BASE or result["method"] == "none" else [result["method"]]
+    tags += [f"base_model:adapter:{base.origin}"] if base.origin and kind == ADAPTER else []
     relation = "adapter" if kind == ADAPTER else "finetune"
+    licence = ((result["provenance"] or {}).get("model.path") or {}).get("licence")
     data = ModelCardData(
         base_model=base.origin,
         base_model_relation=base.origin and relation,
         library_name="peft" if kind == ADAPTER else "transformers",
+        license=licence and licence.lower(),
         pipeline_tag="text-generation",
-        tags=tags + ([f"base_model:adapter:{base.origin}"] if base.origin and kind == ADAPTER else []),
+        tags=tags,
     )
     if kind == ADAPTER:
         text = _adapter(result, base, dtype, peft)
@@ -126,7 +130,7 @@ def write_card(
 def _adapter(result: Mapping[str, Any], base: Base, dtype: str, peft: PeftConfig) -> str:
     package = type(peft).__module__.partition(".")[0]
     own = package != "peft"
-    lines = [f"# {result['method']} adapter of {result['model']}, {_pruned(result)}"]
+    lines = [f"# {result['method']} adapter of {_name(result, ADAPTER)}"]
     if own:  # as lors.sparse_config has it
         lines.append(f"`import {package}` before PEFT loads this adapter: the import registers its method.")
     lines.append(LOAD_ADAPTER.format(imports=f"import {package}\n" if own else "", dtype=dtype))
@@ -145,26 +149,32 @@ def _adapter(result: Mapping[str, Any], base: Base, dtype: str, peft: PeftConfig
 
 
 def _base(result: Mapping[str, Any], dtype: str) -> str:
-    text = f"The base of the adapter in `{ADAPTER}`, before the fine-tuning. A plain model in {dtype}."
-    return "\n\n".join([f"# {result['model']}, {_pruned(result)}", text, LOAD_MODEL.format(folder=BASE)])
+    text = f"The model that was fine-tuned, as it was before: the base of `{ADAPTER}`. A plain model in {dtype}."
+    return "\n\n".join([f"# {_name(result, BASE)}", text, LOAD_MODEL.format(folder=BASE)])
 
 
 def _merged(result: Mapping[str, Any], dtype: str, state: str) -> str:
     row = result if result["end_state"] == state else result["variants"].get(state, {})
-    after = (row.get("zeros") or {}).get("after_merge")
-    lost = {"dense": "the zeros of the pruned model are lost", "remasked": "its zeros were put back after the merge"}
-    text = f"A plain model in {dtype}: {lost.get(state, 'every zero of the pruned model is still zero')}"
-    text += "." if after is None else f"; {after:.2%} of the weights of its decoder are zero."
+    text = f"A plain model in {dtype}."
+    if result["sparsity"]:
+        zeros = row["zeros"]
+        kept = "Every zero of the pruned model is zero" if zeros["lost"] == 0 else f"{zeros['lost']:,} zeros are lost"
+        kept += ", put back after the merge" if state == "remasked" else ""
+        text += f" {kept}; {zeros['after_merge']:.2%} of the weights in the linear layers of its decoder are zero."
     tuned = "" if result["method"] == "none" else f", fine-tuned by {result['method']}"
-    title = f"# {result['model']}, {_pruned(result)}{tuned}"
-    return "\n\n".join([title, text, LOAD_MODEL.format(folder=MERGED)])
+    return "\n\n".join([f"# {_name(result, MERGED)}{tuned}", text, LOAD_MODEL.format(folder=MERGED)])
 
 
-def _pruned(result: Mapping[str, Any]) -> str:
-    if not result["sparsity"]:
-        return "not pruned"
+def _is_pruned(result: Mapping[str, Any], kind: str) -> bool:
+    """Whether a folder has, or belongs to, a model with zeros: a control is pruned after its fine-tuning only."""
+    return bool(result["sparsity"]) and (kind == MERGED or result["config"]["prune"].get("when") != "after")
+
+
+def _name(result: Mapping[str, Any], kind: str) -> str:
+    if not _is_pruned(result, kind):
+        return f"{result['model']}, not pruned"
     pattern = "" if result["pattern"] == "unstructured" else f" ({result['pattern']})"
-    return f"{100 * result['sparsity']:.4g} % zeros{pattern}"
+    return f"{result['model']}, {100 * result['sparsity']:.4g} % zeros{pattern}"
 
 
 def _facts(result: Mapping[str, Any], kind: str) -> list[list[str]]:
@@ -172,22 +182,23 @@ def _facts(result: Mapping[str, Any], kind: str) -> list[list[str]]:
     config, sources = result["config"], result["provenance"] or {}
     prune, data, support = config["prune"], config["data"], result["support"]
     facts = {"base": _source(sources.get("model.path"), result["model"])}
-    if result["sparsity"]:
+    if _is_pruned(result, kind):
         facts["pruner"] = "none: it came with its zeros" if prune["name"] == "none" else prune["name"]
+        facts["pruner"] += ", after the fine-tuning" if prune.get("when") == "after" else ""
         if "samples" in prune:
             text = _source(sources.get("prune.text"), "text")
             facts["pruner"] += f", calibrated on {prune['samples']} x {prune['sequence_length']} tokens of {text}"
-    facts["zeros of the base"] = f"sparsity {result['sparsity']:g}, pattern {result['pattern']}"
-    if support is not None:
-        facts["their fingerprint"] = f"sha256 {support['sha256']} (`lors.support.support_of`)"
-    if kind != BASE:
+        facts["zeros"] = f"sparsity {result['sparsity']:g}, pattern {result['pattern']}"
+        if support is not None:
+            facts["fingerprint of the zeros"] = f"sha256 {support['sha256']} (`lors.support.support_of`)"
+    if kind != BASE and result["method"] != "none":
         method = {name: value for name, value in (config["method"].get("peft") or {}).items() if name != "_target_"}
         train = {name: config["train"].get(name) for name in RECIPE.split()}
-        text = _source(sources.get("data.path"), data["name"])
+        text = _source(sources.get("data.path"), data["name"] if result["mode"] == "run" else "random tokens")
         limit = "" if data["limit"] is None else f", the first {data['limit']:,} rows"
         facts |= {
             "method": f"{result['method']} ({_listed(method)})" if method else result["method"],
-            "training data": f"{text}, {data['kind']}{limit}; loss on {data['loss_on']}",
+            "training data": f"{text}{limit}; loss on {data['loss_on']}",
             "recipe": _listed({**train, "seed": result["seed"]}),
         }
     facts["run"] = f"{result['key']}, commit {result['environment']['git_commit'] or 'unknown'}"

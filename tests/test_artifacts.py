@@ -195,11 +195,23 @@ def test_a_card_of_a_model_of_the_hub_links_it(folder: Path, tmp_path: Path) -> 
 
 def test_lora_names_its_end_state_and_an_unwritten_base(run) -> None:
     _, folder = run("method=lora", "save_merged=true")
-    assert "its zeros were put back after the merge; 50.00% of the weights" in card_of(folder / "merged").text
+    assert (
+        "Every zero of the pruned model is zero, put back after the merge; 50.00% of the weights"
+        in card_of(folder / "merged").text
+    )
     text = card_of(folder / "adapter").text
     assert "import lors" not in text and "which the run has not written (`save_base=true` does)" in text
     assert json.loads((folder / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == "./base"
     assert not (folder / "base").exists()
+
+
+def test_the_cards_of_a_control_say_where_its_zeros_are(run) -> None:
+    _, folder = run("method=lors", "prune.when=after", "eval.held_out=null", "save_merged=true", "save_base=true")
+    for name in ("adapter", "base"):
+        card = card_of(folder / name)
+        assert "not pruned" in card.text and "sparse" not in card.data.tags and "wanda" not in card.text
+    merged = card_of(folder / "merged")
+    assert "50 % zeros" in merged.text and "wanda, after the fine-tuning" in merged.text
 
 
 def assert_plain(folder: Path) -> None:
