@@ -118,7 +118,7 @@ def write_card(
         text = _base(result, dtype) if kind == BASE else _merged(result, dtype, state)
     parts = [
         text,
-        _rows([["", ""], ["---", "---"], *_facts(result, kind)]),
+        _rows([["", ""], ["---", "---"], *_facts(result, kind, base)]),
         *([] if kind == BASE else ["## Measured", _measured(result)]),
         *_scores(result, kind),
         "### Framework versions",
@@ -177,11 +177,14 @@ def _name(result: Mapping[str, Any], kind: str) -> str:
     return f"{result['model']}, {100 * result['sparsity']:.4g} % zeros{pattern}"
 
 
-def _facts(result: Mapping[str, Any], kind: str) -> list[list[str]]:
+def _facts(result: Mapping[str, Any], kind: str, base: Base) -> list[list[str]]:
     """Names and values: method, base, pruning, zeros, data, recipe, run."""
     config, sources = result["config"], result["provenance"] or {}
     prune, data, support = config["prune"], config["data"], result["support"]
-    facts = {"base": _source(sources.get("model.path"), result["model"])}
+    model = sources.get("model.path")
+    if base.revision is not None:
+        model = {**model, "revision": base.revision}
+    facts = {"base": _source(model, result["model"])}
     if _is_pruned(result, kind):
         facts["pruner"] = "none: it came with its zeros" if prune["name"] == "none" else prune["name"]
         facts["pruner"] += ", after the fine-tuning" if prune.get("when") == "after" else ""

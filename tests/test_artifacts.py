@@ -188,7 +188,9 @@ def test_the_revision_of_the_hub_is_that_of_the_files_that_were_read(composed, m
 def test_a_card_of_a_model_of_the_hub_links_it(folder: Path, tmp_path: Path) -> None:
     result, peft = json.loads((folder / "result.json").read_text()), PeftConfig.from_pretrained(folder / "adapter")
     write_card(tmp_path, "adapter", result, Base("org/pruned", "abc", "org/pruned"), dtype="bfloat16", peft=peft)
-    data = card_of(tmp_path).data
+    card = card_of(tmp_path)
+    data = card.data
+    assert "revision abc" in card.text
     assert (data.base_model, data.base_model_relation) == ("org/pruned", "adapter")
     assert "base_model:adapter:org/pruned" in data.tags
 
