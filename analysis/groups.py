@@ -29,6 +29,7 @@ AXES = ("mode", "model", "pruner", "pattern", "sparsity", "label")
 # Config values that say where and how a job runs, that are an axis, or that another value says already.
 IGNORED = (
     *("seed", "mode", "sparsity", "pattern", "force", "only", "name", "runs_root", "cache_root", "save_merged"),
+    "save_base",
     *("data_root", "launch", "model.name", "model.wheel", "prune.name", "eval.baselines"),
     *("train.checkpoint_every", "train.report_to", "train.steps_by_mode", "train.tuned", "method.merges"),
 )

@@ -277,6 +277,11 @@ def presets(page: Path) -> str:
     return str(table(["`experiment=`", "what", "size and time"], rows))
 
 
+def source(page: Path, file: str) -> str:
+    """A source file as it is."""
+    return f"```python\n{(ROOT / file).read_text(encoding='utf-8').strip()}\n```"
+
+
 KINDS: dict[str, Callable[..., str]] = {
     "claims": claims,
     "cost": cost,
@@ -287,6 +292,7 @@ KINDS: dict[str, Callable[..., str]] = {
     "presets": presets,
     "result": result,
     "search": search,
+    "source": source,
     "summary": summary,
     "table": experiment_table,
 }

@@ -249,6 +249,7 @@ class Config(Section):
     cache_root: Place | None
     data_root: Place | None = None
     save_merged: bool
+    save_base: bool = False
     simulate: Simulate
     adapter: Adapter
     model: Model

@@ -67,9 +67,11 @@ ABSENT: Mapping[str, Any] = {
     "model.device_map": None,
     "model.dtype": None,
     "model.pad_token": None,
+    "save_base": False,
 }
 # Keys that say where results go, which jobs are run and how, not what is computed.
-NOT_IN_KEY = ("force", "only", "name", "runs_root", "cache_root", "save_merged", "launch", "train.checkpoint_every")
+NOT_IN_KEY = ("force", "only", "name", "runs_root", "cache_root", "save_merged", "save_base", "launch")
+NOT_IN_KEY += ("train.checkpoint_every",)
 # Who else is told of the steps.
 NOT_IN_KEY += ("train.report_to",)
 # Where snapshots are, and how one is made; what is in them counts.

@@ -53,7 +53,8 @@ def blank_result(cfg: DictConfig, key: str, stages: Mapping[str, int], device: t
         "eval": None,
         "baselines": {"dense": None, "pruned": None},
         "variants": {},
-        "artifacts": {"config": "config.yaml", "log": "log.txt", **dict.fromkeys(("steps", "adapter", "merged"))},
+        "artifacts": {"config": "config.yaml", "log": "log.txt"}
+        | dict.fromkeys(("steps", "base", "adapter", "merged")),
     }
 
 

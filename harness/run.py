@@ -11,6 +11,7 @@ were finished.
 
 from __future__ import annotations
 
+import json
 import logging
 import traceback
 from collections.abc import Callable, Mapping
@@ -32,7 +33,7 @@ from harness.device_lock import device_lock
 from harness.environment import default_device, now
 from harness.errors import BadInput, one_line
 from harness.evaluate import check_scoring, evaluate
-from harness.files import check_writable
+from harness.files import check_writable, write_json
 from harness.flops import count_inference_flops
 from harness.inputs import Inputs, read_inputs
 from harness.live_memory import forward_memory
@@ -40,6 +41,7 @@ from harness.log_file import logged
 from harness.meter import Meter, Phases, initialization_memory, parts_of_peak, process_rss_peak, training_cost
 from harness.method import Method, finish, prepare, wrap
 from harness.method_from_config import build_method
+from harness.model_card import ADAPTER, BASE, MERGED, base_of, write_card
 from harness.models import Models
 from harness.processes import from_first, gathered, in_first, is_first
 from harness.result import blank_result, count_parameters, held_out_loss
@@ -59,8 +61,8 @@ __all__ = ["execute"]
 
 log = logging.getLogger("lors")
 
-# Folders of plain models: one that is asked for, and one that goes with the parts of a finished run.
-MERGED, UNSAVED = "merged", "parts/end_state"
+# The folder of a plain model that goes with the parts of a finished run.
+UNSAVED = "parts/end_state"
 
 
 def execute(cfg: DictConfig, since: int | None = None) -> dict[str, Any]:
@@ -162,6 +164,7 @@ class Job:
         self.inputs = inputs
         self.store = store
         self.result = result
+        self.cards: dict[str, dict[str, Any]] = {}  # of the folders that have one, see `write_card`
         self.phase = Phases(default_device())
         result["time"]["phases"] = self.phase.seconds
 
@@ -191,6 +194,10 @@ class Job:
             result |= starting_sparsity(cfg, M)
         seen = {"config": self.store.key, "support": result["support"]}
         processes.agree(seen | {"model": checksum(model)} if processes.count() > 1 else {})
+        if cfg.save_base:
+            from_first(partial(self._save, model, BASE))
+            self.cards[BASE] = {}
+            result["artifacts"]["base"] = BASE
         if cfg.mode == "run":
             check_scoring(placed(model, cfg), inputs.tokenizer, cfg.eval)
             if cfg.eval.baselines:
@@ -206,6 +213,7 @@ class Job:
             peaks = {name: result["memory"][name] for name in ("init_peak", "train_peak", "eval_peak", "reserved_peak")}
             of_all = gathered(peaks | {"process_rss_peak": process_rss_peak()})
             result["memory"]["by_process"] = of_all
+        from_first(self._write_cards)
 
     def _fine_tune(self, model: PreTrainedModel) -> nn.Module:
         """Initialise the adapter, measure one step apart, train; gives the trained model, whole."""
@@ -261,8 +269,9 @@ class Job:
         if (folder / "trackers").exists():
             result["artifacts"]["trackers"] = "trackers"
         if isinstance(adapted, PeftModel):
-            from_first(lambda: adapted.save_pretrained(self.store.artifact("adapter")))
-            result["artifacts"]["adapter"] = "adapter"
+            self.cards[ADAPTER] = {"peft": adapted.peft_config[adapted.active_adapter]}
+            from_first(partial(self._save_adapter, adapted))
+            result["artifacts"]["adapter"] = ADAPTER
         return adapted
 
     def _set_up(self, model: PreTrainedModel, batches: list[Mapping[str, Tensor]]) -> nn.Module:
@@ -302,7 +311,9 @@ class Job:
                     from_first(partial(self._save, model, saved))
             model = placed(model, cfg)
             row |= {"end_state": variant, **found, "eval": None}
-            result["artifacts"]["merged"] = saved or result["artifacts"]["merged"]
+            if saved:
+                self.cards[MERGED] = {"state": variant}
+                result["artifacts"]["merged"] = MERGED
             if first:
                 result["flops"]["inference"] = count_inference_flops(model, inputs.longest)
                 if model.device.type == "cpu":
@@ -358,11 +369,33 @@ class Job:
 
     def _save(self, model: PreTrainedModel, name: str) -> Path:
         """Write a plain model, with its tokenizer, into a folder of the run."""
-        folder = self.store.artifact(name)
-        model.save_pretrained(folder)
-        if self.inputs.tokenizer is not None:
-            self.inputs.tokenizer.save_pretrained(folder)
-        return folder
+        with self.store.artifact(name) as folder:
+            model.save_pretrained(folder)
+            tokenizer = self.inputs.tokenizer
+            if tokenizer is not None:
+                for option in ("is_local", "local_files_only"):  # of the loading here; transformers would write it
+                    tokenizer.init_kwargs.pop(option, None)
+                tokenizer.save_pretrained(folder)
+        return self.store.directory / name
+
+    def _save_adapter(self, adapted: PeftModel) -> None:
+        """Write the adapter, which names a base that others can have in place of a folder of the cache."""
+        base = base_of(self.cfg)
+        with self.store.artifact(ADAPTER) as folder:
+            adapted.save_pretrained(folder)
+            file = folder / "adapter_config.json"
+            config = json.loads(file.read_text(encoding="utf-8"))
+            write_json(file, config | {"base_model_name_or_path": base.path, "revision": base.revision})
+            self._write_card(ADAPTER, folder)  # in place of that of PEFT, which names the cache
+
+    def _write_cards(self) -> None:
+        """The cards of all folders, with everything that is known at the end."""
+        for kind in self.cards:
+            self._write_card(kind, self.store.directory / kind)
+
+    def _write_card(self, kind: str, folder: Path) -> None:
+        dtype = str(base_format(self.cfg)).removeprefix("torch.")
+        write_card(folder, kind, self.result, base_of(self.cfg), dtype=dtype, **self.cards[kind])
 
 
 def _out_of_memory(error: Exception) -> bool:

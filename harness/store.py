@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,14 +74,15 @@ class RunStore:
         """The result that makes the run of `cfg` unnecessary, if there is one.
 
         Args:
-            cfg: The resolved config: ``force``, ``save_merged``.
+            cfg: The resolved config: ``force``, ``save_merged``, ``save_base``.
             since: When the sweep began that the run belongs to (see `written_since`). A result that was
                 written since then stands, failed or not: another sweep on the same folder has made it.
         """
         result = self.result()
         if result is None or (since is not None and self.written_since(since)):
             return result
-        complete = result["status"] == "ok" and (not cfg.save_merged or result["artifacts"]["merged"])
+        wanted = [name for name, asked in (("merged", cfg.save_merged), ("base", cfg.save_base)) if asked]
+        complete = result["status"] == "ok" and all(result["artifacts"].get(name) for name in wanted)
         return result if complete and not cfg.force else None
 
     def written_since(self, moment: int) -> bool:
@@ -142,11 +144,19 @@ class RunStore:
         """The JSON value of one part of the run; computed unless an interrupted start got so far."""
         return computed_once(self.parts / f"{part}.sealed", compute, key="runs_root")
 
-    def artifact(self, name: str) -> Path:
-        """Where an artifact goes, rid of what a kill has left there, or of a link that leads elsewhere."""
+    @contextmanager
+    def artifact(self, name: str) -> Iterator[Path]:
+        """Where to write an artifact: a new folder, which gets its name at the end, in place of whatever has it."""
         folder = self.directory / name
-        remove(folder)
-        return folder
+        temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.tmp")
+        temporary.mkdir(parents=True)
+        try:
+            yield temporary
+            remove(folder)
+            temporary.replace(folder)
+        except BaseException:
+            remove(temporary)
+            raise
 
     def drop_progress(self) -> None:
         """Delete what only an interrupted run needs: finished parts and checkpoints of the training."""

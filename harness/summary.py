@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pandas as pd
 
 from harness.cards import HEADROOM, cards_needed
 
-__all__ = ["summary"]
+__all__ = ["scores", "sections", "summary"]
 
 MEBIBYTE = 2**20
 MEMORY = {"live_tensors": "live tensors, exact", "cuda": "CUDA allocator", "simulated": "simulated"}
@@ -25,10 +26,22 @@ def summary(result: dict[str, Any], file: Path) -> str:
         result: Content of ``result.json``.
         file: Its path.
     """
-    error, flops = result["error"], result["flops"]["per_step"]
+    error = result["error"]
+    failed = [] if result["status"] == "ok" else [f"{error['type']}: {' '.join(error['message'].split())}"]
+    lines = ["", _title(result), ""]
+    for name, texts in {"error": failed, **sections(result)}.items():
+        lines += [f"{name if text is texts[0] else '':<11}{text}" for text in texts]
+    table = scores(result)
+    if not table.empty:
+        lines += ["", table.to_string()]
+    return "\n".join([*lines, "", f"result     {file}"])
+
+
+def sections(result: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Lines about what was measured, by their subject; none where a subject was not, or not yet."""
+    flops = result["flops"]["per_step"]
     phases = [f"{name} {seconds:.1f}" for name, seconds in result["time"]["phases"].items()]
-    sections = {
-        "error": [] if result["status"] == "ok" else [f"{error['type']}: {' '.join(error['message'].split())}"],
+    return {
         "zeros": _zeros(result),
         "memory": _memory(result["memory"]),
         "fits on": _cards(result),
@@ -37,13 +50,6 @@ def summary(result: dict[str, Any], file: Path) -> str:
         "phases": [f"{', '.join(phases)} s"] if phases else [],
         "loss": _loss(result["loss"]),
     }
-    lines = ["", _title(result), ""]
-    for name, texts in sections.items():
-        lines += [f"{name if text is texts[0] else '':<11}{text}" for text in texts]
-    table = _scores(result)
-    if not table.empty:
-        lines += ["", table.to_string()]
-    return "\n".join([*lines, "", f"result     {file}"])
 
 
 def _title(result: dict[str, Any]) -> str:
@@ -134,12 +140,12 @@ def _loss(loss: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _scores(result: dict[str, Any]) -> pd.DataFrame:
+def scores(result: Mapping[str, Any]) -> pd.DataFrame:
     """One column per model: dense, pruned, and every end state of the fine-tuned one."""
-    columns = {name: scores for name, scores in result["baselines"].items() if scores is not None}
-    for name, scores in _end_states(result, "eval").items():
-        columns[TUNED.get(name, "fine-tuned") if result["method"] != "none" else "as pruned"] = scores
-    return pd.DataFrame({name: _cells(scores) for name, scores in columns.items()}).fillna("-")
+    columns = {name: row for name, row in result["baselines"].items() if row is not None}
+    for state, row in _end_states(result, "eval").items():
+        columns[TUNED.get(state, "fine-tuned") if result["method"] != "none" else "as pruned"] = row
+    return pd.DataFrame({name: _cells(row) for name, row in columns.items()}).fillna("-")
 
 
 def _cells(scores: dict[str, Any]) -> dict[str, str]:

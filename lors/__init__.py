@@ -4,6 +4,8 @@ Importing this package registers LoRS with PEFT, which cannot load an adapter of
 and peft, nothing else.
 """
 
+from lors.compressed_file import save_compressed
+from lors.compressed_reader import load_compressed
 from lors.functional import masked_linear
 from lors.initialization import initialize
 from lors.pruning import prune_model as prune
@@ -11,4 +13,14 @@ from lors.sparsity import check
 from lors.tuner import LorsConfig, LorsLinear, LorsModel, compress
 
 __version__ = "0.1.0"
-__all__ = ["LorsConfig", "LorsLinear", "LorsModel", "check", "compress", "initialize", "masked_linear", "prune"]
+__all__ = [
+    "LorsConfig",
+    "LorsLinear",
+    "LorsModel",
+    "check",
+    "compress",
+    "initialize",
+    "load_compressed",
+    "masked_linear",
+]
+__all__ += ["prune", "save_compressed"]

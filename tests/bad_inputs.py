@@ -82,8 +82,8 @@ VALUES = [
             "must be a number >= 0": "prune=sparsegpt;prune.damping=-0.1 train.minimum_learning_rate=-1 "
             "train.weight_decay=-0.1",
             "must be a number >= 0, or null": "+method.max_grad_norm=-1",
-            "must be true or false": "force=maybe force=1 save_merged=null train.activation_checkpointing=yes "
-            "+method.trains=0 eval.add_bos_token=null eval.baselines=3",
+            "must be true or false": "force=maybe force=1 save_merged=null save_base=1 "
+            "train.activation_checkpointing=yes +method.trains=0 eval.add_bos_token=null eval.baselines=3",
             "must be true or false, or null": "+method.keep_zeros=maybe",
             "must be a text": "name=3 runs_root=null model.path=null data.split=null eval.perplexity.text=null "
             "method.name=3 data.name=3 eval.name=3 launch.name=3",

@@ -129,7 +129,7 @@ def test_a_sweep_goes_on_from_unpacked_runs(tmp_path, capsys):
     (again,) = (tmp_path / "again").iterdir()
     for content in runs:
         store = RunStore(again / content["key"])
-        cfg = SimpleNamespace(save_merged=False, force=False)
+        cfg = SimpleNamespace(save_merged=False, save_base=False, force=False)
         assert (store.finished(cfg) is not None) == (content["status"] == "ok")
         assert store.result()["eval"] == content["eval"]
     assert main(["pack", str(again), "--output", str(tmp_path / "again.parquet")]) == 0

@@ -41,8 +41,8 @@ def key(*overrides: str) -> str:
 # The rate of another method is among them, what a null stands for, and a class: a method enters by its name.
 OF_NO_NUMBER = (
     "force=true name=other runs_root=/elsewhere cache_root=/elsewhere save_merged=true launch=torchrun only=failed "
-    "train.tuned.sqft=0.1 train.checkpoint_every=7 train.report_to=[] +method.version=1 method._target_=my.Method "
-    "adapter.alpha=16.0 sparsity=0.5 prune.text=microworld"
+    "save_base=true train.tuned.sqft=0.1 train.checkpoint_every=7 train.report_to=[] +method.version=1 "
+    "method._target_=my.Method adapter.alpha=16.0 sparsity=0.5 prune.text=microworld"
 ).split()
 CHOSEN = (
     "seed=1 sparsity=0.6 pattern=2:4 method=lora prune=magnitude prune.seed=1 adapter.r=8 train.steps=151 "

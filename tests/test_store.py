@@ -173,7 +173,8 @@ def test_what_makes_a_run_unnecessary(composed, tmp_path: Path) -> None:
     assert store.directory == tmp_path / "default" / run_key(cfg)
     assert store.finished(cfg)["status"] == "ok"
     assert store.finished(resolve(composed("force=true"))) is None
-    assert store.finished(resolve(composed("save_merged=true"))) is None
+    for asked in ("save_merged=true", "save_base=true"):
+        assert store.finished(resolve(composed(asked))) is None
     store, cfg = finished_run(composed, tmp_path, status="oom")
     assert store.finished(cfg) is None
     assert RunStore(tmp_path / "nothing").finished(cfg, since=0) is None
