@@ -97,6 +97,8 @@ class Method:
 
     reads_rows = False
     """Whether ``prepare`` looks at training rows."""
+    holds_out = False
+    """Whether those rows are left out of the training, so that something can be chosen by them after it."""
     prepares_shards = False
     """Whether ``prepare`` takes a model whose weights are shared out; it changes what is trained and nothing else."""
 

@@ -215,6 +215,9 @@ class Job:
         count = (method.init_rows or cfg.train.init_rows) if cfg.mode == "run" else 2 * size
         rows = inputs.rows[: count if method.reads_rows else 0]
         batches = [inputs.pad(rows[start : start + size]) for start in range(0, len(rows), size)]
+        data = inputs.rows[len(rows) :] if method.holds_out and cfg.mode == "run" else inputs.rows
+        if method.holds_out and not data:
+            raise BadInput(f"train.init_rows={count}: must be below {len(inputs.rows)}, the rows of the training data")
         if default_device().type == "cpu" and method.trains and not cfg.launch.shard:
             with self.phase("measure"):
                 result["memory"]["init_peak"] = self.store.once(
@@ -246,7 +249,7 @@ class Job:
         names = OmegaConf.select(cfg, "train.report_to") if is_first() else None
         reported = reporting(names, folder / "trackers", self.store.key, cfg)
         with self.phase("train") as peak, reported as trackers:
-            outcome = train(trainee, inputs.rows, inputs.pad, cfg.train, method, meter, folder, cfg.seed, trackers)
+            outcome = train(trainee, data, inputs.pad, cfg.train, method, meter, folder, cfg.seed, trackers)
         if cfg.launch.shard:
             collect(trainee, adapted)
         if peak.allocated is not None:
