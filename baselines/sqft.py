@@ -24,6 +24,13 @@ fused                       U + V   2U + 2V  b (n in + out in) + out in
 fused, checkpoint           U + V   2U + 3V  b n in
 ==========================  ======  =======  ============================
 
+QA-SparsePEFT, ``bits``: the fused weight is rounded to the grid of a weight of few bits (``lors.kernels.integers``), in
+training and in the merge alike, so that what is merged is what was trained, zeros and grid included:
+
+    Y = X Q(W + M (.) (s B A))^t + bias,        Q(w) = S (clamp(round(w / S) + z, 0, 2^bits - 1) - z)
+
+The gradients are those above, as if Q were not there (straight-through). It has the form 'fused', without dropout.
+
 Neural low-rank adapter search (NLS), ``rank_shares``: A and B have the largest rank R, and a rank rho of the space
 uses A[:rho] and B[:, :rho] at the scale alpha / R. All layers of a decoder block have one rho. `ElasticRanks` draws
 one sub-network for each optimizer step, from the seed and the number of the step alone: it is the same in the
@@ -50,12 +57,15 @@ from transformers import TrainerCallback
 
 from harness.method import Method
 from lors.checks import flag, number, one_of, option, whole
+from lors.functional import masked_linear
+from lors.kernels import PackedWeight, decode
 from lors.low_rank import LowRankLinear
 from lors.plugin import register
 from lors.randomness import generator_of, modes_kept
-from lors.sparse_config import SparseTunerConfig
+from lors.sparse_config import QuantizedConfig, SparseTunerConfig
 from lors.sparse_layer import active_layers, adapted_layers, layers_by_block
 from lors.sparse_tuner import SparseTunerModel
+from lors.storage import CompressedLinear
 
 __all__ = ["ElasticRanks", "SqftConfig", "SqftLinear", "SqftMethod", "SqftModel", "draw_ranks", "extract_ranks"]
 __all__ += ["fused_linear", "hill_climb", "masked_product", "set_ranks", "update"]
@@ -70,20 +80,28 @@ EXTRACTED: Mapping[str, Callable[[int], int]] = {
 }
 
 
+Weight = Tensor | PackedWeight
+
+
 def masked_product(weight: Tensor, A: Tensor, B: Tensor, scaling: float = 1.0) -> Tensor:
     """s M (.) (B A), out x in, with M = (W != 0) from W (out x in), A (r x in) and B (out x r)."""
     return ((B @ A) * (weight != 0)).mul_(scaling)  # in place: nothing more is kept for the backward pass
 
 
-def update(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scaling: float = 1.0, p: float = 0.0) -> Tensor:
+def update(x: Tensor, weight: Weight, A: Tensor, B: Tensor, scaling: float = 1.0, p: float = 0.0) -> Tensor:
     """drop(X) (s M (.) (B A))^t, ``[..., in]`` to ``[..., out]``; p is the dropout."""
-    return linear(dropout(x, p), masked_product(weight, A, B, scaling))
+    return linear(dropout(x, p), masked_product(_dense(weight), A, B, scaling))
 
 
-def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+def fused_linear(x: Tensor, weight: Weight, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     """X (W + s M (.) (B A))^t + bias, ``[..., in]`` to ``[..., out]``."""
     # Not torch.add(weight, update, alpha=s): compiled on a CPU it forgets s.
-    return linear(x, weight + masked_product(weight, A, B, scaling), bias)
+    W = _dense(weight)
+    return linear(x, W + masked_product(W, A, B, scaling), bias)
+
+
+def _dense(weight: Weight) -> Tensor:
+    return weight if isinstance(weight, Tensor) else decode(weight)
 
 
 def _shares(name: str, values: Any) -> None:
@@ -96,7 +114,7 @@ def _shares(name: str, values: Any) -> None:
 
 
 @dataclass
-class SqftConfig(SparseTunerConfig):
+class SqftConfig(QuantizedConfig, SparseTunerConfig):
     """Configuration of SparsePEFT; a bad value raises ``ValueError``."""
 
     dropout: float = option(
@@ -140,6 +158,11 @@ class SqftConfig(SparseTunerConfig):
                 f"dropout={self.dropout}: must be 0 with form='fused', whose one product has one input; "
                 "use form='two_products'"
             )
+        if self.bits is not None and self.form != "fused":
+            raise ValueError(
+                f"bits={self.bits}: must be None with form={self.form!r}: on a grid there is one weight, hence one "
+                "product; use form='fused'"
+            )
 
 
 class SqftLinear(LowRankLinear):
@@ -162,20 +185,26 @@ class SqftLinear(LowRankLinear):
         return (A, B) if rho == self.r[name] else (A[:rho], B[:, :rho])
 
     def adapted(self, x: Tensor, names: Sequence[str]) -> Tensor:
-        """X W^t + bias, the first adapter fused with it if of that form; one more product for each other."""
-        base = self.get_base_layer()
+        """X W^t + bias, the first adapter fused with it if of that form; one more product for each other.
+
+        With ``bits`` one product with the sum of all on the grid, as in LoRS, but with the mask in the gradients.
+        """
+        weight, bias = self._frozen_weight(), self.get_base_layer().bias
+        grid = self.grid(names)
+        if grid:
+            return masked_linear(x, weight, *self._stacked(names), bias, exact_gradient=True, grid=grid)
         others = list(names)
         if self.options[names[0]].form == "fused":
             first = others.pop(0)
-            y = self._computed(first, fused_linear, x, base.weight, base.bias, *self._in_type_of(base.weight, first))
+            y = self._computed(first, fused_linear, x, weight, bias, *self._in_type_of(weight, first))
         else:
             y = self.base_output(x)
         for name in others:
             p = self.options[name].dropout if self.training else 0.0
-            y = y + self._computed(name, update, x, base.weight, *self._in_type_of(base.weight, name), p)
+            y = y + self._computed(name, update, x, weight, *self._in_type_of(weight, name), p)
         return y
 
-    def _in_type_of(self, weight: Tensor, name: str) -> tuple[Tensor, Tensor, float]:
+    def _in_type_of(self, weight: Weight, name: str) -> tuple[Tensor, Tensor, float]:
         A, B = self.factors(name)
         return A.to(weight.dtype), B.to(weight.dtype), self.scaling[name]
 
@@ -192,6 +221,7 @@ class SqftModel(SparseTunerModel):
     """A model with ``SqftLinear`` layers; made by ``peft.get_peft_model`` from a ``SqftConfig``."""
 
     tuner_layer_cls = SqftLinear
+    other_base_layers = (CompressedLinear,)
 
     def _injected(self, adapter_name: str) -> None:
         """Besides what every tuner does, the ranks that are extracted."""

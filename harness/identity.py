@@ -55,7 +55,9 @@ STAGES = {
 }
 # Option -> what it was before there was such an option. Append only; a default that changes is not changed here.
 ABSENT: Mapping[str, Any] = {
+    "method.peft.bits": None,
     "method.peft.forward_product": "dense",
+    "method.peft.group": 64,
     "method.peft.storage": "dense",
     "method.version": 1,
     "train.logits_at_once": None,
