@@ -42,6 +42,7 @@ from harness.method import Method, finish, prepare, wrap
 from harness.method_from_config import build_method
 from harness.models import Models
 from harness.processes import from_first, gathered, in_first, is_first
+from harness.quantized import quantized_layout, save_weights
 from harness.result import blank_result, count_parameters, held_out_loss
 from harness.shards import collect, home, placed
 from harness.simulate import simulate
@@ -53,6 +54,7 @@ from harness.train import train
 from harness.weights import base_format, checksum, load_weights, random_model
 from harness.zeros import check_zeros, starting_sparsity
 from lors.kernels import in_use
+from lors.pruning import quantize_model
 from lors.sparsity import supports
 
 __all__ = ["execute"]
@@ -179,6 +181,8 @@ class Job:
         if cfg.mode == "profile":
             with self.phase("load"):
                 model = random_model(inputs.shape, dtype, cfg.sparsity, cfg.pattern, cfg.seed, home(cfg))
+                if quantized_layout(cfg):  # whatever finds the numbers, a step costs the same
+                    quantize_model(model, "rtn", bits=cfg.prune.bits, group=cfg.prune.group_size)
         else:
             models = Models(cfg, inputs)
             with self.phase("prune"):
@@ -362,7 +366,7 @@ class Job:
     def _save(self, model: PreTrainedModel, name: str) -> Path:
         """Write a plain model, with its tokenizer, into a folder of the run."""
         folder = self.store.artifact(name)
-        model.save_pretrained(folder)
+        save_weights(model, folder)
         if self.inputs.tokenizer is not None:
             self.inputs.tokenizer.save_pretrained(folder)
         return folder
