@@ -85,10 +85,13 @@ def peaks(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def _storage(config: Mapping[str, Any]) -> str:
-    """How the frozen weights are kept: as whole numbers (``int4``), or as ``method.peft.storage`` says."""
-    if config["prune"].get("quantize", "none") != "none":
-        return f"int{config['prune'].get('bits', 4)}"
-    return (config["method"].get("peft") or {}).get("storage") or "dense"
+    """How the frozen weights are kept: as whole numbers (``int4``), or as ``method.peft.storage`` says; and whether
+    the merged ones are rounded to a grid."""
+    peft, prune = config["method"].get("peft") or {}, config["prune"]
+    integers = f"int{prune.get('bits', 4)}" if prune.get("quantize", "none") != "none" else None
+    return (integers or peft.get("storage") or "dense") + (
+        f", merged to {peft['bits']} bits" if peft.get("bits") else ""
+    )
 
 
 def tables_of(table: pd.DataFrame) -> Iterator[str]:
