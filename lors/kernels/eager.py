@@ -69,6 +69,8 @@ def merge_on_grid(weight: PackedWeight, A: Tensor, B: Tensor, scaling: float, gr
     Arguments as for ``merge``. The sum is made as there, in float32 (float64 if W or T is), whatever T is.
     """
     exact = torch.promote_types(torch.promote_types(weight.dtype, dtype), torch.float32)
+    if parse_integers(weight.layout):  # W is its point of the grid, not that rounded to the type of the model
+        weight = weight._replace(parts=(weight.parts[0].to(exact), *weight.parts[1:]))
     scaled_B, A = B.to(exact) * scaling, A.to(exact)
     T = torch.empty(weight.shape, dtype=dtype, device=A.device)
     scratch = T.new_empty(0, dtype=exact)
