@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-__all__ = ["BITS", "codes_of", "grid_of", "integer_layout", "on_grid", "pack_codes", "parse_integers", "unpack_codes"]
+__all__ = ["BITS", "codes_of", "grid_of", "integer_layout", "numbers_of", "on_grid", "pack_codes", "parse_integers"]
+__all__ += ["unpack_codes"]
 
 BITS = (2, 4, 8)
 
@@ -47,11 +48,10 @@ def parse_integers(layout: str) -> tuple[int, int] | None:
 def grid_of(weight: Tensor, layout: str) -> tuple[Tensor, Tensor]:
     """Scales S, in the type of the weight, and zero points z, uint8, of a weight (out x in): both out x groups."""
     bits, group = parse_integers(layout)
-    exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    groups = pad(exact, (0, -weight.shape[1] % group)).unflatten(1, (-1, group))
+    groups = _groups(weight.to(torch.promote_types(weight.dtype, torch.float32)), group)
     low, high = groups.amin(-1).clamp_(max=0), groups.amax(-1).clamp_(min=0)
     top = 2**bits - 1
-    scales = ((high - low) / top).bfloat16().to(exact.dtype)
+    scales = ((high - low) / top).bfloat16().to(groups.dtype)
     scales.masked_fill_(scales == 0, 1.0)  # a group of zeros
     zeros = (-low / scales).round_().clamp_(0, top)
     return scales.to(weight.dtype), zeros.to(torch.uint8)
@@ -59,33 +59,40 @@ def grid_of(weight: Tensor, layout: str) -> tuple[Tensor, Tensor]:
 
 def codes_of(weight: Tensor, scales: Tensor, zeros: Tensor, layout: str) -> Tensor:
     """q of a weight (out x in), in its type or float32; ``scales`` and ``zeros`` as ``grid_of`` gives them."""
-    bits, group = parse_integers(layout)
-    exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    S, z = (_by_column(part.to(exact.dtype), group, weight.shape[1]) for part in (scales, zeros))
-    return (exact / S).round_().add_(z).clamp_(0, 2**bits - 1)
+    (bits, group), width = parse_integers(layout), weight.shape[1]
+    groups = _groups(weight.to(torch.promote_types(weight.dtype, torch.float32)), group)
+    S, z = (part.to(groups.dtype).unsqueeze(-1) for part in (scales, zeros))
+    return (groups / S).round_().add_(z).clamp_(0, 2**bits - 1).flatten(1)[:, :width]
 
 
 def on_grid(weight: Tensor, scales: Tensor, zeros: Tensor, layout: str) -> Tensor:
     """S (q - z) of a weight (out x in): the nearest points of the grid, in the type of the weight or float32."""
-    _, group = parse_integers(layout)
-    q = codes_of(weight, scales, zeros, layout)
-    S, z = (_by_column(part.to(q.dtype), group, weight.shape[1]) for part in (scales, zeros))
-    return q.sub_(z).mul_(S)
+    return numbers_of(codes_of(weight, scales, zeros, layout), scales, zeros, layout)
+
+
+def numbers_of(codes: Tensor, scales: Tensor, zeros: Tensor, layout: str) -> Tensor:
+    """S (q - z) of codes q (out x in), in their type, with one rounding."""
+    groups = _groups(codes, parse_integers(layout)[1])
+    S, z = (part.to(codes.dtype).unsqueeze(-1) for part in (scales, zeros))
+    return (groups - z).mul_(S).flatten(1)[:, : codes.shape[1]]
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """Codes (out x in) as bytes, out x ceil(in bits / 8), the first code of a byte in its lowest bits."""
-    per_byte = 8 // bits
-    fields = pad(codes.to(torch.uint8), (0, -codes.shape[1] % per_byte)).unflatten(1, (-1, per_byte))
-    return (fields.to(torch.int16) << torch.arange(0, 8, bits, device=codes.device)).sum(-1).to(torch.uint8)
+    fields = _groups(codes.to(torch.int16), 8 // bits) << torch.arange(0, 8, bits, device=codes.device)
+    return fields.sum(-1).to(torch.uint8)
 
 
 def unpack_codes(packed: Tensor, bits: int, width: int, dtype: torch.dtype) -> Tensor:
     """The inverse of ``pack_codes``, out x width, as numbers of a type."""
-    fields = packed.unsqueeze(-1) >> torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
-    return (fields & (2**bits - 1)).flatten(1)[:, :width].to(dtype)
+    per_byte = 8 // bits
+    fields = torch.empty(*packed.shape, per_byte, dtype=dtype, device=packed.device)
+    for k in range(per_byte):  # faster than to look bytes up, or all shifts at once
+        fields[..., k] = (packed >> bits * k) & (2**bits - 1)
+    return fields.flatten(1)[:, :width]
 
 
-def _by_column(values: Tensor, group: int, width: int) -> Tensor:
-    """A number for each group (out x groups) as one for each column, out x width."""
-    return values.repeat_interleave(group, dim=1)[:, :width]
+def _groups(values: Tensor, group: int) -> Tensor:
+    """Rows (out x in) cut into groups, out x groups x group; the last one filled up with zeros."""
+    missing = -values.shape[1] % group
+    return (pad(values, (0, missing)) if missing else values).unflatten(1, (-1, group))

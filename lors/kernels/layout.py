@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lors.kernels.integers import codes_of, grid_of, pack_codes, parse_integers, unpack_codes
+from lors.kernels.integers import codes_of, grid_of, numbers_of, pack_codes, parse_integers, unpack_codes
 from lors.sparsity import parse_pattern
 
 __all__ = [
@@ -249,11 +249,10 @@ def _pack_integers(blocks: list[Tensor], layout: str) -> tuple[Tensor, ...]:
 
 
 def _rows_of_integers(packed: PackedWeight, start: int, stop: int) -> Tensor:
-    """S (q - z), in the type of the scales: one rounding."""
-    (bits, group), width = parse_integers(packed.layout), packed.shape[1]
-    S, codes, z = (part[start:stop] for part in packed.parts)
-    S, z = (part.to(S.dtype).repeat_interleave(group, dim=1)[:, :width] for part in (S, z))
-    return unpack_codes(codes, bits, width, S.dtype).sub_(z).mul_(S)
+    """S (q - z), in the type of the scales."""
+    scales, codes, zeros = (part[start:stop] for part in packed.parts)
+    q = unpack_codes(codes, parse_integers(packed.layout)[0], packed.shape[1], scales.dtype)
+    return numbers_of(q, scales, zeros, packed.layout)
 
 
 def _codes_at(packed: PackedWeight, weight: Tensor) -> Tensor:
