@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -54,6 +55,24 @@ STORAGES = (DENSE, BITMAP, GROUPED, "auto")
 # Names of a layout's tensors in the state of a layer.
 INTEGERS = "integers"
 PARTS = {BITMAP: ("values", "bits", "offsets"), GROUPED: ("values", "codes"), INTEGERS: ("scales", "codes", "zeros")}
+
+
+class _Decoded(Tensor):
+    """A copy of a weight, for which PEFT's own layers would take it in a merge; results of operations are plain."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @property
+    def data(self) -> Tensor:
+        """A plain tensor of the same memory."""
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise ValueError(
+            "the weight is compressed, and what is written into a decoded copy of it is lost: leave the adapter beside "
+            "it, or merge LoRS or SQFT"
+        )
 
 
 class CompressedLinear(nn.Linear):
@@ -96,8 +115,9 @@ class CompressedLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:
-        """W, ``[out, in]``, decoded: a copy that does not require a gradient."""
-        return decode(self.packed)
+        """W, ``[out, in]``, decoded: a copy that does not require a gradient, and whose ``data`` cannot be set."""
+        W = decode(self.packed)
+        return W.as_subclass(_Decoded) if type(W) is Tensor else W
 
     def packed_with(self, stored: Tensor) -> PackedWeight:
         """The weight with another ``stored`` part."""
@@ -157,7 +177,7 @@ def dense_state_dict(model: nn.Module, state_dict: dict[str, Any], prefix: str, 
         if name not in weights or part not in weights[name]._part_names:
             state_dict[key] = value
         elif part == weights[name]._part_names[0]:
-            state_dict[f"{name}.weight"] = weights[name].weight
+            state_dict[f"{name}.weight"] = decode(weights[name].packed)
 
 
 def best_layout(weight: Tensor, storage: str) -> str:
@@ -247,7 +267,7 @@ def decompress_linear(linear: nn.Linear) -> nn.Linear:
     if not isinstance(linear, CompressedLinear):
         return linear
     with whole(linear):
-        weight = nn.Parameter(linear.weight, requires_grad=False)
+        weight = nn.Parameter(decode(linear.packed), requires_grad=False)
         bias = linear.bias
     if isinstance(linear.numbers, DTensor):
         sharded, linear = linear, nn.Module.__new__(type(linear))

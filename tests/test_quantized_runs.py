@@ -96,6 +96,20 @@ def test_the_merge_of_the_harness_refuses_what_would_be_lost() -> None:
         finish(method_of("lora"), adapted, before, "dense")
 
 
+@pytest.mark.parametrize("safe", [True, False])
+def test_peft_cannot_merge_a_lora_of_its_own(safe) -> None:
+    model = pruned()
+    quantize_model(model, "rtn", group=16)
+    adapted = trained(method_of("lora"), model)
+    with torch.no_grad():
+        expected = adapted(**batch()).logits
+    for merge in (adapted.merge_adapter, adapted.merge_and_unload):
+        with pytest.raises(ValueError, match="the weight is compressed, and what is written into"):
+            merge(safe_merge=safe)
+    with torch.no_grad():
+        assert torch.equal(adapted(**batch()).logits, expected)
+
+
 @pytest.mark.parametrize("name", ["lors", "sqft_gc", "sqft_nls"])
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_a_merge_of_the_harness_is_the_trained_model_and_on_the_grid(name, precision) -> None:
