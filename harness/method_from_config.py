@@ -51,7 +51,8 @@ def build_method(cfg: DictConfig) -> Method:
     except Exception as error:  # whatever a class raises at such a value
         reason = error.__cause__ or error if isinstance(error, InstantiationException) else error
         raise method_refusal(cfg, reason) from error
-    if quantized_layout(cfg) and built.trains and not getattr(built.peft, "grid", ""):
+    built.on_integers = bool(quantized_layout(cfg))
+    if built.on_integers and built.trains and not getattr(built.peft, "grid", ""):
         built.merges = ("adapter",)  # whatever it merges would leave the grid
     return built
 
