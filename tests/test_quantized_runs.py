@@ -58,6 +58,13 @@ def test_plain_methods_leave_their_adapter_beside_the_whole_numbers(tiny, no_net
         assert result["zeros"]["lost"] is None and not result["zeros"]["mergeable"]
 
 
+def test_the_method_knows_what_it_is_on(composed) -> None:
+    for overrides, merges, shards in (((), ("merged",), True), (QUANTISED, ("adapter",), False)):
+        method = build_method(resolve(composed("method=lors", *overrides)))
+        assert (method.merges, method.prepares_shards, method.on_integers) == (merges, shards, bool(overrides))
+    assert build_method(resolve(composed("method=lors", *QUANTISED, *ON_GRID))).merges == ("merged",)
+
+
 def test_what_a_run_starts_from_is_in_its_key(composed) -> None:
     def key(*overrides: str) -> str:
         return run_key(resolve(composed("method=lors", *overrides)))
