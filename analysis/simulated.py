@@ -85,7 +85,7 @@ def peaks(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def _storage(config: Mapping[str, Any]) -> str:
-    """How the frozen weights are kept: as whole numbers (``int4``), or as ``method.peft.storage`` says; and whether
+    """How the frozen weights are kept: quantised (``int4``), or as ``method.peft.storage`` says; and whether
     the merged ones are rounded to a grid."""
     peft, prune = config["method"].get("peft") or {}, config["prune"]
     integers = f"int{prune.get('bits', 4)}" if prune.get("quantize", "none") != "none" else None

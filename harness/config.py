@@ -369,14 +369,14 @@ def _check_storage(config: dict[str, Any]) -> None:
 
 
 def _quantization(config: dict[str, Any]) -> dict[str, Any]:
-    """What ``prune`` says of whole numbers, if it asks for them."""
+    """What ``prune`` says of quantised weights, if it asks for them."""
     prune = config["prune"]
     asked = prune.get("quantize", "none") != "none"
     return {name: prune[name] for name in QUANTIZATION if asked and name in prune}
 
 
 def _check_quantization(config: dict[str, Any]) -> None:
-    """Whole numbers where there are no pruned weights to make them of, or no method that can use them."""
+    """Quantised weights where there are no pruned ones to make them of, or no method that can use them."""
     prune, mode, method = config["prune"], config["mode"], config["method"]
     if not _quantization(config):
         return

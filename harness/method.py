@@ -102,8 +102,8 @@ class Method:
     """Whether ``prepare`` looks at training rows."""
     holds_out = False
     """Whether those rows are left out of the training, so that something can be chosen by them after it."""
-    on_integers = False
-    """Whether the frozen weights are whole numbers of few bits; set for a run with ``prune.quantize``."""
+    quantized_base = False
+    """Whether the frozen weights are quantised; set for a run with ``prune.quantize``."""
     prepares_shards = False
     """Whether ``prepare`` takes a model whose weights are shared out; it changes what is trained and nothing else."""
 
@@ -199,7 +199,7 @@ class GradientInitialized(Method):
     @property
     def prepares_shards(self) -> bool:
         """Not with compressed weights."""
-        return self.peft.storage == "dense" and not self.on_integers
+        return self.peft.storage == "dense" and not self.quantized_base
 
     def prepare(self, model: nn.Module, batches: Iterable[Mapping[str, Tensor]] | None, seed: int) -> nn.Module:
         """See `lors.initialize`."""

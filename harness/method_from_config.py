@@ -51,8 +51,8 @@ def build_method(cfg: DictConfig) -> Method:
     except Exception as error:  # whatever a class raises at such a value
         reason = error.__cause__ or error if isinstance(error, InstantiationException) else error
         raise method_refusal(cfg, reason) from error
-    built.on_integers = bool(quantized_layout(cfg))
-    if built.on_integers and built.trains and not getattr(built.peft, "grid", ""):
+    built.quantized_base = bool(quantized_layout(cfg))
+    if built.quantized_base and built.trains and not getattr(built.peft, "grid", ""):
         built.merges = ("adapter",)  # whatever it merges would leave the grid
     return built
 

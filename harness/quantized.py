@@ -1,4 +1,4 @@
-"""Models whose decoder weights are whole numbers of few bits (``prune.quantize``): in a folder, and without content.
+"""Models with quantised decoder weights (``prune.quantize``): in a folder, and without content.
 
 A folder has the dense weights, as any reader takes them, and beside them ``quantization.safetensors``: codes, scales
 and zero points of every layer (``lors.kernels.integers``). `weights.load_weights` puts those in the place of the dense
@@ -67,7 +67,7 @@ def save_weights(model: PreTrainedModel, folder: Path) -> None:
 
 
 def hold_saved(model: nn.Module, folder: Path) -> None:
-    """Put the whole numbers of a folder, if it has some, in the place of the dense weights.
+    """Put the quantised weights of a folder, if it has some, in the place of the dense weights.
 
     Raises:
         BadInput: They belong to another model.

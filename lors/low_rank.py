@@ -125,7 +125,7 @@ class LowRankLinear(MaskedLinear):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Linear:
-        """The layer without adapters, a plain dense ``nn.Linear`` or one of whole numbers; called by PEFT."""
+        """The layer without adapters, a plain dense ``nn.Linear``, or quantised as it was; called by PEFT."""
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         return self.base_layer if is_quantized(self.base_layer) else decompress_linear(self.base_layer)

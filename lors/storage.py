@@ -14,7 +14,7 @@ n:m         values and indices, in the smallest n:m pattern that the weight foll
 auto        the smallest of these
 ==========  =================================================================================================
 
-A weight that has been quantised (``lors.kernels.integers``) is kept as whole numbers with their grid by the same class:
+A weight that has been quantised (``lors.kernels.integers``) is kept as codes with their grid by the same class:
 ``hold`` puts any packed weight into a layer.
 """
 
@@ -99,12 +99,12 @@ class CompressedLinear(nn.Linear):
 
     @property
     def stored(self) -> Tensor:
-        """The part that a merge changes: the values, or the codes of whole numbers."""
+        """The part that a merge changes: the values, or the codes of a quantised weight."""
         return self.codes if is_quantized(self) else self.values
 
     @property
     def numbers(self) -> nn.Parameter:
-        """The part in the type of the weight: the values, or the scales of whole numbers."""
+        """The part in the type of the weight: the values, or the scales of a quantised weight."""
         return getattr(self, self._part_names[0])
 
     @property
@@ -133,7 +133,7 @@ class CompressedLinear(nn.Linear):
         """What to store of a weight whose zeros contain those of this one; the inverse of ``dense``.
 
         Raises:
-            ValueError: The weight does not lie on the grid of whole numbers.
+            ValueError: The weight does not lie on the grid of the quantised one.
         """
         return values_at(self.packed, weight)
 
@@ -254,7 +254,7 @@ def hold(linear: nn.Linear, packed: PackedWeight) -> None:
 
 
 def is_quantized(linear: nn.Module) -> bool:
-    """Whether the weight of a layer is kept as whole numbers."""
+    """Whether the weight of a layer is kept quantised."""
     return isinstance(linear, CompressedLinear) and parse_integers(linear.layout) is not None
 
 

@@ -223,7 +223,7 @@ def test_two_adapters_share_the_grid_and_merge_in_any_order():
 @pytest.mark.parametrize(
     ("kind", "fields"), [("lors", {}), ("sqft", {}), ("sqft", {"form": "fused"}), ("sqft", {"checkpoint": True})]
 )
-def test_without_bits_the_adapter_works_beside_whole_numbers_and_cannot_be_merged(kind, fields):
+def test_without_bits_the_adapter_works_beside_quantised_weights_and_cannot_be_merged(kind, fields):
     base = quantised_base(torch.float64)
     layer, x = layer_on(base, kind, **fields), draw(5, 20).requires_grad_()
     W = base.weight
@@ -238,7 +238,7 @@ def test_without_bits_the_adapter_works_beside_whole_numbers_and_cannot_be_merge
     assert torch.equal(base.weight, W)
 
 
-def test_a_checkpointed_update_keeps_no_dense_copy_of_whole_numbers():
+def test_a_checkpointed_update_keeps_no_dense_copy_of_a_quantised_weight():
     layer, x = layer_on(quantised_base(torch.float64), "sqft", form="fused", checkpoint=True), draw(5, 20)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda t: t):

@@ -50,7 +50,7 @@ def test_a_method_on_the_grid_ends_as_one_model_of_few_bits(tiny, quantizer, no_
     assert torch.equal(model(tokens).logits, dense(tokens).logits)
 
 
-def test_plain_methods_leave_their_adapter_beside_the_whole_numbers(tiny, no_network) -> None:  # noqa: F811
+def test_plain_methods_leave_their_adapter_beside_quantised_weights(tiny, no_network) -> None:  # noqa: F811
     for method in ("lora", "lors", "sqft"):
         result = execute(tiny(f"method={method}", *QUANTISED, "train.steps=1", "train.timing_warmup=0"))
         assert result["status"] == "ok", result["error"]
@@ -61,7 +61,7 @@ def test_plain_methods_leave_their_adapter_beside_the_whole_numbers(tiny, no_net
 def test_the_method_knows_what_it_is_on(composed) -> None:
     for overrides, merges, shards in (((), ("merged",), True), (QUANTISED, ("adapter",), False)):
         method = build_method(resolve(composed("method=lors", *overrides)))
-        assert (method.merges, method.prepares_shards, method.on_integers) == (merges, shards, bool(overrides))
+        assert (method.merges, method.prepares_shards, method.quantized_base) == (merges, shards, bool(overrides))
     assert build_method(resolve(composed("method=lors", *QUANTISED, *ON_GRID))).merges == ("merged",)
 
 

@@ -1,4 +1,4 @@
-"""Weights of 2, 4 or 8 bits: whole numbers on a grid for each group of a row, on which zero is exactly zero.
+"""Weights quantised to 2, 4 or 8 bits: an asymmetric grid for each group of a row, on which zero is exactly zero.
 
 A group is so many consecutive weights of one output, along the input dimension; the last one of a row may be shorter.
 With b bits, the scale S > 0 and the zero point z, a whole number in [0, 2^b - 1]:

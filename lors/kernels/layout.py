@@ -1,4 +1,4 @@
-"""How a pruned weight lies in memory: dense, as values and a bitmap, as n:m values and indices, or as whole numbers.
+"""How a pruned weight lies in memory: dense, as values and a bitmap, as n:m values and indices, or quantised.
 
 W is out x in, b bytes per element, z of them non-zero. A packed weight is a few plain tensors:
 

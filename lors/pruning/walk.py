@@ -125,7 +125,7 @@ def quantize_model(
 ) -> None:
     """Quantise every linear inside the decoder blocks in place; zeros stay zero.
 
-    A layer then keeps whole numbers and their grid (``lors.storage.CompressedLinear``), and its weight is dense only
+    A layer then keeps codes and their grid (``lors.storage.CompressedLinear``), and its weight is dense only
     while it is multiplied.
 
     Args:
