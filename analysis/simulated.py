@@ -7,8 +7,9 @@ free. `python -m analysis plots` draws the peaks against sequence length and ran
 
 import argparse
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -67,7 +68,7 @@ def peaks(results: pd.DataFrame) -> pd.DataFrame:
             | {"precision": train["precision"], "batch": train["batch_size"], "tokens": train["sequence_length"]}
             | {"accumulation": train["gradient_accumulation"], "checkpointing": train["activation_checkpointing"]}
             | {"shards": simulated["shards"], "device": simulated["device"], "r": config["adapter"]["r"]}
-            | {"storage": (config["method"].get("peft") or {}).get("storage") or "dense"}
+            | {"storage": _storage(config)}
             | {"peak": peak, "cards": cards_needed(result["peak_by_devices"] or {str(simulated["shards"]): peak})}
             | {name: sizes.get(name, 0) for name in ("weights", "activations", "transients")}
             | {"rest": sum(sizes.get(name, 0) for name in ("adapters", "gradients", "optimizer", "other"))}
@@ -81,6 +82,16 @@ def peaks(results: pd.DataFrame) -> pd.DataFrame:
     step = [name for name in (*SETTING, "tokens", "r") if name != "label"]
     lora = table[table.method == "lora"].groupby(step).peak.first().rename("lora")
     return table.assign(relative=table.peak / table.join(lora, on=step).lora)
+
+
+def _storage(config: Mapping[str, Any]) -> str:
+    """How the frozen weights are kept: quantised (``int4``), or as ``method.peft.storage`` says; and whether
+    the merged ones are rounded to a grid."""
+    peft, prune = config["method"].get("peft") or {}, config["prune"]
+    integers = f"int{prune.get('bits', 4)}" if prune.get("quantize", "none") != "none" else None
+    return (integers or peft.get("storage") or "dense") + (
+        f", merged to {peft['bits']} bits" if peft.get("bits") else ""
+    )
 
 
 def tables_of(table: pd.DataFrame) -> Iterator[str]:

@@ -46,6 +46,7 @@ METHODS = {
     "sqft": Style("SQFT", ORANGE, "^"),
     "sqft_fused": Style("SQFT, fused", ORANGE, "v", DASHED),
     "sqft_gc": Style("SQFT + GC", ORANGE, "<", DOTTED),
+    "sqft_nls": Style("SQFT, NLS", ORANGE, ">", DASH_DOT),
     "spp": Style("SPP", GREEN, "D"),
     "spp_blockwise": Style("SPP, blockwise", GREEN, "d", DASHED),
     "spp_gc": Style("SPP + GC", GREEN, "P", DOTTED),

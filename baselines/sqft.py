@@ -24,25 +24,63 @@ fused                       U + V   2U + 2V  b (n in + out in) + out in
 fused, checkpoint           U + V   2U + 3V  b n in
 ==========================  ======  =======  ============================
 
-Not here: the search over ranks (NLS) and the quantised variants of SQFT.
+QA-SparsePEFT, ``bits``: the fused weight is rounded to the grid of a weight of few bits (``lors.kernels.integers``), in
+training and in the merge alike, so that what is merged is what was trained, zeros and grid included:
+
+    Y = X Q(W + M (.) (s B A))^t + bias,        Q(w) = S (clamp(round(w / S) + z, 0, 2^bits - 1) - z)
+
+The gradients are those above, as if Q were not there (straight-through). It has the form 'fused', without dropout.
+
+Neural low-rank adapter search (NLS), ``rank_shares``: A and B have the largest rank R, and a rank rho of the space
+uses A[:rho] and B[:, :rho] at the scale alpha / R. All layers of a decoder block have one rho. `ElasticRanks` draws
+one sub-network for each optimizer step, from the seed and the number of the step alone: it is the same in the
+recomputation of a checkpoint, in all micro-batches and processes, and after resuming. Between the steps, and in what
+is saved and merged, the sub-network is the one that is extracted.
+
+    Trainer(model, callbacks=[ElasticRanks()])
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.nn.functional import dropout, linear
 from torch.utils.checkpoint import checkpoint
+from transformers import TrainerCallback
 
-from lors.checks import flag, number, one_of, option
+from harness.method import Method
+from lors.checks import flag, number, one_of, option, whole
+from lors.functional import masked_linear
+from lors.kernels import PackedWeight, decode
 from lors.low_rank import LowRankLinear
 from lors.plugin import register
-from lors.sparse_config import SparseTunerConfig
+from lors.randomness import generator_of, modes_kept
+from lors.sparse_config import QuantizedConfig, SparseTunerConfig
+from lors.sparse_layer import active_layers, adapted_layers, layers_by_block
+from lors.sparse_tuner import SparseTunerModel
+from lors.storage import CompressedLinear
 
-__all__ = ["SqftConfig", "SqftLinear", "SqftModel", "fused_linear", "masked_product", "update"]
+__all__ = ["ElasticRanks", "SqftConfig", "SqftLinear", "SqftMethod", "SqftModel", "draw_ranks", "extract_ranks"]
+__all__ += ["fused_linear", "hill_climb", "masked_product", "set_ranks", "update"]
+
+log = logging.getLogger("lors")
+
+# Which entry of a space of so many ranks, the largest first.
+EXTRACTED: Mapping[str, Callable[[int], int]] = {
+    "maximal": lambda length: 0,
+    "heuristic": lambda length: (length - 1) // 2,
+    "minimal": lambda length: length - 1,
+}
+
+
+Weight = Tensor | PackedWeight
 
 
 def masked_product(weight: Tensor, A: Tensor, B: Tensor, scaling: float = 1.0) -> Tensor:
@@ -50,19 +88,33 @@ def masked_product(weight: Tensor, A: Tensor, B: Tensor, scaling: float = 1.0) -
     return ((B @ A) * (weight != 0)).mul_(scaling)  # in place: nothing more is kept for the backward pass
 
 
-def update(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scaling: float = 1.0, p: float = 0.0) -> Tensor:
+def update(x: Tensor, weight: Weight, A: Tensor, B: Tensor, scaling: float = 1.0, p: float = 0.0) -> Tensor:
     """drop(X) (s M (.) (B A))^t, ``[..., in]`` to ``[..., out]``; p is the dropout."""
-    return linear(dropout(x, p), masked_product(weight, A, B, scaling))
+    return linear(dropout(x, p), masked_product(_dense(weight), A, B, scaling))
 
 
-def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+def fused_linear(x: Tensor, weight: Weight, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     """X (W + s M (.) (B A))^t + bias, ``[..., in]`` to ``[..., out]``."""
     # Not torch.add(weight, update, alpha=s): compiled on a CPU it forgets s.
-    return linear(x, weight + masked_product(weight, A, B, scaling), bias)
+    W = _dense(weight)
+    return linear(x, W + masked_product(W, A, B, scaling), bias)
+
+
+def _dense(weight: Weight) -> Tensor:
+    return weight if isinstance(weight, Tensor) else decode(weight)
+
+
+def _shares(name: str, values: Any) -> None:
+    """None, or falling shares of r that begin with 1."""
+    if values is None:
+        return
+    fits = isinstance(values, list) and all(isinstance(x, int | float) and 0 < x <= 1 for x in values)
+    if not fits or values[:1] != [1] or sorted(set(values), reverse=True) != values:
+        raise ValueError(f"{name}={values!r}: must be falling shares of r from 1 on, as in [1, 0.75, 0.5], or None")
 
 
 @dataclass
-class SqftConfig(SparseTunerConfig):
+class SqftConfig(QuantizedConfig, SparseTunerConfig):
     """Configuration of SparsePEFT; a bad value raises ``ValueError``."""
 
     dropout: float = option(
@@ -78,6 +130,26 @@ class SqftConfig(SparseTunerConfig):
     checkpoint: bool = option(
         False, "Compute the masked weight again in the backward pass instead of keeping it.", flag
     )
+    rank_shares: list[float] | None = option(
+        None,
+        "NLS: the ranks that a block can have, as shares of r, the largest first: [1, 0.75, 0.5] is 32, 24, 16 at "
+        "r=32. Every step trains one random rank for each block. None: rank r throughout.",
+        _shares,
+    )
+    extract: str = option(
+        "heuristic",
+        "NLS: the rank that is left of rank_shares: 'maximal', the first; 'heuristic', the middle one; 'minimal', the "
+        "last; 'search': hill climbing from the middle ones.",
+        one_of(*EXTRACTED, "search"),
+    )
+    seed: int = option(0, "NLS: seed of the ranks of every step.", whole(">= 0"))
+    subnetwork: list[int] | None = option(
+        None, "NLS: for every block the entry of rank_shares that a search has found; leave it out for a new adapter."
+    )
+
+    def ranks(self, r: int) -> list[int]:
+        """The ranks that a layer of the largest rank r can have, the largest first."""
+        return [max(1, int(share * r + 0.5)) for share in self.rank_shares or [1]]
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,28 +158,53 @@ class SqftConfig(SparseTunerConfig):
                 f"dropout={self.dropout}: must be 0 with form='fused', whose one product has one input; "
                 "use form='two_products'"
             )
+        if self.bits is not None and self.form != "fused":
+            raise ValueError(
+                f"bits={self.bits}: must be None with form={self.form!r}: on a grid there is one weight, hence one "
+                "product; use form='fused'"
+            )
 
 
 class SqftLinear(LowRankLinear):
     """A linear layer with SparsePEFT adapters: ``sqft_A[name]`` is r x in, ``sqft_B[name]`` is out x r."""
 
     adapter_layer_names = ("sqft_A", "sqft_B")
+    other_param_names = (*LowRankLinear.other_param_names, "active_rank")
+
+    def update_layer(self, adapter_name: str, config: SqftConfig, r: int, scaling: float) -> None:
+        """As for every method; ``active_rank[name]``, how many rows of A and columns of B take part, is r at first."""
+        if not hasattr(self, "active_rank"):
+            self.active_rank: dict[str, int] = {}
+        self.active_rank[adapter_name] = r
+        super().update_layer(adapter_name, config, r, scaling)
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """A[:rho] and B[:, :rho], rho the rank that is active."""
+        A, B = super().factors(name)
+        rho = self.active_rank[name]
+        return (A, B) if rho == self.r[name] else (A[:rho], B[:, :rho])
 
     def adapted(self, x: Tensor, names: Sequence[str]) -> Tensor:
-        """X W^t + bias, the first adapter fused with it if of that form; one more product for each other."""
-        base = self.get_base_layer()
+        """X W^t + bias, the first adapter fused with it if of that form; one more product for each other.
+
+        With ``bits`` one product with the sum of all on the grid, as in LoRS, but with the mask in the gradients.
+        """
+        weight, bias = self._frozen_weight(), self.get_base_layer().bias
+        grid = self.grid(names)
+        if grid:
+            return masked_linear(x, weight, *self._stacked(names), bias, exact_gradient=True, grid=grid)
         others = list(names)
         if self.options[names[0]].form == "fused":
             first = others.pop(0)
-            y = self._computed(first, fused_linear, x, base.weight, base.bias, *self._in_type_of(base.weight, first))
+            y = self._computed(first, fused_linear, x, weight, bias, *self._in_type_of(weight, first))
         else:
             y = self.base_output(x)
         for name in others:
             p = self.options[name].dropout if self.training else 0.0
-            y = y + self._computed(name, update, x, base.weight, *self._in_type_of(base.weight, name), p)
+            y = y + self._computed(name, update, x, weight, *self._in_type_of(weight, name), p)
         return y
 
-    def _in_type_of(self, weight: Tensor, name: str) -> tuple[Tensor, Tensor, float]:
+    def _in_type_of(self, weight: Weight, name: str) -> tuple[Tensor, Tensor, float]:
         A, B = self.factors(name)
         return A.to(weight.dtype), B.to(weight.dtype), self.scaling[name]
 
@@ -120,4 +217,200 @@ class SqftLinear(LowRankLinear):
         return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=drawn)
 
 
-SqftModel = register("SQFT", SqftConfig, SqftLinear)
+class SqftModel(SparseTunerModel):
+    """A model with ``SqftLinear`` layers; made by ``peft.get_peft_model`` from a ``SqftConfig``."""
+
+    tuner_layer_cls = SqftLinear
+    other_base_layers = (CompressedLinear,)
+
+    def _injected(self, adapter_name: str) -> None:
+        """Besides what every tuner does, the ranks that are extracted."""
+        super()._injected(adapter_name)
+        extract_ranks(self.model, adapter_name)
+
+
+register("SQFT", SqftConfig, SqftModel)
+
+
+def set_ranks(model: nn.Module, name: str, choice: Sequence[int]) -> None:
+    """Give all layers of block i the entry ``choice[i]`` of their space of ranks.
+
+    Raises:
+        ValueError: ``choice`` does not have a valid entry for every block with layers of the adapter.
+    """
+    blocks = layers_by_block(adapted_layers(model, name))
+    spaces = [[layer.options[name].ranks(layer.r[name]) for layer in block] for block in blocks]
+    length = len(spaces[0][0])
+    if len(choice) != len(blocks) or not all(isinstance(i, int) and 0 <= i < length for i in choice):
+        raise ValueError(f"subnetwork={list(choice)}: must be {len(blocks)} whole numbers from 0 to {length - 1}")
+    for block, space, index in zip(blocks, spaces, choice, strict=True):
+        for layer, ranks in zip(block, space, strict=True):
+            layer.active_rank[name] = ranks[index]
+
+
+def draw_ranks(model: nn.Module, name: str, step: int) -> list[int]:
+    """Activate the sub-network of an optimizer step (from 0), and return its entries, one for each block.
+
+    They follow from the seed of the config and the step alone, whatever process draws them, and how often.
+    """
+    options, blocks = _elastic(model, name)
+    length = len(options.rank_shares)
+    choice = torch.randint(length, (blocks,), generator=generator_of(options.seed, step)).tolist()
+    set_ranks(model, name, choice)
+    return choice
+
+
+def extract_ranks(model: nn.Module, name: str) -> list[int]:
+    """Activate the sub-network that the config extracts, and return its entries, one for each block."""
+    options, blocks = _elastic(model, name)
+    choice = options.subnetwork
+    if choice is None:
+        rule = EXTRACTED["heuristic" if options.extract == "search" else options.extract]
+        choice = [rule(len(options.rank_shares or [1]))] * blocks
+    set_ranks(model, name, choice)
+    return choice
+
+
+@torch.no_grad()
+def hill_climb(model: nn.Module, name: str, score: Callable[[], float], rounds: int = 10) -> list[int]:
+    """Search the sub-network with the highest score, from the middle of the space, and note it in the config.
+
+    A round scores all neighbours (one block, one entry up or down) and goes to the best of them; the search ends where
+    none is better. A round costs at most two scores for each block.
+
+    Args:
+        model: The trained model.
+        name: The adapter.
+        score: Called with the sub-network active and the model in evaluation mode. Not on the test data.
+        rounds: At most so many moves.
+
+    Returns:
+        The entry of ``rank_shares`` for each block.
+    """
+    options, blocks = _elastic(model, name)
+    length = len(options.rank_shares)
+
+    def scored(choice: list[int]) -> float:
+        set_ranks(model, name, choice)
+        return score()
+
+    with modes_kept(model):
+        model.eval()
+        best = [EXTRACTED["heuristic"](length)] * blocks
+        reached = scored(best)
+        for _ in range(rounds):
+            moves = [(i, best[i] + step) for i in range(blocks) for step in (-1, 1) if 0 <= best[i] + step < length]
+            neighbours = [[*best[:i], entry, *best[i + 1 :]] for i, entry in moves]
+            scores = [scored(choice) for choice in neighbours]
+            if not scores or max(scores) <= reached:
+                break
+            reached = max(scores)
+            best = neighbours[scores.index(reached)]
+    options.subnetwork = best
+    set_ranks(model, name, best)
+    return best
+
+
+class ElasticRanks(TrainerCallback):
+    """One sub-network for every optimizer step; between the steps and afterwards the one that is extracted.
+
+    What it does follows from the number of the step, so it has no state and a resumed training goes on as it would
+    have.
+
+    Args:
+        score: Of ``extract='search'``, see ``hill_climb``; gets the model. None: the search is left to the caller.
+    """
+
+    def __init__(self, score: Callable[[nn.Module], float] | None = None) -> None:
+        self.score = score
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
+        for name in _elastic_adapters(model):
+            draw_ranks(model, name, state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
+        # The Trainer evaluates and saves after this.
+        for name in _elastic_adapters(model):
+            extract_ranks(model, name)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
+        for name in _elastic_adapters(model):
+            options, _blocks = _elastic(model, name)
+            if options.extract == "search" and self.score is not None:
+                hill_climb(model, name, partial(self.score, model))
+            log.info("NLS: entries of the ranks %s by block: %s", options.ranks(options.r), extract_ranks(model, name))
+
+
+class SqftMethod(Method):
+    """SQFT in the harness. ``extract=search`` goes by the loss of the first ``init_rows`` training rows, which are then
+    left out of the training."""
+
+    _held_out: list[Mapping[str, Tensor]] | None = None
+
+    @property
+    def reads_rows(self) -> bool:
+        """Where ranks are searched for."""
+        return self.peft.rank_shares is not None and self.peft.extract == "search"
+
+    @property
+    def holds_out(self) -> bool:
+        """Likewise."""
+        return self.reads_rows
+
+    def prepare(self, model: nn.Module, batches: Any, seed: int) -> nn.Module:
+        """Keep the rows that ranks are searched by."""
+        self._held_out = list(batches) if batches is not None and self.reads_rows else None
+        return model
+
+    def callbacks(self) -> list[TrainerCallback]:
+        """The ranks of NLS."""
+        if self.peft.rank_shares is None:
+            return []
+        return [ElasticRanks(partial(_minus_loss, self._held_out) if self._held_out else None)]
+
+    def counts(self, model: nn.Module) -> dict[str, int]:
+        """``extracted``, the parameters of the sub-network that is left of an NLS."""
+        if self.peft.rank_shares is None:
+            return {}
+        layers = active_layers(model, SqftLinear)
+        return {"extracted": sum(sum(part.numel() for part in layer.factors(name)) for layer, name in layers)}
+
+    def largest_step(self, model: nn.Module) -> Any:
+        """That of the largest ranks."""
+        return None if self.peft.rank_shares is None else _largest(model)
+
+
+@contextmanager
+def _largest(model: nn.Module) -> Iterator[None]:
+    names = _elastic_adapters(model)
+    for name in names:
+        set_ranks(model, name, [0] * _elastic(model, name)[1])
+    try:
+        yield
+    finally:
+        for name in names:
+            extract_ranks(model, name)
+
+
+@torch.no_grad()
+def _minus_loss(batches: Sequence[Mapping[str, Tensor]], model: nn.Module) -> float:
+    """Minus the mean loss of the target tokens of all batches."""
+    device, total, count = next(model.parameters()).device, 0.0, 0
+    for batch in batches:
+        targets = int((batch["labels"][:, 1:] != -100).sum())
+        if targets:
+            total += float(model(**{key: value.to(device) for key, value in batch.items()}).loss) * targets
+            count += targets
+    return -total / max(1, count)
+
+
+def _elastic(model: nn.Module, name: str) -> tuple[SqftConfig, int]:
+    """Config of an adapter, and the number of blocks that have layers of it."""
+    layers = adapted_layers(model, name)
+    return next(iter(layers.values())).options[name], len(layers_by_block(layers))
+
+
+def _elastic_adapters(model: nn.Module) -> list[str]:
+    """The active adapters with a space of ranks."""
+    pairs = active_layers(model, SqftLinear)
+    return list(dict.fromkeys(name for layer, name in pairs if layer.options[name].rank_shares is not None))

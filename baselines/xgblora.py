@@ -25,7 +25,6 @@ are not drawn take no part in the forward pass, so they have no gradient, and an
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,7 +42,7 @@ from lors.low_rank import LowRankConfig, LowRankLinear
 from lors.placement import execution_device
 from lors.plugin import register
 from lors.randomness import generator_of
-from lors.sparse_layer import active_layers, adapted_layers
+from lors.sparse_layer import active_layers, adapted_layers, layers_by_block
 from lors.sparse_tuner import SparseTunerModel
 from lors.sparsity import masked_merge
 
@@ -343,20 +342,11 @@ def _boosted_adapter(model: nn.Module) -> tuple[str, XgbLoraConfig, dict[str, Xg
 
 def _drawn(options: XgbLoraConfig, layers: dict[str, XgbLoraLinear], number: int) -> list[XgbLoraLinear]:
     """The layers that booster ``number`` trains: they follow from the seed of the config and the number alone."""
-    blocks = _blocks(layers)
+    blocks = layers_by_block(layers)
     wanted = math.ceil(len(blocks) / 3) if options.drawn is None else options.drawn
     order = torch.randperm(len(blocks), generator=generator_of(options.seed, number)).tolist()
     chosen = {layer for index in order[:wanted] for layer in blocks[index]}
     return [layer for layer in layers.values() if layer in chosen]
-
-
-def _blocks(layers: dict[str, XgbLoraLinear]) -> list[list[XgbLoraLinear]]:
-    """The layers of each block, which is what their names have up to the first number; others stand alone."""
-    blocks: dict[str, list[XgbLoraLinear]] = {}
-    for key, layer in layers.items():
-        in_block = re.match(r".*?\.\d+(?=\.)", key)
-        blocks.setdefault(in_block[0] if in_block else key, []).append(layer)
-    return list(blocks.values())
 
 
 class XgbLoraModel(SparseTunerModel):
@@ -367,7 +357,7 @@ class XgbLoraModel(SparseTunerModel):
     def _injected(self, adapter_name: str) -> None:
         """Refuse to draw more blocks than there are, besides what every tuner does."""
         super()._injected(adapter_name)
-        drawn, blocks = self.peft_config[adapter_name].drawn, len(_blocks(self.adapted_layers(adapter_name)))
+        drawn, blocks = self.peft_config[adapter_name].drawn, len(layers_by_block(self.adapted_layers(adapter_name)))
         if drawn is not None and drawn > blocks:
             raise ValueError(f"drawn={drawn}: must be at most {blocks}, the blocks with adapted layers")
 

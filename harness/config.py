@@ -36,6 +36,7 @@ TYPES = ConfigDict(strict=True, allow_inf_nan=False)
 PLAIN = (int, float, bool, str, list, dict, type(None), Any)
 # Arguments that every method takes from ``adapter``, and their keys there.
 SHARED = {"r": "r", "lora_alpha": "alpha", "target_modules": "targets"}
+QUANTIZATION = ("quantize", "bits", "group_size")  # in ``prune``
 LARGEST = 2**32 - 1  # of whole numbers: a seed
 
 
@@ -71,11 +72,14 @@ def resolve(cfg: DictConfig, *, places: bool = True) -> DictConfig:
     if config["mode"] != "run":
         config["train"]["checkpoint_every"] = None
     if config["mode"] == "profile" or (config["mode"] == "simulate" and config["method"].get("trains", True)):
-        config["prune"] = {"name": "random"}
+        config["prune"] = {"name": "random"} | _quantization(config)
     elif config["sparsity"] == 0 or config["prune"]["name"] == "none":
         config["prune"] = {"name": "none"}
     elif needs_calibration(config["prune"]["name"]) and config["prune"]["text"] is None:
         config["prune"]["text"] = "microworld" if config["model"]["path"] == "microworld" else "c4"
+    if not _quantization(config):
+        for name in QUANTIZATION:
+            config["prune"].pop(name, None)
     if config["train"]["epochs"] is not None:
         config["train"]["steps"] = None
     if config["model"]["name"] is None:
@@ -340,6 +344,7 @@ def _check_together(config: dict[str, Any]) -> None:
         )
     _check_trackers(mode, train.get("report_to") or [])
     _check_storage(config)
+    _check_quantization(config)
     _check_processes(config)
 
 
@@ -361,6 +366,32 @@ def _check_storage(config: dict[str, Any]) -> None:
         raise BadInput(f"method.peft.storage=n:m: must be dense, bitmap or auto with pattern={pattern}")
     if peft.get("forward_product") == "2:4" and pattern != "2:4":
         raise BadInput(f"method.peft.forward_product=2:4: must be dense or auto with pattern={pattern}")
+
+
+def _quantization(config: dict[str, Any]) -> dict[str, Any]:
+    """What ``prune`` says of quantised weights, if it asks for them."""
+    prune = config["prune"]
+    asked = prune.get("quantize", "none") != "none"
+    return {name: prune[name] for name in QUANTIZATION if asked and name in prune}
+
+
+def _check_quantization(config: dict[str, Any]) -> None:
+    """Quantised weights where there are no pruned ones to make them of, or no method that can use them."""
+    prune, mode, method = config["prune"], config["mode"], config["method"]
+    if not _quantization(config):
+        return
+    given = f"prune.quantize={prune['quantize']}: must be"
+    trains = method.get("trains", True)
+    if mode == "run" and (prune["name"] == "none" or config["sparsity"] == 0):
+        raise BadInput(f"{given} none where nothing is pruned (prune={prune['name']}, sparsity={config['sparsity']})")
+    if prune.get("when") == "after":
+        raise BadInput(f"{given} none with prune.when=after")
+    if mode == "simulate" and not trains:
+        raise BadInput(f"{given} none with mode=simulate method={method['name']}, which simulates the pruning alone")
+    if mode == "run" and prune["quantize"] == "gptq" and not needs_calibration(prune["name"]):
+        raise BadInput(f"{given} none or rtn with prune={prune['name']}, which has no calibration text")
+    if trains and method.get("peft") is None:
+        raise BadInput(f"{given} none with method={method['name']}, which trains the weights themselves")
 
 
 def _check_processes(config: dict[str, Any]) -> None:

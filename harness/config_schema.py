@@ -114,6 +114,9 @@ class Unpruned(Section):
     seed: Seed
     text: Text | None
     when: Literal["before", "after"] = "before"
+    quantize: Literal["none", "rtn", "gptq"] = "none"
+    bits: Literal[2, 4, 8] = 4
+    group_size: Count = 64
 
 
 class Magnitude(Unpruned):

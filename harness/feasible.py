@@ -23,6 +23,7 @@ from harness.config import method_refusal
 from harness.config_schema import needs_calibration
 from harness.errors import BadInput, one_line
 from harness.method import Method, tuner_config
+from harness.quantized import hold_empty, quantized_layout
 from harness.simulate import simulate
 from harness.weights import base_format
 from lors.blocks import decoder_linears
@@ -82,6 +83,12 @@ def check_fit(cfg: DictConfig, method: Method, shape: PretrainedConfig) -> None:
         linears = decoder_linears(model)
     except Exception as error:  # whatever a model raises at such a config
         raise BadInput(f"{shown}: its config makes no model that can be used here ({reason(error)})") from error
+    layout = quantized_layout(cfg)
+    if layout:
+        try:
+            hold_empty(model, layout)
+        except ValueError as error:
+            raise BadInput(f"prune.quantize={cfg.prune.quantize}: {one_line(error)}") from error
     if not linears:
         raise BadInput(f"{shown}: its config makes a model without linear layers in decoder blocks")
     if cfg.mode == "simulate":

@@ -42,6 +42,8 @@ VERSIONS: Mapping[str, int] = {
     "prune.magnitude": 1,  # tests/test_identity.py pins what each pruner keeps to its number
     "prune.wanda": 1,
     "prune.sparsegpt": 1,
+    "quantize.rtn": 1,
+    "quantize.gptq": 1,
     "train": 1,
     "measure": 1,  # memory, FLOPs, time
     "simulate": 1,
@@ -55,11 +57,16 @@ STAGES = {
 }
 # Option -> what it was before there was such an option. Append only; a default that changes is not changed here.
 ABSENT: Mapping[str, Any] = {
+    "method.peft.bits": None,
     "method.peft.forward_product": "dense",
+    "method.peft.group": 64,
     "method.peft.storage": "dense",
     "method.version": 1,
     "train.logits_at_once": None,
     "prune.when": "before",
+    "prune.quantize": "none",
+    "prune.bits": 4,
+    "prune.group_size": 64,
     "eval.chat_template": False,
     "eval.held_out": None,
     "eval.perplexity.windows": None,
@@ -112,12 +119,12 @@ def run_key(cfg: DictConfig) -> str:
         section, last = place_in(config, name)
         section.pop(last, None)
     chosen = {key: value for key, value in _choices(config) if key not in ABSENT or value != ABSENT[key]}
-    return digest([chosen, raised_versions(mode, pruner)])
+    return digest([chosen, raised_versions(mode, pruner, config["prune"].get("quantize"))])
 
 
-def raised_versions(mode: str, pruner: str) -> dict[str, int]:
+def raised_versions(mode: str, pruner: str, quantizer: str | None = None) -> dict[str, int]:
     """The numbers above 1 of the stages that a run goes through."""
-    stages = [*STAGES[mode], *([f"prune.{pruner}"] if mode == "run" else [])]
+    stages = [*STAGES[mode], *([f"prune.{pruner}", f"quantize.{quantizer}"] if mode == "run" else [])]
     return {stage: version_of(stage) for stage in stages if version_of(stage) != 1}
 
 

@@ -13,7 +13,8 @@ End states:
 merged      the method's own merge; W' keeps the zeros of W if ``keep_zeros``
 dense       W' = W + delta W, the zeros are lost (LoRA, any method with ``method.peft.keep_zeros=false``)
 remasked    W' = M * (W + delta W), the zeros are kept but the function changes (likewise)
-adapter     delta W stays beside W (the same as it was trained: no zero is lost, nothing is merged)
+adapter     delta W stays beside W (the same as it was trained: no zero is lost, nothing is merged); all that there is
+            where W is quantised and the method does not train on its grid (``method.peft.bits``)
 ==========  =================================================================================================
 
 Every merge runs in float32, one layer at a time, and is rounded once to the dtype of W.
@@ -40,6 +41,8 @@ from lors import initialize
 from lors.blocks import decoder_linears
 from lors.experts import experts_as_linears, fuse_experts
 from lors.shared_weights import note_untied_head, untie_adapted
+from lors.sparse_layer import SparseLinear
+from lors.storage import CompressedLinear
 
 __all__ = [
     "PRECISIONS",
@@ -97,6 +100,10 @@ class Method:
 
     reads_rows = False
     """Whether ``prepare`` looks at training rows."""
+    holds_out = False
+    """Whether those rows are left out of the training, so that something can be chosen by them after it."""
+    quantized_base = False
+    """Whether the frozen weights are quantised; set for a run with ``prune.quantize``."""
     prepares_shards = False
     """Whether ``prepare`` takes a model whose weights are shared out; it changes what is trained and nothing else."""
 
@@ -192,7 +199,7 @@ class GradientInitialized(Method):
     @property
     def prepares_shards(self) -> bool:
         """Not with compressed weights."""
-        return self.peft.storage == "dense"
+        return self.peft.storage == "dense" and not self.quantized_base
 
     def prepare(self, model: nn.Module, batches: Iterable[Mapping[str, Tensor]] | None, seed: int) -> nn.Module:
         """See `lors.initialize`."""
@@ -345,6 +352,9 @@ def _merge_in_float32(model: PeftModel) -> PreTrainedModel:
     untie_adapted(model.get_base_model())
     _round_saved_modules(model)
     for layer in [module for module in model.modules() if isinstance(module, BaseTunerLayer)]:
+        if isinstance(layer.get_base_layer(), CompressedLinear) and not isinstance(layer, SparseLinear):
+            kind = f"{type(layer).__module__}.{type(layer).__name__}"
+            raise ValueError(f"{kind} cannot be merged into a compressed weight: leave the adapter beside it")
         dtype = layer.get_base_layer().weight.dtype
         layer.float()
         layer.merge()

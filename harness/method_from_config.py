@@ -21,6 +21,7 @@ from peft import PeftConfig
 from harness.config import check_options, method_refusal, refusal
 from harness.errors import BadInput, one_line
 from harness.method import Method
+from harness.quantized import quantized_layout
 
 __all__ = ["build_method"]
 
@@ -46,10 +47,14 @@ def build_method(cfg: DictConfig) -> Method:
             )
         check_options(key, node, known)
     try:
-        return instantiate(cfg.method, _convert_="all")
+        built = instantiate(cfg.method, _convert_="all")
     except Exception as error:  # whatever a class raises at such a value
         reason = error.__cause__ or error if isinstance(error, InstantiationException) else error
         raise method_refusal(cfg, reason) from error
+    built.quantized_base = bool(quantized_layout(cfg))
+    if built.quantized_base and built.trains and not getattr(built.peft, "grid", ""):
+        built.merges = ("adapter",)  # whatever it merges would leave the grid
+    return built
 
 
 def _class(key: str, name: Any) -> type | None:

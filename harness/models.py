@@ -26,12 +26,13 @@ from harness.evaluate import evaluate
 from harness.identity import digest, version_of
 from harness.inputs import Inputs, Source
 from harness.processes import from_first
+from harness.quantized import quantized_layout, save_weights
 from harness.sealed_file import computed_once
 from harness.sealed_folder import sealed_once
 from harness.shards import home, placed
 from harness.sources import provenance
 from harness.weights import base_format, load_weights
-from lors.pruning import prune_model
+from lors.pruning import prune_model, quantize_model
 
 __all__ = ["Models", "pruner_options"]
 
@@ -39,9 +40,9 @@ log = logging.getLogger("lors")
 
 
 def pruner_options(cfg: DictConfig) -> dict[str, Any]:
-    """The pruner's own options; the other fields of the group say what the calibration tokens are."""
-    tokens = ("name", "samples", "sequence_length", "seed", "text", "when")
-    return {key: value for key, value in OmegaConf.to_container(cfg.prune).items() if key not in tokens}
+    """The pruner's own options; the other fields of the group say what the calibration tokens are, and what follows."""
+    others = ("name", "samples", "sequence_length", "seed", "text", "when", "quantize", "bits", "group_size")
+    return {key: value for key, value in OmegaConf.to_container(cfg.prune).items() if key not in others}
 
 
 class Models:
@@ -64,7 +65,7 @@ class Models:
         log.info("the model is %s", json.dumps(provenance(self.cfg)["model.path"]))
         if not self._prunes_first:
             return self.inputs.source
-        folder = from_first(lambda: sealed_once(self.cache / "pruned", self.pruned_key, self._pruned))
+        folder = from_first(lambda: sealed_once(self.cache / "pruned", self.pruned_key, self._pruned, save_weights))
         return Source(str(folder), None, str(folder), folder, self.inputs.source.options)
 
     def _dense(self, dtype: torch.dtype | str, device: torch.device | None = None) -> PreTrainedModel:
@@ -75,7 +76,18 @@ class Models:
 
     def _pruned(self) -> PreTrainedModel:
         # One block at a time is on the device, which may be too small for the model.
-        return self.prune(self._dense("auto", torch.device("cpu")))
+        model = self.prune(self._dense("auto", torch.device("cpu")))
+        if quantized_layout(self.cfg):
+            prune, tokens = self.cfg.prune, self.inputs.calibration
+            quantize_model(
+                model,
+                prune.quantize,
+                bits=prune.bits,
+                group=prune.group_size,
+                calibration=None if tokens is None else tokens.to(model.device),
+                device=default_device(),
+            )
+        return model
 
     def baselines(self, model: PreTrainedModel, sparsity: float) -> dict[str, Any]:
         """Scores of the pruned model and of what it was made from, which of one that comes sparse nobody knows; of one
@@ -126,13 +138,16 @@ class Models:
 
     @cached_property
     def pruned_key(self) -> str:
-        """Key of the pruned model: the dense one, the pruner and its options, how much, the calibration."""
+        """Key of the pruned model: the dense one, the pruner and its options, how much, the calibration, the bits."""
         if self.cfg.prune.name == "none":
             return self.dense_key
         tokens = self.inputs.calibration
         content = None if tokens is None else hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
         pruner = self.cfg.prune.name
         asked = [pruner, version_of(f"prune.{pruner}"), pruner_options(self.cfg), self.cfg.sparsity, self.cfg.pattern]
+        layout = quantized_layout(self.cfg)
+        if layout:
+            asked += [self.cfg.prune.quantize, version_of(f"quantize.{self.cfg.prune.quantize}"), layout]
         return digest([self.dense_key, *asked, content])
 
     @property

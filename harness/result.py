@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from harness.environment import environment
+from harness.quantized import quantized_layout
 from harness.sources import provenance, recorded
 from lors.blocks import decoder_linears
 from lors.sparse_layer import SparseLinear
@@ -34,7 +35,7 @@ def blank_result(cfg: DictConfig, key: str, stages: Mapping[str, int], device: t
         "mode": cfg.mode,
         "method": cfg.method.name,
         "model": cfg.model.name,
-        "pruner": cfg.prune.name,
+        "pruner": _pruner(cfg),
         "pattern": cfg.pattern,
         "sparsity": cfg.sparsity or 0.0,
         "support": None,
@@ -56,6 +57,12 @@ def blank_result(cfg: DictConfig, key: str, stages: Mapping[str, int], device: t
         "artifacts": {"config": "config.yaml", "log": "log.txt"}
         | dict.fromkeys(("steps", "base", "adapter", "merged")),
     }
+
+
+def _pruner(cfg: DictConfig) -> str:
+    """Name of the pruner, and of what has quantised its weights: ``wanda-int4g64-gptq``."""
+    layout = quantized_layout(cfg).replace("/", "g")
+    return f"{cfg.prune.name}-{layout}-{cfg.prune.quantize}" if layout else cfg.prune.name
 
 
 def count_parameters(model: nn.Module) -> dict[str, int | float | None]:

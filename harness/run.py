@@ -44,6 +44,7 @@ from harness.method_from_config import build_method
 from harness.model_card import ADAPTER, BASE, MERGED, base_of, write_card
 from harness.models import Models
 from harness.processes import from_first, gathered, in_first, is_first
+from harness.quantized import quantized_layout, save_weights
 from harness.result import blank_result, count_parameters, held_out_loss
 from harness.shards import collect, home, placed
 from harness.simulate import simulate
@@ -55,6 +56,7 @@ from harness.train import train
 from harness.weights import base_format, checksum, load_weights, random_model
 from harness.zeros import check_zeros, starting_sparsity
 from lors.kernels import in_use
+from lors.pruning import quantize_model
 from lors.sparsity import supports
 
 __all__ = ["execute"]
@@ -182,6 +184,8 @@ class Job:
         if cfg.mode == "profile":
             with self.phase("load"):
                 model = random_model(inputs.shape, dtype, cfg.sparsity, cfg.pattern, cfg.seed, home(cfg))
+                if quantized_layout(cfg):  # whatever finds the numbers, a step costs the same
+                    quantize_model(model, "rtn", bits=cfg.prune.bits, group=cfg.prune.group_size)
         else:
             models = Models(cfg, inputs)
             with self.phase("prune"):
@@ -221,8 +225,12 @@ class Job:
         size = cfg.train.batch_size
         # In a profile only the memory counts, and the second batch reaches the peak.
         count = (method.init_rows or cfg.train.init_rows) if cfg.mode == "run" else 2 * size
-        rows = inputs.rows[: count if method.reads_rows else 0]
+        chooses = method.holds_out and cfg.mode == "run"  # a profile has nothing to choose by
+        rows = inputs.rows[: count if chooses or (method.reads_rows and not method.holds_out) else 0]
         batches = [inputs.pad(rows[start : start + size]) for start in range(0, len(rows), size)]
+        data = inputs.rows[len(rows) :] if chooses else inputs.rows
+        if chooses and not data:
+            raise BadInput(f"train.init_rows={count}: must be below {len(inputs.rows)}, the rows of the training data")
         if default_device().type == "cpu" and method.trains and not cfg.launch.shard:
             with self.phase("measure"):
                 result["memory"]["init_peak"] = self.store.once(
@@ -254,7 +262,7 @@ class Job:
         names = OmegaConf.select(cfg, "train.report_to") if is_first() else None
         reported = reporting(names, folder / "trackers", self.store.key, cfg)
         with self.phase("train") as peak, reported as trackers:
-            outcome = train(trainee, inputs.rows, inputs.pad, cfg.train, method, meter, folder, cfg.seed, trackers)
+            outcome = train(trainee, data, inputs.pad, cfg.train, method, meter, folder, cfg.seed, trackers)
         if cfg.launch.shard:
             collect(trainee, adapted)
         if peak.allocated is not None:
@@ -370,7 +378,7 @@ class Job:
     def _save(self, model: PreTrainedModel, name: str) -> Path:
         """Write a plain model, with its tokenizer, into a folder of the run."""
         with self.store.artifact(name) as folder:
-            model.save_pretrained(folder)
+            save_weights(model, folder)
             tokenizer = self.inputs.tokenizer
             if tokenizer is not None:
                 for option in ("is_local", "local_files_only"):  # of the loading here; transformers would write it

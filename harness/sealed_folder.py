@@ -70,7 +70,12 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def sealed_once(directory: str | Path, key: str, build: Callable[[], PreTrainedModel]) -> Path:
+def sealed_once(
+    directory: str | Path,
+    key: str,
+    build: Callable[[], PreTrainedModel],
+    save: Callable[[PreTrainedModel, Path], None] = lambda model, folder: model.save_pretrained(folder),
+) -> Path:
     """Folder of the model under ``key``; built and saved first unless an intact one is there.
 
     A folder that is damaged (an entry missing, altered, no plain file, or not in the seal), or that an interrupted
@@ -82,6 +87,7 @@ def sealed_once(directory: str | Path, key: str, build: Callable[[], PreTrainedM
         directory: The cache; made if it is not there.
         key: Name of the folder: letters, digits, ``_``, ``-`` and ``.``.
         build: Returns the model to save.
+        save: Saves it into a folder.
 
     Raises:
         ValueError: The key is not such a name.
@@ -106,7 +112,7 @@ def sealed_once(directory: str | Path, key: str, build: Callable[[], PreTrainedM
         model = build()
         partial.mkdir()  # fails if something has been laid there, which saving would follow
         try:
-            model.save_pretrained(partial)
+            save(model, partial)
             seal(partial, key)
             partial.rename(folder)
         except BaseException:

@@ -52,6 +52,7 @@ from harness.flops import CountFlops
 from harness.live_memory import LiveTensors, Peak, step_counted, training_step
 from harness.method import PRECISIONS, Method, wrap
 from harness.module_trace import ModuleTrace, module_names, without_index
+from harness.quantized import hold_empty, quantized_layout
 from harness.recipe import enable_activation_checkpointing
 from harness.result import count_parameters
 from harness.shards import can_shard
@@ -123,6 +124,8 @@ def _model(cfg: DictConfig, method: Method, shape: PretrainedConfig, mode: FakeT
     formats = PRECISIONS[cfg.train.precision]
     model = on_meta(shape, base_format(cfg))
     with torch.device("meta"):
+        if quantized_layout(cfg):
+            hold_empty(model, quantized_layout(cfg))
         model = wrap(method, model, precision=cfg.train.precision)
         storage = getattr(method.peft, "storage", "dense")
         if storage != "dense":

@@ -95,7 +95,7 @@ def _short(model: nn.Module) -> Iterator[None]:
     replaced = [patch.object(walk, "tqdm", partial(walk.tqdm, disable=True))]
     replaced += [patch.object(torch.nn.functional, "scaled_dot_product_attention", _fused_attention)]
     replaced += [patch.object(FakeTensor, "tolist", lambda tensor: [1] * len(tensor))]  # its own reads one by one
-    for name in ("_prune_block", "_prune_column"):
+    for name in ("_change_block", "_change_column"):
         replaced.append(patch.object(sparsegpt, name, partial(_at_the_left_edge, getattr(sparsegpt, name))))
     with ExitStack() as stack:
         for replacement in replaced:
@@ -103,9 +103,9 @@ def _short(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _at_the_left_edge(prune: Callable[..., None], column: int, *args: Any) -> None:
+def _at_the_left_edge(change: Callable[..., None], column: int, *args: Any) -> None:
     if column == 0:
-        prune(column, *args)
+        change(column, *args)
 
 
 def _fused_attention(

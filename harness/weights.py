@@ -19,6 +19,7 @@ from harness.config import as_written
 from harness.environment import default_device
 from harness.errors import BadInput, one_line
 from harness.method import PRECISIONS
+from harness.quantized import hold_saved
 from lors.blocks import decoder_linears
 from lors.sparsity import random_support
 
@@ -82,6 +83,7 @@ def load_weights(
         raise BadInput(f"{shown}: config.json and weights do not belong together: weights {found}")
     if places == "meta":
         return model.eval()
+    hold_saved(model, Path(path))
     if places is not None:
         _check_places(model, places)
         return model.eval()

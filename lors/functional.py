@@ -27,6 +27,9 @@ alone). X is cast to it outside of the function and Y has it. T is summed in flo
 are and rounded to it once, in forward and again in backward, so that no copy of them is kept. Every gradient is
 returned in the type of its own input.
 
+A grid. For a model that is to be quantised T is rounded to the points of a grid (``lors.kernels.integers``), in both
+passes, and the gradients are those above as if it were not: the straight-through estimate of the rounding.
+
 Activation checkpointing. T is made in the forward pass, in the recomputation and in the backward pass. Keeping
 the T of the recomputation would cost b in out bytes for every layer of a block, 405 MB for one of Llama-2-7B in
 bfloat16, which is what LoRS is there to avoid; one T at a time would be free only for the last layer of a block,
@@ -46,7 +49,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.functional import linear
 
-from lors.kernels import DENSE, PackedWeight, decode, merge, product
+from lors.kernels import DENSE, PackedWeight, decode, merge, merge_on_grid, product
 
 __all__ = ["frozen_linear", "masked_linear", "merged_weight", "without_autocast"]
 
@@ -61,6 +64,7 @@ def masked_linear(
     *,
     exact_gradient: bool = False,
     forward_product: str = DENSE,
+    grid: str = "",
 ) -> Tensor:
     """Apply a linear layer whose weight is W + s * M (.) (B A), with M = (W != 0).
 
@@ -77,6 +81,7 @@ def masked_linear(
         exact_gradient: Keep the mask in the gradients of A and B instead of the straight-through estimate.
         forward_product: How X T^t is computed, one of ``lors.kernels.PRODUCTS``; for other than ``dense`` the
             weight has to be 2:4.
+        grid: An integer layout, such as ``int4/64``, to whose points the merged weight is rounded.
 
     Returns:
         ``[..., out]`` in the compute type (see the module's text).
@@ -91,8 +96,8 @@ def masked_linear(
     _check(x, packed, A, B, bias)
     dtype = _compute_dtype(x.device.type, packed.dtype)
     x = x.to(dtype)
-    token = _Inputs.apply(x, A, B, bias, scaling, exact_gradient, packed.layout, *packed.parts)
-    return _Product.apply(token, x.detach(), A, B, bias, scaling, forward_product, packed.layout, *packed.parts)
+    token = _Inputs.apply(x, A, B, bias, scaling, exact_gradient, grid, packed.layout, *packed.parts)
+    return _Product.apply(token, x.detach(), A, B, bias, scaling, forward_product, grid, packed.layout, *packed.parts)
 
 
 def frozen_linear(
@@ -116,7 +121,13 @@ def frozen_linear(
 
 @torch.no_grad()
 def merged_weight(
-    weight: Tensor | PackedWeight, A: Tensor, B: Tensor, scaling: float, dtype: torch.dtype | None = None
+    weight: Tensor | PackedWeight,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    dtype: torch.dtype | None = None,
+    *,
+    grid: str = "",
 ) -> Tensor:
     """Compute T = W + s * M (.) (B A), with M = (W != 0) taken from ``weight`` before any cast.
 
@@ -126,13 +137,14 @@ def merged_weight(
         B: ``[out, r]``.
         scaling: The scale s.
         dtype: Compute type; by default the type of W.
+        grid: As for `masked_linear`.
 
     Returns:
         T, ``[out, in]`` in ``dtype``, rounded once. Zero wherever W is zero (-0.0 counts as zero); equal to W
         if B is zero. It has no derivative.
     """
     packed = _packed(weight)
-    return merge(packed, A, B, scaling, dtype or packed.dtype)
+    return _merged(packed, A, B, scaling, dtype or packed.dtype, grid)
 
 
 class _Inputs(torch.autograd.Function):
@@ -150,6 +162,7 @@ class _Inputs(torch.autograd.Function):
         bias: Tensor | None,
         scaling: float,
         exact_gradient: bool,
+        grid: str,
         layout: str,
         *parts: Tensor,
     ) -> Tensor:
@@ -157,7 +170,7 @@ class _Inputs(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, A, B, bias, ctx.scaling, ctx.exact_gradient, ctx.layout, *parts = inputs
+        x, A, B, bias, ctx.scaling, ctx.exact_gradient, ctx.grid, ctx.layout, *parts = inputs
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.x_shape = x.shape
         needs_factor_gradient = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
@@ -173,13 +186,13 @@ class _Inputs(torch.autograd.Function):
         with without_autocast(grad_output.device.type):
             G = grad_output.reshape(-1, grad_output.shape[-1])  # n x out
             if needs_x:
-                dx = (G @ merge(weight, A, B, ctx.scaling, G.dtype)).reshape(ctx.x_shape)
+                dx = (G @ _merged(weight, A, B, ctx.scaling, G.dtype, ctx.grid)).reshape(ctx.x_shape)
             if needs_A or needs_B:
                 X = x.reshape(-1, x.shape[-1])  # n x in
                 dA, dB = _factor_gradients(G, X, weight, A, B, ctx.scaling, ctx.exact_gradient, needs_A, needs_B)
             if needs_bias:
                 dbias = G.sum(dim=0, dtype=ctx.bias_dtype)
-        return dx, dA, dB, dbias, None, None, None, *[None] * len(parts)
+        return dx, dA, dB, dbias, None, None, None, None, *[None] * len(parts)
 
 
 class _Product(torch.autograd.Function):
@@ -194,10 +207,11 @@ class _Product(torch.autograd.Function):
         bias: Tensor | None,
         scaling: float,
         forward_product: str,
+        grid: str,
         layout: str,
         *parts: Tensor,
     ) -> Tensor:
-        T = merge(PackedWeight(layout, parts, (B.shape[0], A.shape[1])), A, B, scaling, x.dtype)
+        T = _merged(PackedWeight(layout, parts, (B.shape[0], A.shape[1])), A, B, scaling, x.dtype, grid)
         return product(x, T, None if bias is None else bias.to(x.dtype), forward_product)
 
     @staticmethod
@@ -248,6 +262,12 @@ class _FrozenLinear(torch.autograd.Function):
             if needs_bias:
                 dbias = G.sum(dim=0, dtype=ctx.bias_dtype)
         return dx, dbias, dW, None, None, *[None] * len(parts)
+
+
+def _merged(weight: PackedWeight, A: Tensor, B: Tensor, scaling: float, dtype: torch.dtype, grid: str) -> Tensor:
+    if grid:
+        return merge_on_grid(weight, A, B, scaling, grid, dtype)
+    return merge(weight, A, B, scaling, dtype)
 
 
 def _factor_gradients(

@@ -11,6 +11,9 @@ gradients are by default those of the formula, dA = s B^t (M (.) G^t X) and dB =
 G = dL/dY, at the price of one full product and one out x in buffer in the backward pass;
 ``exact_gradient=False`` is the estimate of LoRS, which leaves M out.
 
+W may be packed (``lors.storage``), in a model whose ``other_base_layers`` says so. With a ``grid``
+(``QuantizedConfig``) the merged weight is rounded to it, in training and in the merge alike.
+
 A method subclasses ``LowRankConfig`` and ``LowRankLinear`` and says what its parameters are and how A and B follow from
 them; see ``baselines.masked_lora`` for the shortest.
 """
@@ -26,10 +29,12 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout, linear
 
 from lors.checks import flag, option
-from lors.functional import masked_linear
+from lors.functional import masked_linear, merged_weight
 from lors.kernels import DENSE, PackedWeight
-from lors.sparse_config import MaskedConfig, SparseTunerConfig
+from lors.placement import full, whole
+from lors.sparse_config import MaskedConfig, SparseTunerConfig, UnscaledTunerConfig
 from lors.sparse_layer import MaskedLinear
+from lors.storage import CompressedLinear, decompress_linear, is_quantized
 
 __all__ = ["LowRankConfig", "LowRankLinear", "frozen", "kaiming_uniform"]
 
@@ -55,6 +60,14 @@ class LowRankLinear(MaskedLinear):
     """
 
     sums_by_concatenation = True
+
+    @classmethod
+    def check_fit(cls, name: str, layer: nn.Linear, config: UnscaledTunerConfig) -> None:
+        """As for every method; the grid of a base that is quantised has to be that of the config."""
+        super().check_fit(name, layer, config)
+        grid = getattr(config, "grid", "")
+        if grid and is_quantized(layer) and layer.layout != grid:
+            raise ValueError(f"bits={config.bits}, group={config.group}: the weight of {name!r} is {layer.layout}")
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """A (r x in) and B (out x r) of an adapter, without the scale."""
@@ -82,7 +95,52 @@ class LowRankLinear(MaskedLinear):
             self.get_base_layer().bias,
             exact_gradient=any(self.options[name].exact_gradient for name in names),
             forward_product=self._forward_product(names[0]),
+            grid=self.grid(names),
         )
+
+    def grid(self, names: Sequence[str]) -> str:
+        """The integer layout to which the weight with the adapters ``names`` is rounded; empty: to none.
+
+        Raises:
+            ValueError: They do not agree about it.
+        """
+        grids = {getattr(self.options[name], "grid", "") for name in names}
+        if len(grids) > 1:
+            raise ValueError(f"adapters {', '.join(names)}: differ in bits or group, and one weight has one grid")
+        return grids.pop()
+
+    @torch.no_grad()
+    def merged_weight(self, names: Sequence[str]) -> Tensor:
+        """As for every method; with a grid by the very computation of the forward pass."""
+        grid = self.grid(names)
+        if not grid:
+            return super().merged_weight(names)
+        with whole(self):
+            before = self._stored_before_merge
+            stored = self._stored().detach() if before is None else full(before)
+            base = self.get_base_layer()
+            W = base.packed_with(stored) if isinstance(base, CompressedLinear) else stored
+            return merged_weight(W, *self._stacked(names), grid=grid)
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Linear:
+        """The layer without adapters, a plain dense ``nn.Linear``, or quantised as it was; called by PEFT."""
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        return self.base_layer if is_quantized(self.base_layer) else decompress_linear(self.base_layer)
+
+    def _stored(self) -> Tensor:
+        base = self.get_base_layer()
+        return base.stored if isinstance(base, CompressedLinear) else base.weight
+
+    def _dense(self, stored: Tensor) -> Tensor:
+        base = self.get_base_layer()
+        return base.dense(stored) if isinstance(base, CompressedLinear) else stored
+
+    def _as_stored(self, weight: Tensor) -> Tensor:
+        base = self.get_base_layer()
+        return base.values_of(weight) if isinstance(base, CompressedLinear) else weight
 
     def branch(self, x: Tensor, name: str) -> Tensor:
         """s (drop(X) A^t) B^t, in the type of the factors."""
@@ -98,7 +156,11 @@ class LowRankLinear(MaskedLinear):
 
     def _frozen_weight(self) -> Tensor | PackedWeight:
         """W as ``masked_linear`` takes it."""
-        return frozen(self.get_base_layer().weight)
+        base = self.get_base_layer()
+        if not isinstance(base, CompressedLinear):
+            return frozen(base.weight)
+        numbers, *others = base.packed.parts
+        return base.packed._replace(parts=(frozen(numbers), *others))
 
     def _forward_product(self, name: str) -> str:
         """How the product with the merged weight is computed; the first active adapter decides."""

@@ -21,7 +21,7 @@ from lors.sparse_layer import BASE, adapted_layers
 __all__ = ["adapter_for_each_row", "add_weighted_adapter"]
 
 # Fields in which adapters that are summed must agree; of all others the first adapter decides.
-ALIKE = ("keep_zeros", "exact_gradient")
+ALIKE = ("keep_zeros", "exact_gradient", "bits", "group")
 
 
 @contextmanager
@@ -114,7 +114,7 @@ def add_weighted_adapter(
             raise ValueError(f"adapters={list(adapters)}: differ in {field}, so that they have no common form")
     saved = _saved_modules(tuner, adapters)
     layers = adapted_layers(tuner.model, *adapters)
-    ranks = {name: sum(layer.r[part] for part in layer._own(adapters)) for name, layer in layers.items()}
+    ranks = {name: sum(len(layer.factors(part)[0]) for part in layer._own(adapters)) for name, layer in layers.items()}
     config = _config_of_scale_1(tuner.peft_config[adapters[0]], ranks)
     trained = {name for part in adapters for name in tuner.peft_config[part].modules_to_save or ()}
     config.modules_to_save = sorted(trained) or None
@@ -157,6 +157,8 @@ def _config_of_scale_1(config: Any, ranks: Mapping[str, int]) -> Any:
     config.lora_alpha, config.rank_pattern, config.alpha_pattern = config.r, others, dict(others)
     if hasattr(config, "scaling"):
         config.scaling = "alpha_over_r"
+    if hasattr(config, "rank_shares"):  # what is summed are sub-networks
+        config.rank_shares = config.subnetwork = None
     config.target_modules, config.exclude_modules = set(ranks), None
     config.layers_to_transform = config.layers_pattern = None
     return config

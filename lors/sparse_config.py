@@ -12,9 +12,10 @@ from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND, PeftType
 from peft.utils.other import get_pattern_key
 
 from lors.checks import check_fields, each, flag, number, one_of, option, whole
+from lors.kernels import BITS, integer_layout
 from lors.support import Support
 
-__all__ = ["MaskedConfig", "MethodConfig", "SparseTunerConfig", "UnscaledTunerConfig"]
+__all__ = ["MaskedConfig", "MethodConfig", "QuantizedConfig", "SparseTunerConfig", "UnscaledTunerConfig"]
 
 
 @dataclass
@@ -148,3 +149,21 @@ class MaskedConfig(UnscaledTunerConfig):
                 f"dropout={self.dropout}: must be 0 with keep_zeros=true, whose one product has one input; "
                 "use keep_zeros=false"
             )
+
+
+@dataclass
+class QuantizedConfig(UnscaledTunerConfig):
+    """The same for a method that can train for a weight of few bits."""
+
+    bits: int | None = option(
+        None,
+        "Round the merged weight to a grid of so many bits (2, 4 or 8) in training and in the merge: the grid of the "
+        "base if that is quantised, else one that spans its weights. None: no grid.",
+        one_of(None, *BITS),
+    )
+    group: int = option(64, "With bits: so many weights of a row have one scale and one zero point.", whole(">= 1"))
+
+    @property
+    def grid(self) -> str:
+        """The integer layout of ``bits`` and ``group``, such as ``int4/64``; empty without one."""
+        return "" if self.bits is None else integer_layout(self.bits, self.group)

@@ -15,9 +15,10 @@ computation of a layer is refused (``lors.blocks.linear_fault``), before anythin
 
 from __future__ import annotations
 
+import re
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import TypeVar
@@ -32,7 +33,7 @@ from lors.placement import execution_device, full, whole, write
 from lors.sparse_config import UnscaledTunerConfig
 from lors.sparsity import masked_merge
 
-__all__ = ["BASE", "MaskedLinear", "SparseLinear", "active_layers", "adapted_layers", "check_finite"]
+__all__ = ["BASE", "MaskedLinear", "SparseLinear", "active_layers", "adapted_layers", "check_finite", "layers_by_block"]
 
 BASE = "__base__"  # PEFT's name for a row without adapter
 L = TypeVar("L", bound="SparseLinear")
@@ -260,6 +261,15 @@ def adapted_layers(model: nn.Module, *adapter_names: str) -> dict[str, SparseLin
     """The layers of a model that have one of the adapters, by name."""
     layers = {name: part for name, part in model.named_modules() if isinstance(part, SparseLinear)}
     return {name: layer for name, layer in layers.items() if layer._own(adapter_names)}
+
+
+def layers_by_block(layers: Mapping[str, L]) -> list[list[L]]:
+    """The layers of each decoder block, which is what their names have up to the first number; others stand alone."""
+    blocks: dict[str, list[L]] = {}
+    for name, layer in layers.items():
+        in_block = re.match(r".*?\.\d+(?=\.)", name)
+        blocks.setdefault(in_block[0] if in_block else name, []).append(layer)
+    return list(blocks.values())
 
 
 def _check_rows(layer: SparseLinear, x: Tensor, adapter_names: Sequence[str]) -> None:

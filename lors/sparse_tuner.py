@@ -29,6 +29,7 @@ from lors.placement import execution_device, whole
 from lors.shared_weights import untie_adapted
 from lors.sparse_config import UnscaledTunerConfig
 from lors.sparse_layer import SparseLinear, adapted_layers, check_finite
+from lors.storage import CompressedLinear
 from lors.support import Support, support_of
 
 __all__ = ["SparseTunerModel"]
@@ -59,6 +60,12 @@ class SparseTunerModel(BaseTuner):
                 known.clear()
                 known.update(before)
             raise
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """Read by DDP from the ``PeftModel`` around this one: what it need not send before every forward pass."""
+        layers = {name: part for name, part in self.model.named_modules() if isinstance(part, CompressedLinear)}
+        return [f"base_model.model.{name}.{key}" for name, part in layers.items() for key in part._buffers]
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The model's; ``adapter_names`` as in ``lors.mixing.adapter_for_each_row``."""

@@ -13,6 +13,9 @@ n:m         values and indices, in the smallest n:m pattern that the weight foll
             was not pruned to such a pattern may follow 13:16, say, and gain nothing
 auto        the smallest of these
 ==========  =================================================================================================
+
+A weight that has been quantised (``lors.kernels.integers``) is kept as codes with their grid by the same class:
+``hold`` puts any packed weight into a layer.
 """
 
 from __future__ import annotations
@@ -21,11 +24,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lors.functional import frozen_linear
 from lors.kernels import BITMAP, DENSE, PackedWeight, decode, pack
+from lors.kernels.integers import parse_integers
 from lors.kernels.layout import GROUPS, empty, values_at
 from lors.placement import full, whole
 from lors.sparsity import UNSTRUCTURED, resolve_sparsity
@@ -40,26 +45,47 @@ __all__ = [
     "decompress_linear",
     "dense_state_dict",
     "gradient_weight",
+    "hold",
+    "is_quantized",
     "places_as_parameters",
 ]
 
 GROUPED = "n:m"
 STORAGES = (DENSE, BITMAP, GROUPED, "auto")
 # Names of a layout's tensors in the state of a layer.
-PARTS = {BITMAP: ("values", "bits", "offsets"), GROUPED: ("values", "codes")}
+INTEGERS = "integers"
+PARTS = {BITMAP: ("values", "bits", "offsets"), GROUPED: ("values", "codes"), INTEGERS: ("scales", "codes", "zeros")}
+
+
+class _Decoded(Tensor):
+    """A copy of a weight, for which PEFT's own layers would take it in a merge; results of operations are plain."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @property
+    def data(self) -> Tensor:
+        """A plain tensor of the same memory."""
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise ValueError(
+            "the weight is compressed, and what is written into a decoded copy of it is lost: leave the adapter beside "
+            "it, or merge LoRS or SQFT"
+        )
 
 
 class CompressedLinear(nn.Linear):
     """A linear layer with a packed, frozen weight. ``compress_linear`` turns a plain layer into one.
 
-    The values are a parameter without gradient, their places are buffers (FSDP1 takes no whole numbers as parameters,
-    for FSDP2 see `places_as_parameters`): they move, are copied and saved with the model, a cast touches the values
-    only, and the values are sharded.
+    The values (or scales) are a parameter without gradient, the other parts are buffers (FSDP1 takes no whole numbers
+    as parameters, for FSDP2 see `places_as_parameters`): they move, are copied and saved with the model, a cast touches
+    the values only, and the values are sharded.
     ``weight`` is decoded afresh at every access and cannot be assigned to. A state dict with a dense ``weight`` can be
     loaded: it is packed again.
 
     Attributes:
-        layout: ``bitmap`` or the n:m pattern.
+        layout: ``bitmap``, the n:m pattern, or an integer layout.
     """
 
     computes_linear = True  # see lors.blocks.linear_fault
@@ -69,7 +95,17 @@ class CompressedLinear(nn.Linear):
 
     @property
     def _part_names(self) -> tuple[str, ...]:
-        return PARTS[BITMAP if self.layout == BITMAP else GROUPED]
+        return PARTS[BITMAP if self.layout == BITMAP else INTEGERS if parse_integers(self.layout) else GROUPED]
+
+    @property
+    def stored(self) -> Tensor:
+        """The part that a merge changes: the values, or the codes of a quantised weight."""
+        return self.codes if is_quantized(self) else self.values
+
+    @property
+    def numbers(self) -> nn.Parameter:
+        """The part in the type of the weight: the values, or the scales of a quantised weight."""
+        return getattr(self, self._part_names[0])
 
     @property
     def packed(self) -> PackedWeight:
@@ -79,15 +115,26 @@ class CompressedLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:
-        """W, ``[out, in]``, decoded: a copy that does not require a gradient."""
-        return decode(self.packed)
+        """W, ``[out, in]``, decoded: a copy that does not require a gradient, and whose ``data`` cannot be set."""
+        W = decode(self.packed)
+        return W.as_subclass(_Decoded) if type(W) is Tensor else W
 
-    def dense(self, values: Tensor) -> Tensor:
-        """The weight, ``[out, in]``, that has other values in the places of this one."""
-        return decode(self.packed._replace(parts=(values, *self.packed.parts[1:])))
+    def packed_with(self, stored: Tensor) -> PackedWeight:
+        """The weight with another ``stored`` part."""
+        parts = list(self.packed.parts)
+        parts[1 if is_quantized(self) else 0] = stored
+        return self.packed._replace(parts=tuple(parts))
+
+    def dense(self, stored: Tensor) -> Tensor:
+        """The weight, ``[out, in]``, that has other values in the places of this one, or other codes on its grid."""
+        return decode(self.packed_with(stored))
 
     def values_of(self, weight: Tensor) -> Tensor:
-        """What to store of a weight whose zeros contain those of this one; the inverse of ``dense``."""
+        """What to store of a weight whose zeros contain those of this one; the inverse of ``dense``.
+
+        Raises:
+            ValueError: The weight does not lie on the grid of the quantised one.
+        """
         return values_at(self.packed, weight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -97,12 +144,13 @@ class CompressedLinear(nn.Linear):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         W = state_dict.get(f"{prefix}weight")
         if W is not None:
-            packed = pack(W.to(self.values.device, self.values.dtype), self.layout)
+            W = W.to(self.numbers.device, self.numbers.dtype)
+            packed = self.packed_with(self.values_of(W)) if is_quantized(self) else pack(W, self.layout)
             state_dict = state_dict | {
                 f"{prefix}{name}": part for name, part in zip(self._part_names, packed.parts, strict=True)
             }
             del state_dict[f"{prefix}weight"]
-            if packed.parts[0].shape != self.values.shape:  # a bitmap with another number of values
+            if packed.parts[0].shape != self.numbers.shape:  # a bitmap with another number of values
                 self.values = nn.Parameter(packed.parts[0].clone(), requires_grad=False)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -120,7 +168,7 @@ def dense_state_dict(model: nn.Module, state_dict: dict[str, Any], prefix: str, 
     weights = {
         name: part
         for name, part in model.named_modules()
-        if isinstance(part, CompressedLinear) and not isinstance(part.values, DTensor)
+        if isinstance(part, CompressedLinear) and not isinstance(part.numbers, DTensor)
     }
     entries = list(state_dict.items())
     state_dict.clear()
@@ -128,8 +176,8 @@ def dense_state_dict(model: nn.Module, state_dict: dict[str, Any], prefix: str, 
         name, _, part = key.rpartition(".")
         if name not in weights or part not in weights[name]._part_names:
             state_dict[key] = value
-        elif part == "values":
-            state_dict[f"{name}.weight"] = weights[name].weight
+        elif part == weights[name]._part_names[0]:
+            state_dict[f"{name}.weight"] = decode(weights[name].packed)
 
 
 def best_layout(weight: Tensor, storage: str) -> str:
@@ -190,15 +238,24 @@ def compress_linear(
         packed = _without_content(weight, storage, sparsity, pattern)
     else:
         packed = pack(weight, best_layout(weight, storage))
-    if packed.layout == DENSE:
-        return
+    if packed.layout != DENSE:
+        hold(linear, packed)
+
+
+def hold(linear: nn.Linear, packed: PackedWeight) -> None:
+    """Put a packed weight in the place of the dense one of a plain layer, which becomes a ``CompressedLinear``."""
     del linear.weight
     linear._plain_class, linear.__class__ = type(linear), CompressedLinear
     linear._like_weight, linear.layout = None, packed.layout
     values, *places = packed.parts
     # Past register_parameter, which accelerate makes create empty parameters while PEFT loads an adapter.
-    linear._parameters["values"] = nn.Parameter(values, requires_grad=False)
+    linear._parameters[linear._part_names[0]] = nn.Parameter(values, requires_grad=False)
     linear._buffers.update(zip(linear._part_names[1:], places, strict=True))
+
+
+def is_quantized(linear: nn.Module) -> bool:
+    """Whether the weight of a layer is kept quantised."""
+    return isinstance(linear, CompressedLinear) and parse_integers(linear.layout) is not None
 
 
 def decompress_linear(linear: nn.Linear) -> nn.Linear:
@@ -210,9 +267,9 @@ def decompress_linear(linear: nn.Linear) -> nn.Linear:
     if not isinstance(linear, CompressedLinear):
         return linear
     with whole(linear):
-        weight = nn.Parameter(linear.weight, requires_grad=False)
+        weight = nn.Parameter(decode(linear.packed), requires_grad=False)
         bias = linear.bias
-    if isinstance(linear.values, DTensor):
+    if isinstance(linear.numbers, DTensor):
         sharded, linear = linear, nn.Module.__new__(type(linear))
         linear.__dict__.update(sharded.__dict__)
         linear._parameters, linear._buffers = dict(sharded._parameters), dict(sharded._buffers)
@@ -247,7 +304,7 @@ def gradient_weight(linear: nn.Linear) -> Iterator[Tensor]:
     if not isinstance(linear, CompressedLinear):
         yield linear.weight
         return
-    linear._like_weight = linear.values.new_empty(()).expand(linear.out_features, linear.in_features)
+    linear._like_weight = linear.numbers.new_empty(()).expand(linear.out_features, linear.in_features)
     try:
         yield linear._like_weight
     finally:

@@ -22,13 +22,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
 from lors.checks import flag, number, one_of, option
-from lors.kernels import AUTO, DENSE, PRODUCTS, SEMI_STRUCTURED, PackedWeight
-from lors.low_rank import LowRankLinear, frozen
+from lors.kernels import AUTO, DENSE, PRODUCTS, SEMI_STRUCTURED
+from lors.low_rank import LowRankLinear
 from lors.plugin import register
-from lors.sparse_config import SparseTunerConfig
+from lors.sparse_config import QuantizedConfig, SparseTunerConfig
 from lors.sparse_tuner import SparseTunerModel
 from lors.sparsity import UNSTRUCTURED, follows_pattern
 from lors.storage import (
@@ -36,7 +36,6 @@ from lors.storage import (
     CompressedLinear,
     check_compression,
     compress_linear,
-    decompress_linear,
     dense_state_dict,
 )
 
@@ -44,7 +43,7 @@ __all__ = ["LorsConfig", "LorsLinear", "LorsModel", "compress"]
 
 
 @dataclass
-class LorsConfig(SparseTunerConfig):
+class LorsConfig(QuantizedConfig, SparseTunerConfig):
     """Configuration of LoRS; a bad value raises ``ValueError``."""
 
     lora_alpha: float = option(16, "Numerator of the scale s of the update; see scaling.", number("> 0"))
@@ -118,33 +117,6 @@ class LorsLinear(LowRankLinear):
             W = self.get_base_layer().weight
             self._is_2_4 = not W.is_meta and follows_pattern(W, SEMI_STRUCTURED)
 
-    def unload_and_optionally_merge_module(
-        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
-    ) -> nn.Linear:
-        """The layer without adapters, a plain dense ``nn.Linear``; called by PEFT."""
-        if merge:
-            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        return decompress_linear(self.base_layer)
-
-    def _stored(self) -> nn.Parameter:
-        base = self.get_base_layer()
-        return base.values if isinstance(base, CompressedLinear) else base.weight
-
-    def _dense(self, stored: Tensor) -> Tensor:
-        base = self.get_base_layer()
-        return base.dense(stored) if isinstance(base, CompressedLinear) else stored
-
-    def _as_stored(self, weight: Tensor) -> Tensor:
-        base = self.get_base_layer()
-        return base.values_of(weight) if isinstance(base, CompressedLinear) else weight
-
-    def _frozen_weight(self) -> Tensor | PackedWeight:
-        base = self.get_base_layer()
-        if not isinstance(base, CompressedLinear):
-            return super()._frozen_weight()
-        values, *places = base.packed.parts
-        return base.packed._replace(parts=(frozen(values), *places))
-
     def _forward_product(self, name: str) -> str:
         chosen = self.options[name].forward_product
         return DENSE if chosen == AUTO and not self._is_2_4 else chosen
@@ -155,12 +127,6 @@ class LorsModel(SparseTunerModel):
 
     tuner_layer_cls = LorsLinear
     other_base_layers = (CompressedLinear,)
-
-    @property
-    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        """Read by DDP from the ``PeftModel`` around this one: what it need not send before every forward pass."""
-        layers = {name: part for name, part in self.model.named_modules() if isinstance(part, CompressedLinear)}
-        return [f"base_model.model.{name}.{key}" for name, part in layers.items() for key in part._buffers]
 
     def _injected(self, adapter_name: str) -> None:
         super()._injected(adapter_name)

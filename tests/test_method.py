@@ -35,6 +35,7 @@ OTHER_THAN_DEFAULT = {
     ("sqft_fused", "form"): "a row of its own",
     ("sqft_gc", "form"): "a row of its own",
     ("sqft_gc", "checkpoint"): "a row of its own",
+    ("sqft_nls", "rank_shares"): "a row of its own",
 }
 
 

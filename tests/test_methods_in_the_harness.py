@@ -24,6 +24,7 @@ METHODS = {
     # Integrator steps 0, 3, 6 and truncations 2, 5: checkpoint 4 has enlarged ranks, checkpoint 6 cut ones.
     "geolora": method_of("geolora", "method.peft.coefficient_steps=2", "method.peft.skipped_steps=0"),
     "sherl": method_of("sherl"),
+    "sqft_nls": method_of("sqft_nls"),
 }
 
 

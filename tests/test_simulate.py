@@ -25,12 +25,14 @@ from harness.live_memory import CATEGORIES, LiveTensors, training_step
 from harness.meter import training_cost
 from harness.method import PRECISIONS, Method, adapt
 from harness.method_from_config import build_method
+from harness.quantized import quantized_layout
 from harness.recipe import enable_activation_checkpointing
 from harness.result import count_parameters
 from harness.run import execute
 from harness.simulate import simulate
 from harness.weights import random_model
 from lors.experts import ExpertLinears, expert_names
+from lors.pruning import quantize_model
 
 ROOT = Path(__file__).parents[1]
 METHODS = sorted(file.stem for file in (ROOT / "conf" / "method").glob("*.yaml"))
@@ -65,6 +67,8 @@ def check(cfg: DictConfig, shape: PretrainedConfig | None = None) -> tuple[dict,
         method.prepare = Method.prepare.__get__(method)  # its own would choose other ranks
     formats = PRECISIONS[cfg.train.precision]
     model = random_model(shape, formats.base, cfg.sparsity, cfg.pattern, seed=0).cpu()
+    if quantized_layout(cfg):
+        quantize_model(model, "rtn", bits=cfg.prune.bits, group=cfg.prune.group_size)
     batch = collator(None, "fixed", T)(random_data(VOCABULARY, cfg.train, seed=0)[:B])
     adapted = adapt(method, model, [batch], precision=cfg.train.precision)
     measured = training_cost(adapted, batch, cfg.train, method)
@@ -96,6 +100,9 @@ def test_every_method_as_measured_on_a_cpu(config, name) -> None:
         ("method=lors", "method.peft.storage=bitmap", "sparsity=0.75", "train.activation_checkpointing=true"),
         ("method=lors", "method.peft.storage=auto", "pattern=2:4", "train.precision=bf16"),
         ("method=lors", "train.logits_at_once=5", "train.precision=bf16_mixed"),
+        ("method=lora", "prune.quantize=rtn", "prune.group_size=16", "train.activation_checkpointing=true"),
+        ("method=lors", "prune.quantize=rtn", "method.peft.bits=4", "train.precision=bf16_mixed"),
+        ("method=sqft_gc", "prune.quantize=rtn", "prune.bits=2", "train.precision=bf16"),
         ("method=full", "train.logits_at_once=5", "train.gradient_accumulation=2"),
     ],
 )

@@ -5,14 +5,16 @@
 what has run.
 """
 
+from lors.kernels.integers import BITS, integer_layout
 from lors.kernels.layout import BITMAP, DENSE, PackedWeight, pack
-from lors.kernels.ops import IMPLEMENTATIONS, decode, forced, implementation, merge
+from lors.kernels.ops import IMPLEMENTATIONS, decode, forced, implementation, merge, merge_on_grid
 from lors.kernels.sparse_product import AUTO, PRODUCTS, SEMI_STRUCTURED, product
 from lors.kernels.usage import in_use
 
 __all__ = [
     "AUTO",
     "BITMAP",
+    "BITS",
     "DENSE",
     "IMPLEMENTATIONS",
     "PRODUCTS",
@@ -22,7 +24,9 @@ __all__ = [
     "forced",
     "implementation",
     "in_use",
+    "integer_layout",
     "merge",
+    "merge_on_grid",
     "pack",
     "product",
 ]

@@ -11,9 +11,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lors.kernels.integers import grid_of, on_grid, parse_integers
 from lors.kernels.layout import PackedWeight, masked_, row_blocks, rows
 
-__all__ = ["decode", "merge"]
+__all__ = ["decode", "merge", "merge_on_grid"]
 
 
 def merge_block(W: Tensor, scaled_B: Tensor, A: Tensor, scratch: Tensor, T: Tensor) -> None:
@@ -60,3 +61,26 @@ def decode(weight: PackedWeight) -> Tensor:
     for start, stop in row_blocks(weight.shape, device):
         W[start:stop].copy_(rows(weight, start, stop))
     return W
+
+
+def merge_on_grid(weight: PackedWeight, A: Tensor, B: Tensor, scaling: float, grid: str, dtype: torch.dtype) -> Tensor:
+    """The points nearest to W + M (.) (scaling B A) on the grid of W, an integer layout: its own, or one made for it.
+
+    Arguments as for ``merge``. The sum is made as there, in float32 (float64 if W or T is), whatever T is.
+    """
+    exact = torch.promote_types(torch.promote_types(weight.dtype, dtype), torch.float32)
+    if parse_integers(weight.layout):  # W is its point of the grid, not that rounded to the type of the model
+        weight = weight._replace(parts=(weight.parts[0].to(exact), *weight.parts[1:]))
+    scaled_B, A = B.to(exact) * scaling, A.to(exact)
+    T = torch.empty(weight.shape, dtype=dtype, device=A.device)
+    scratch = T.new_empty(0, dtype=exact)
+    for start, stop in row_blocks(weight.shape, A.device):
+        W = rows(weight, start, stop)
+        scratch.resize_(stop - start, weight.shape[1])
+        merge_block(W, scaled_B[start:stop], A, scratch, scratch)
+        if parse_integers(weight.layout):
+            scales, zeros = (weight.parts[i][start:stop] for i in (0, 2))
+        else:
+            scales, zeros = grid_of(W, grid)
+        T[start:stop].copy_(on_grid(scratch, scales, zeros, grid))
+    return T

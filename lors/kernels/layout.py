@@ -1,4 +1,4 @@
-"""How a pruned weight lies in memory: dense, as values and a bitmap, or as n:m values and indices.
+"""How a pruned weight lies in memory: dense, as values and a bitmap, as n:m values and indices, or quantised.
 
 W is out x in, b bytes per element, z of them non-zero. A packed weight is a few plain tensors:
 
@@ -8,6 +8,7 @@ layout     tensors                                                              
 dense      W [out, in]                                                          b out in
 bitmap     values [z], bits [out, in/8], offsets [out + 1]                      b z + out in/8 + 8 (out + 1)
 n:m        values [out, in n/m], codes [out, in n/m * i/8], i bits per index    (b + i/8) out in n/m
+int4/64    scales [out, in/64], codes [out, in 4/8], zeros [out, in/64]         (4/8 + (b + 1)/64) out in
 =========  ===================================================================  ================================
 
 ``bitmap`` takes any pattern: bit k of byte j of a row says whether weight 8 j + k is stored, and ``offsets``
@@ -15,8 +16,11 @@ says where the values of a row begin. ``n:m`` keeps n values of every m weights 
 with its place in the group, i = 1, 2, 4, 4 bits for m = 2, 4, 8, 16, the first in the lowest bits; a group with
 fewer than n non-zeros is filled up with zeros. In bfloat16 a half-sparse bitmap and 2:4 are both 9/16 of dense.
 
-What comes back of a packed weight is W bit for bit, infinities and every NaN included, with one exception: every
-zero comes back as +0.0. Pruning by a product with a mask leaves -0.0 for half of what it prunes, so keeping the
+``int4/64`` has 4 bits (or 2, or 8) for each weight and a grid for every 64 of them, see ``integers.py``: to pack a
+weight in this layout quantises it. Zeros have codes like all others.
+
+What comes back of the other packed weights is W bit for bit, infinities and every NaN included, with one exception:
+every zero comes back as +0.0. Pruning by a product with a mask leaves -0.0 for half of what it prunes, so keeping the
 sign of a zero would cost as much as keeping a weight. A dense weight is W itself.
 """
 
@@ -30,6 +34,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lors.kernels.integers import codes_of, grid_of, numbers_of, pack_codes, parse_integers, unpack_codes
 from lors.sparsity import parse_pattern
 
 __all__ = [
@@ -61,8 +66,8 @@ class PackedWeight(NamedTuple):
     """A pruned weight W (out x in) in one of the layouts of the module's text.
 
     Attributes:
-        layout: ``dense``, ``bitmap`` or the n:m pattern itself, such as ``2:4``.
-        parts: The tensors of the layout, the values first.
+        layout: ``dense``, ``bitmap``, the n:m pattern itself, such as ``2:4``, or ``int4/64``.
+        parts: The tensors of the layout, the values first, or the scales.
         shape: (out, in).
     """
 
@@ -72,7 +77,7 @@ class PackedWeight(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the values."""
+        """Type of the values, or of the scales."""
         return self.parts[0].dtype
 
     @property
@@ -107,6 +112,10 @@ def empty(
     elif layout == BITMAP:
         bits, offsets = part(height, -(-width // 8)), part(height + 1, dtype=torch.int64)
         parts = (part(nonzeros, dtype=dtype), bits, offsets)
+    elif parse_integers(layout):
+        bits, group = parse_integers(layout)
+        groups = -(-width // group)
+        parts = (part(height, groups, dtype=dtype), part(height, -(-width * bits // 8)), part(height, groups))
     else:
         n, m, bits = group_shape(layout)
         kept = width // m * n  # of a row
@@ -115,7 +124,7 @@ def empty(
 
 
 def pack(weight: Tensor, layout: str) -> PackedWeight:
-    """Pack a weight (out x in).
+    """Pack a weight (out x in); in an integer layout the nearest points of its own grid.
 
     Raises:
         ValueError: An n:m layout whose groups do not divide the rows, or with a group of more than n non-zeros.
@@ -124,7 +133,8 @@ def pack(weight: Tensor, layout: str) -> PackedWeight:
     if layout == DENSE:
         return PackedWeight(DENSE, (weight,), shape)
     blocks = [weight[start:stop] for start, stop in row_blocks(shape, weight.device)]
-    packer = _pack_bitmap if layout == BITMAP else _pack_groups
+    integers = parse_integers(layout) is not None
+    packer = _pack_bitmap if layout == BITMAP else _pack_integers if integers else _pack_groups
     return PackedWeight(layout, packer(blocks, layout), shape)
 
 
@@ -132,14 +142,22 @@ def rows(packed: PackedWeight, start: int, stop: int) -> Tensor:
     """Rows [start, stop) of W, dense; a view if the layout is dense."""
     if packed.layout == DENSE:
         return packed.parts[0][start:stop]
-    return (_rows_of_bitmap if packed.layout == BITMAP else _rows_of_groups)(packed, start, stop)
+    integers = parse_integers(packed.layout) is not None
+    return (_rows_of_bitmap if packed.layout == BITMAP else _rows_of_integers if integers else _rows_of_groups)(
+        packed, start, stop
+    )
 
 
 def values_at(packed: PackedWeight, weight: Tensor) -> Tensor:
     """The values of another weight (out x in) at the places that a packed one stores, in the shape of its values.
 
-    A zero among them is +0.0, as in ``pack``.
+    A zero among them is +0.0, as in ``pack``. Of an integer layout the packed codes on the grid of the packed one.
+
+    Raises:
+        ValueError: The other weight does not lie on that grid.
     """
+    if parse_integers(packed.layout):
+        return _codes_at(packed, weight)
     blocks = []
     for start, stop in row_blocks(packed.shape, weight.device):
         W = weight[start:stop]
@@ -217,6 +235,40 @@ def _columns_of_groups(packed: PackedWeight, start: int, stop: int) -> Tensor:
     index = _fields(bits, torch.int64, codes.device).index_select(0, codes.flatten().int())  # bytes x 8/bits
     index = index.view(stop - start, codes.shape[1] * 8 // bits)[:, : width // m * n]
     return index + torch.arange(0, width, m, device=codes.device).repeat_interleave(n)  # where the group begins
+
+
+def _pack_integers(blocks: list[Tensor], layout: str) -> tuple[Tensor, ...]:
+    bits, _ = parse_integers(layout)
+    scales, codes, zeros = [], [], []
+    for W in blocks:
+        S, z = grid_of(W, layout)
+        scales.append(S)
+        codes.append(pack_codes(codes_of(W, S, z, layout), bits))
+        zeros.append(z)
+    return torch.cat(scales), torch.cat(codes), torch.cat(zeros)
+
+
+def _rows_of_integers(packed: PackedWeight, start: int, stop: int) -> Tensor:
+    """S (q - z), in the type of the scales."""
+    scales, codes, zeros = (part[start:stop] for part in packed.parts)
+    q = unpack_codes(codes, parse_integers(packed.layout)[0], packed.shape[1], scales.dtype)
+    return numbers_of(q, scales, zeros, packed.layout)
+
+
+def _codes_at(packed: PackedWeight, weight: Tensor) -> Tensor:
+    (bits, _), (scales, _, zeros) = parse_integers(packed.layout), packed.parts
+    blocks = []
+    for start, stop in row_blocks(packed.shape, weight.device):
+        W, S, z = weight[start:stop], scales[start:stop], zeros[start:stop]
+        codes = pack_codes(codes_of(W, S, z, packed.layout), bits)
+        own = PackedWeight(packed.layout, (S, codes, z), tuple(W.shape))
+        if not torch.equal(_rows_of_integers(own, 0, stop - start), W):
+            raise ValueError(
+                f"the weight does not lie on the {packed.layout} grid of the packed one: train the adapter with "
+                f"bits={bits}, or leave it beside the weight"
+            )
+        blocks.append(codes)
+    return torch.cat(blocks)
 
 
 def bits_of(values: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ triton      ``gpu.py``: one kernel that reads W and writes T                CUDA
 
 A compilation takes a second or more, hence the bound: a small model never compiles. What is in C or Triton has to pass
 ``check.py`` on the machine that it is to run on. The environment variable ``LORS_KERNELS`` or ``forced`` chooses
-otherwise, and Triton then without a check.
+otherwise, and Triton then without a check. Integer layouts, and the merge on a grid, are eager always.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from lors.kernels import check, compiled, eager, native, usage
+from lors.kernels.integers import parse_integers
 from lors.kernels.layout import PackedWeight
 
-__all__ = ["COMPILE_FROM", "IMPLEMENTATIONS", "decode", "forced", "implementation", "library", "merge"]
+__all__ = ["COMPILE_FROM", "IMPLEMENTATIONS", "decode", "forced", "implementation", "library", "merge", "merge_on_grid"]
 
 IMPLEMENTATIONS = ("auto", "eager", "compiled", "native", "triton")
 VARIABLE = "LORS_KERNELS"
@@ -56,6 +57,20 @@ def merge(weight: PackedWeight, A: Tensor, B: Tensor, scaling: float, dtype: tor
         T, out x in in ``dtype``; +0.0 wherever W is zero.
     """
     return torch.ops.lors.merge(list(weight.parts), weight.layout, A, B, scaling, dtype)
+
+
+def merge_on_grid(weight: PackedWeight, A: Tensor, B: Tensor, scaling: float, grid: str, dtype: torch.dtype) -> Tensor:
+    """T rounded to the grid of W, an integer layout such as ``int4/64``; zero wherever W is zero.
+
+    The sum is made as in ``merge``, then the nearest point of the grid is taken, then it is cast to ``dtype``. The grid
+    is that of W if W is in this layout, else one that spans W.
+
+    Raises:
+        ValueError: W is in another integer layout.
+    """
+    if parse_integers(weight.layout) and weight.layout != grid:
+        raise ValueError(f"grid={grid!r}: must be that of the weight, {weight.layout!r}")
+    return torch.ops.lors.merge_on_grid(list(weight.parts), weight.layout, A, B, scaling, grid, dtype)
 
 
 def decode(weight: PackedWeight) -> Tensor:
@@ -129,6 +144,10 @@ def _triton_runs(device: torch.device) -> bool:
 
 library = torch.library.Library("lors", "DEF")
 library.define("merge(Tensor[] weight, str layout, Tensor A, Tensor B, float scaling, ScalarType dtype) -> Tensor")
+library.define(
+    "merge_on_grid(Tensor[] weight, str layout, Tensor A, Tensor B, float scaling, str grid, ScalarType dtype)"
+    " -> Tensor"
+)
 library.define("decode(Tensor[] weight, str layout, SymInt rows, SymInt columns) -> Tensor")
 library.define("linear_2_4(Tensor x, Tensor T, Tensor? bias, bool forced) -> Tensor")  # sparse_product.py
 
@@ -139,9 +158,21 @@ def _merge(weight: list[Tensor], layout: str, A: Tensor, B: Tensor, scaling: flo
     # What the sums are made in is decided here, not by autocast.
     with torch.no_grad(), torch.autocast(A.device.type, enabled=False):
         chosen = implementation(A.device, A.shape[1] * B.shape[0], packed.dtype, A.dtype, B.dtype, dtype)
+        chosen = "eager" if parse_integers(layout) else chosen
         T = _module(chosen).merge(packed, A, B, scaling, dtype)
     # Where nothing can be compiled, the compiled merge has become the eager one.
     usage.ran("merge", "eager" if chosen == "compiled" and compiled.unavailable() else chosen)
+    return T
+
+
+@torch.library.impl(library, "merge_on_grid", "CompositeExplicitAutograd")
+def _merge_on_grid(
+    weight: list[Tensor], layout: str, A: Tensor, B: Tensor, scaling: float, grid: str, dtype: torch.dtype
+) -> Tensor:
+    packed = PackedWeight(layout, tuple(weight), (B.shape[0], A.shape[1]))
+    with torch.no_grad(), torch.autocast(A.device.type, enabled=False):
+        T = eager.merge_on_grid(packed, A, B, scaling, grid, dtype)
+    usage.ran("merge", "eager")
     return T
 
 
@@ -149,6 +180,7 @@ def _merge(weight: list[Tensor], layout: str, A: Tensor, B: Tensor, scaling: flo
 def _decode(weight: list[Tensor], layout: str, rows: int, columns: int) -> Tensor:
     packed = PackedWeight(layout, tuple(weight), (rows, columns))
     chosen = implementation(weight[0].device, rows * columns, packed.dtype)
+    chosen = "eager" if parse_integers(layout) else chosen
     usage.ran("decode", "eager" if chosen == "compiled" else chosen)  # of which only the merge is compiled
     return _module(chosen).decode(packed)
 
@@ -166,12 +198,17 @@ def _(weight: list[Tensor], layout: str, A: Tensor, B: Tensor, scaling: float, d
     return A.new_empty(B.shape[0], A.shape[1], dtype=dtype)
 
 
+@torch.library.register_fake("lors::merge_on_grid")
+def _(weight: list[Tensor], layout: str, A: Tensor, B: Tensor, scaling: float, grid: str, dtype: torch.dtype) -> Tensor:
+    return A.new_empty(B.shape[0], A.shape[1], dtype=dtype)
+
+
 @torch.library.register_fake("lors::decode")
 def _(weight: list[Tensor], layout: str, rows: int, columns: int) -> Tensor:
     return weight[0].new_empty(rows, columns)
 
 
-@register_flop_formula(torch.ops.lors.merge)
+@register_flop_formula([torch.ops.lors.merge, torch.ops.lors.merge_on_grid])
 def _merge_flops(weight: object, layout: str, A: list[int], B: list[int], *_: object, **__: object) -> int:
     """V = 2 r in out: the product B A; shapes stand for the tensors."""
     return 2 * A[0] * A[1] * B[0]

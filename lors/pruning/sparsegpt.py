@@ -24,6 +24,9 @@ from lors.sparsity import check_width, lowest, lowest_per_group, parse_pattern, 
 
 log = logging.getLogger("lors")
 
+Target = Callable[[int], Tensor]
+Entered = Callable[[int, Tensor, Tensor], Target]
+
 # In units of the mean of the diagonal. Rounding makes eigenvalues of X^T X negative by 1e-7 times the width.
 LARGEST_DAMPING = 10.0
 
@@ -72,6 +75,19 @@ def prune_sparsegpt(
     """
     sparsity = resolve_sparsity(sparsity, pattern)
     check_width(pattern, W.shape[1])
+    check_problem(W, gram, block_size, damping)
+    exact = torch.promote_types(torch.promote_types(W.dtype, gram.dtype), torch.float32)
+    R, dead = inverse_factor(gram.to(exact), damping)
+    pruned = W.to(exact, copy=True)
+    _prune_columns(pruned, R, dead, sparsity, pattern, block_size)
+    pruned = pruned.to(W.dtype)
+    if not pruned.isfinite().all():
+        raise ValueError(f"the adjusted weight does not fit in {W.dtype}")
+    return pruned.masked_fill_(pruned == 0, 0.0)  # last, since the cast may round to -0.0
+
+
+def check_problem(W: Tensor, gram: Tensor, block_size: int, damping: float) -> None:
+    """Raise ``ValueError`` for numbers that are not finite, or an option out of range."""
     if not isinstance(block_size, int) or block_size < 1:
         raise ValueError(f"block_size={block_size!r}: allowed is a whole number of at least 1")
     if not 0 <= damping < math.inf:
@@ -80,66 +96,69 @@ def prune_sparsegpt(
         raise ValueError("the weight is not finite")
     if not gram.isfinite().all():
         raise ValueError("the gram matrix of the inputs is not finite")
-    exact = torch.promote_types(torch.promote_types(W.dtype, gram.dtype), torch.float32)
-    R, dead = _inverse_factor(gram.to(exact), damping)
-    pruned = W.to(exact, copy=True)
-    _sweep(pruned, R, dead, sparsity, pattern, block_size)
-    pruned = pruned.to(W.dtype)
-    if not pruned.isfinite().all():
-        raise ValueError(f"the adjusted weight does not fit in {W.dtype}")
-    return pruned.masked_fill_(pruned == 0, 0.0)  # last, since the cast may round to -0.0
 
 
-def _sweep(W: Tensor, R: Tensor, dead: Tensor, sparsity: float, pattern: str, block_size: int) -> None:
-    """Prune the columns of W (out x in) in place from left to right; R is in x in, dead (in,)."""
+def sweep(W: Tensor, R: Tensor, block_size: int, entered: Entered) -> None:
+    """Change the columns of W (out x in) in place from left to right, and let all behind each make up for it.
+
+    Args:
+        W: The weight.
+        R: See ``inverse_factor``, in x in.
+        block_size: Columns whose change reaches those behind them at once.
+        entered: Called with the first column of a block, its columns of W (out x block) and its part of R; gives the
+            function that says what the k-th column of the block becomes (out,), once all columns before it are done.
+    """
     width = W.shape[1]
+    for start in range(0, width, block_size):
+        _change_block(start, min(start + block_size, width), W, R, entered)
+
+
+def _change_block(
+    start: int, stop: int, W: Tensor, R: Tensor, entered: Callable[[int, Tensor, Tensor], Target]
+) -> None:
+    """Change the columns from start to stop, and let all behind them make up for it."""
+    w, r = W[:, start:stop], R[start:stop, start:stop]
+    error = torch.zeros_like(w)  # column k: what it has lost, in units of R_kk
+    target = entered(start, w, r)
+    for k in range(stop - start):
+        _change_column(k, w, r, error, target)
+    W[:, stop:] -= error @ R[start:stop, stop:]
+
+
+def _change_column(k: int, w: Tensor, r: Tensor, error: Tensor, target: Target) -> None:
+    """Change column k of the columns of a block, w, and let those behind make up for it."""
+    value = target(k)
+    error[:, k] = (w[:, k] - value) / r[k, k]
+    w[:, k:] -= torch.outer(error[:, k], r[k, k:])
+    w[:, k] = value  # exactly: the update itself leaves rounding behind
+
+
+def _prune_columns(W: Tensor, R: Tensor, dead: Tensor, sparsity: float, pattern: str, block_size: int) -> None:
+    """Prune the columns of W (out x in) in place from left to right; R is in x in, dead (in,)."""
     pruned = W == 0  # and more as the sweep chooses
     kept = parse_pattern(pattern)
     due = _zeros_due(pruned, sparsity) if kept is None else None
     if kept is not None:
         block_size = math.ceil(block_size / kept[1]) * kept[1]  # a group must not straddle two blocks
-    for start in range(0, width, block_size):
-        _prune_block(start, min(start + block_size, width), W, R, dead, pruned, due, pattern)
 
+    def entered(start: int, w: Tensor, r: Tensor) -> Target:
+        stop = start + w.shape[1]
+        idle, gone = dead[start:stop], pruned[:, start:stop]
+        if due is not None:
+            saliency = _saliency(w, r, idle, gone).flatten()
+            gone |= lowest(saliency, due(stop) - due(start)).view_as(w)
 
-def _prune_block(
-    start: int,
-    stop: int,
-    W: Tensor,
-    R: Tensor,
-    dead: Tensor,
-    pruned: Tensor,
-    due: Callable[[int], int] | None,
-    pattern: str,
-) -> None:
-    """Prune the columns from start to stop, and let all behind them make up for it.
+        def target(k: int) -> Tensor:
+            if kept is not None and k % kept[1] == 0:  # n:m chooses by groups
+                group = slice(k, k + kept[1])
+                saliency = _saliency(w[:, group], r[group, group], idle[group], gone[:, group])
+                gone[:, group] |= lowest_per_group(saliency, pattern)
+            # An old zero too: what the columns before have made of it goes to the columns behind.
+            return w[:, k].masked_fill(gone[:, k], 0.0)
 
-    Args:
-        pruned: What is marked, out x in; more is when this returns.
-        due: How many zeros the columns before a given one are to have; None for n:m.
-    """
-    w, r = W[:, start:stop], R[start:stop, start:stop]
-    idle, gone = dead[start:stop], pruned[:, start:stop]
-    error = torch.zeros_like(w)  # column j: what was removed, in units of R_jj
-    if due is not None:
-        saliency = _saliency(w, r, idle, gone).flatten()
-        gone |= lowest(saliency, due(stop) - due(start)).view_as(w)
-    for j in range(stop - start):
-        _prune_column(j, w, r, idle, gone, error, pattern)
-    w.masked_fill_(gone, 0.0)  # exactly: the update itself leaves rounding behind
-    W[:, stop:] -= error @ R[start:stop, stop:]
+        return target
 
-
-def _prune_column(j: int, w: Tensor, r: Tensor, dead: Tensor, gone: Tensor, error: Tensor, pattern: str) -> None:
-    """Prune column j of the columns of a block, w, and let those behind make up for it; n:m chooses by groups."""
-    kept = parse_pattern(pattern)
-    if kept is not None and j % kept[1] == 0:
-        group = slice(j, j + kept[1])
-        saliency = _saliency(w[:, group], r[group, group], dead[group], gone[:, group])
-        gone[:, group] |= lowest_per_group(saliency, pattern)
-    # An old zero too: what the columns before have made of it goes to the columns behind.
-    error[:, j] = torch.where(gone[:, j], w[:, j] / r[j, j], 0.0)
-    w[:, j:] -= torch.outer(error[:, j], r[j, j:])
+    sweep(W, R, block_size, entered)
 
 
 def _zeros_due(zero: Tensor, sparsity: float) -> Callable[[int], int]:
@@ -169,7 +188,7 @@ def _saliency(w: Tensor, r: Tensor, dead: Tensor, gone: Tensor) -> Tensor:
     return cost.masked_fill(dead, 0.0).masked_fill(w == 0, -1.0).masked_fill(gone, -2.0)
 
 
-def _inverse_factor(H: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+def inverse_factor(H: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     """R (in x in), upper triangular with H^-1 = R^T R for the damped H, and which inputs are dead (in,).
 
     Factors H = U U^T with U upper triangular, which is a Cholesky factorisation of H read from its last row

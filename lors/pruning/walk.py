@@ -1,4 +1,4 @@
-"""Prune a decoder-only model block by block, each calibrated on the output of the pruned ones before it.
+"""Prune or quantise a decoder-only model block by block, each calibrated on the output of the changed ones before it.
 
 The calibration tokens are embedded once. For every block: the samples run through the still dense block while
 hooks gather float32 statistics of all its linears; these are pruned; the samples run again, and what comes
@@ -29,13 +29,16 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from lors.blocks import block_linears, decoder_blocks, decoder_linears
-from lors.experts import ExpertLinears, experts_as_linears
+from lors.experts import ExpertLinears, expert_names, experts_as_linears
+from lors.kernels import PackedWeight, integer_layout
 from lors.pruning.calibration import tokens_for
 from lors.pruning.magnitude import prune_magnitude
+from lors.pruning.quantize import quantize_gptq, quantize_rtn
 from lors.pruning.sparsegpt import gram_matrix, prune_sparsegpt
 from lors.pruning.wanda import prune_wanda, squared_norms
 from lors.randomness import modes_kept
 from lors.sparsity import UNSTRUCTURED, check_width, resolve_sparsity
+from lors.storage import CompressedLinear, hold
 
 log = logging.getLogger("lors")
 
@@ -46,6 +49,12 @@ PRUNERS: dict[str, tuple[Callable[..., Tensor], Callable[[Tensor], Tensor] | Non
     "sparsegpt": (prune_sparsegpt, gram_matrix),
 }
 
+QUANTIZERS: dict[str, tuple[Callable[..., PackedWeight], Callable[[Tensor], Tensor] | None]] = {
+    "rtn": (quantize_rtn, None),
+    "gptq": (quantize_gptq, gram_matrix),
+}
+
+Rule = Callable[..., Tensor | PackedWeight]
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a block gets besides the hidden states: args, kwargs
 Rest = tuple[Any, ...] | None  # what a block returns behind the hidden states; None: it returns these alone
 
@@ -100,33 +109,77 @@ def prune_model(
     sparsity = resolve_sparsity(sparsity, pattern)
     _check_options(pruner, rule, options)
     _check_model(model, pattern)
-    rule = partial(rule, sparsity=sparsity, pattern=pattern, **options)
+    target = {"sparsity": sparsity, "pattern": pattern}
+    rule = partial(rule, **target, **options)
     if statistic is not None:
         calibration = tokens_for(model, calibration, tokenizer)
     with experts_as_linears(model):
-        _walk(model, pruner, rule, statistic, calibration, device)
+        without = partial(prune_magnitude, group="row", **target)
+        _walk(model, f"prune ({pruner})", rule, statistic, without, calibration, device)
+
+
+@torch.no_grad()
+def quantize_model(
+    model: nn.Module,
+    quantizer: str,
+    *,
+    bits: int = 4,
+    group: int = 64,
+    calibration: Tensor | Iterable[str] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    device: torch.device | str | None = None,
+    **options: Any,
+) -> None:
+    """Quantise every linear inside the decoder blocks in place; zeros stay zero.
+
+    A layer then keeps codes and their grid (``lors.storage.CompressedLinear``), and its weight is dense only
+    while it is multiplied.
+
+    Args:
+        model: As for ``prune_model``, pruned or not, without fused experts.
+        quantizer: ``rtn`` or ``gptq``.
+        bits: 2, 4 or 8.
+        group: So many weights of a row have one scale and one zero point.
+        calibration, tokenizer, device: As there; rtn looks at no data.
+        **options: ``block_size`` and ``damping`` of gptq.
+
+    Raises:
+        ValueError: As ``prune_model``; a model with fused experts, or with layers that are quantised already.
+    """
+    if quantizer not in QUANTIZERS:
+        raise ValueError(f"quantizer={quantizer!r}: allowed are {', '.join(QUANTIZERS)}")
+    rule, statistic = QUANTIZERS[quantizer]
+    _check_options(quantizer, rule, options)
+    layout = integer_layout(bits, group)
+    _check_model(model, UNSTRUCTURED)
+    if any(expert_names(part) for part in model.modules()):
+        raise ValueError(f"{type(model).__name__} has fused experts: allowed are models without")
+    if statistic is not None:
+        calibration = tokens_for(model, calibration, tokenizer)
+    rule = partial(rule, layout=layout, **options)
+    _walk(model, f"quantise ({quantizer})", rule, statistic, partial(quantize_rtn, layout=layout), calibration, device)
 
 
 def _walk(
     model: nn.Module,
-    pruner: str,
-    rule: Callable[..., Tensor],
+    title: str,
+    rule: Rule,
     statistic: Callable[[Tensor], Tensor] | None,
+    without: Rule,
     calibration: Tensor | None,
     device: torch.device | str | None,
 ) -> None:
-    """Prune one block after the other."""
+    """Apply a rule to one block after the other; ``without`` to an expert without a token, whose statistic is none."""
     name, blocks = decoder_blocks(model)
     if statistic is None:
-        for i, block in enumerate(tqdm(blocks, desc=f"prune ({pruner})", unit="block")):
+        for i, block in enumerate(tqdm(blocks, desc=title, unit="block")):
             with _moved(block, device):
                 for linear_name, linear in block_linears(f"{name}.{i}", block):
-                    _prune_linear(linear_name, linear, rule)
+                    _change_linear(linear_name, linear, rule)
         return
-    by_magnitude = partial(prune_magnitude, group="row", **{key: rule.keywords[key] for key in ("sparsity", "pattern")})
     idle: list[str] = []
     passes = 2 * len(blocks) - 1  # the last block feeds no other
-    bar = tqdm(total=passes * len(calibration), desc=f"prune ({pruner})", unit="sample")
+    bar = tqdm(total=passes * len(calibration), desc=title, unit="sample")
     with _measuring(model), bar:
         hidden, calls = _record(model, blocks, calibration, _check_walk(model, blocks, calibration))
         for i, block in enumerate(blocks):
@@ -136,9 +189,9 @@ def _walk(
                 sums = _gather(block, linears, hidden, calls[i], statistic, bar)
                 for linear_name, linear in linears.items():
                     if linear_name in sums:
-                        _prune_linear(linear_name, linear, rule, sums.pop(linear_name))
+                        _change_linear(linear_name, linear, rule, sums.pop(linear_name))
                     else:
-                        _prune_linear(linear_name, linear, by_magnitude)
+                        _change_linear(linear_name, linear, without)
                         idle.append(linear_name)
                 if i + 1 == len(blocks):
                     break
@@ -154,11 +207,15 @@ def _walk(
         )
 
 
-def _prune_linear(name: str, linear: nn.Linear, rule: Callable[..., Tensor], *statistic: Tensor) -> None:
+def _change_linear(name: str, linear: nn.Linear, rule: Rule, *statistic: Tensor) -> None:
     try:
-        linear.weight.copy_(rule(linear.weight, *statistic))
+        changed = rule(linear.weight.detach(), *statistic)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
+    if isinstance(changed, PackedWeight):
+        hold(linear, changed)
+    else:
+        linear.weight.copy_(changed)
 
 
 def _gather(
@@ -372,18 +429,22 @@ def _measuring(model: nn.Module) -> Iterator[None]:
         torch.set_float32_matmul_precision(precision)
 
 
-def _check_options(pruner: str, rule: Callable[..., Tensor], options: dict[str, Any]) -> None:
+def _check_options(name: str, rule: Rule, options: dict[str, Any]) -> None:
     parameters = inspect.signature(rule).parameters.values()
-    allowed = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ("sparsity", "pattern")]
+    allowed = [
+        p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ("sparsity", "pattern", "layout")
+    ]
     for option in options:
         if option not in allowed:
-            raise ValueError(f"{option} is not an option of {pruner}: allowed are {', '.join(allowed) or 'none'}")
+            raise ValueError(f"{option} is not an option of {name}: allowed are {', '.join(allowed) or 'none'}")
 
 
 def _check_model(model: nn.Module, pattern: str) -> None:
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError("the model carries adapters: prune it first and wrap it with PEFT afterwards")
     for name, linear in decoder_linears(model).items():
+        if isinstance(linear, CompressedLinear):
+            raise ValueError(f"{name}: is compressed already ({linear.layout})")
         if linear.weight.is_meta:
             raise ValueError(f"{name}: its weight is not in memory (meta device); load the model without offloading")
         try:
