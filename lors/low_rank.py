@@ -50,6 +50,11 @@ class LowRankConfig(MaskedConfig, SparseTunerConfig):
         flag,
     )
 
+    @property
+    def product_share(self) -> float:
+        """The ``gradient_share`` of ``lors.masked_linear``."""
+        return float(self.exact_gradient)
+
 
 class LowRankLinear(MaskedLinear):
     """A linear layer with low-rank adapters.
@@ -93,7 +98,7 @@ class LowRankLinear(MaskedLinear):
             self._frozen_weight(),
             *self._stacked(names),
             self.get_base_layer().bias,
-            exact_gradient=any(self.options[name].exact_gradient for name in names),
+            gradient_share=max(self.options[name].product_share for name in names),
             forward_product=self._forward_product(names[0]),
             grid=self.grid(names),
         )

@@ -59,12 +59,15 @@ class LorsConfig(QuantizedConfig, SparseTunerConfig):
         "at zero in both.",
         one_of("gradient", "kaiming"),
     )
-    exact_gradient: bool = option(
-        False,
-        "Keep the mask in the gradients of A and B. Costs a further full matrix product and a buffer of the weight's "
-        "size; False is the paper's straight-through estimate.",
-        flag,
+    gradient: str = option(
+        "straight_through",
+        "Gradients of A and B. 'straight_through': without the mask, as in the paper. 'exact': with it, for a further "
+        "full matrix product and a buffer of the weight's size. 'sampled': an unbiased estimate of the exact ones, "
+        "which forms that product for a share of the tokens.",
+        one_of("straight_through", "exact", "sampled"),
     )
+    gradient_share: float = option(0.25, "With gradient='sampled': the share of the tokens.", number("> 0", "<= 1"))
+    exact_gradient: bool = option(False, "The older name of gradient='exact'.", flag)
     bias: str = option(
         "none",
         "Biases to train: 'none', 'all', or 'lors_only' (those of the adapted layers).",
@@ -84,6 +87,18 @@ class LorsConfig(QuantizedConfig, SparseTunerConfig):
         "weight is not 2:4 or the kernels do not run. The backward pass is dense in any case.",
         one_of(*PRODUCTS),
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.exact_gradient and self.gradient == "sampled":
+            raise ValueError("exact_gradient=True: must be False with gradient='sampled'")
+
+    @property
+    def product_share(self) -> float:
+        """The ``gradient_share`` of ``lors.masked_linear``."""
+        if self.exact_gradient:
+            return 1.0
+        return {"straight_through": 0.0, "exact": 1.0, "sampled": self.gradient_share}[self.gradient]
 
     def layer_settings(self, name: str) -> tuple[int, float]:
         """Rank r and scale s of the layer called ``name``, after ``rank_pattern`` and ``alpha_pattern``."""
