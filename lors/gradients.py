@@ -21,10 +21,12 @@ R. At m = n all c_i are 1, and the gradient is exact.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from lors.kernels import PackedWeight, decode
+from lors.kernels import DENSE, PackedWeight, decode
 
 __all__ = ["factor_gradients", "sample_tokens"]
 
@@ -59,9 +61,9 @@ def factor_gradients(
         if n * height * width + wanted * r * height * width < wanted * n * r * (height + width):
             found = _full(G.t() @ X, A_, B_, needs_A, needs_B)
         else:
-            found = _thin(G, X, A_, B_, needs_A, needs_B)
+            found = (G @ B_).t() @ X if needs_A else None, G.t() @ (X @ A_.t()) if needs_B else None
     else:
-        M = decode(weight) != 0
+        M = (weight.parts[0] if weight.layout == DENSE else decode(weight)) != 0
         if share == 1 or n < 2:
             found = _full((G.t() @ X).mul_(M), A_, B_, needs_A, needs_B)
         else:
@@ -86,14 +88,18 @@ def sample_tokens(G: Tensor, X: Tensor, share: float) -> tuple[Tensor, Tensor]:
     """
     n = len(G)
     m = min(n, max(2, round(share * n)))
-    exact = torch.promote_types(G.dtype, torch.float32)
-    w = torch.linalg.vector_norm(G, dim=1, dtype=exact) * torch.linalg.vector_norm(X, dim=1, dtype=exact)
+    # Of bfloat16 too: it has the range, a draw may go by rounded numbers, and this is thirty times as fast on a CPU.
+    dtype = torch.float32 if G.dtype == torch.float16 else None
+    norms = (torch.linalg.vector_norm(tensor, dim=1, dtype=dtype) for tensor in (G, X))
+    w = math.prod(norm.to(torch.promote_types(G.dtype, torch.float32)) for norm in norms)
     if m == n:
         return torch.arange(n, device=w.device), torch.ones_like(w)
     taken = w.topk(m // 2).indices
     others, draws = w.index_fill(0, taken, 0.0), m - m // 2
     sums = others.cumsum(0)
-    places = (torch.arange(draws, device=w.device) + torch.rand((), dtype=exact, device=w.device)) * (sums[-1] / draws)
+    places = (torch.arange(draws, device=w.device) + torch.rand((), dtype=w.dtype, device=w.device)) * (
+        sums[-1] / draws
+    )
     drawn = torch.searchsorted(sums, places, right=True).clamp_(max=n - 1)
     chosen = others[drawn]
     weights = torch.where(chosen > 0, sums[-1] / (draws * chosen), 0.0)
@@ -104,22 +110,23 @@ def _sampled(
     G: Tensor, X: Tensor, M: Tensor, A: Tensor, B: Tensor, share: float, needs_A: bool, needs_B: bool
 ) -> Gradients:
     index, c = sample_tokens(G, X, share)
-    D = (G[index] * c.unsqueeze(1)).to(G.dtype).t() @ X[index]
-    dA, dB = _full(D.mul_(M), A, B, needs_A, needs_B)
-    rest = torch.ones(len(G), dtype=c.dtype, device=c.device).index_add_(0, index, c, alpha=-1)  # 1 - c of each token
+    drawn_G, drawn_X = G[index], X[index]
+    weights = c.to(G.dtype).unsqueeze(1)
+    (drawn_X if X.shape[1] < G.shape[1] else drawn_G).mul_(weights)
+    dA, dB = _full((drawn_G.t() @ drawn_X).mul_(M), A, B, needs_A, needs_B)
+    # 1 - c of each token, with the c that was multiplied with.
+    rest = torch.ones_like(G[:, :1]).index_add_(0, index, weights, alpha=-1)
     density = (M.sum(1, dtype=torch.float32) / M.shape[1]).unsqueeze(1).to(G.dtype)
-    beside = _thin((G * rest.unsqueeze(1)).to(G.dtype), X, A, B * density, needs_A, needs_B)
-    return None if dA is None else dA.add_(beside[0]), None if dB is None else dB.add_(beside[1] * density)
+    if needs_A:
+        dA += (G @ (B * density)).mul_(rest).t() @ X
+    if needs_B:
+        dB += (G.t() @ (X @ A.t()).mul_(rest)).mul_(density)
+    return dA, dB
 
 
 def _full(D: Tensor, A: Tensor, B: Tensor, needs_A: bool, needs_B: bool) -> Gradients:
     """B^t D and D A^t."""
     return B.t() @ D if needs_A else None, D @ A.t() if needs_B else None
-
-
-def _thin(G: Tensor, X: Tensor, A: Tensor, B: Tensor, needs_A: bool, needs_B: bool) -> Gradients:
-    """B^t (G^t X) and (G^t X) A^t, without the product in the brackets."""
-    return (G @ B).t() @ X if needs_A else None, G.t() @ (X @ A.t()) if needs_B else None
 
 
 def _scaled(gradient: Tensor | None, dtype: torch.dtype, scaling: float) -> Tensor | None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache, partial
+
 import pytest
 import torch
 from contract import batch, pruned
@@ -9,7 +12,6 @@ from peft import get_peft_model
 from torch import Tensor
 
 import lors
-from lors import gradients
 from lors.gradients import factor_gradients, sample_tokens
 from lors.kernels import BITMAP, DENSE, PackedWeight, pack
 
@@ -17,13 +19,14 @@ OUT, IN, R, SCALE = 12, 10, 3, 1.7
 N = 16
 
 
+@cache
 def problem(seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
     """G, X, W, A, B; a few tokens carry most, some nothing, and the rows of W differ in density."""
     generator = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
     G, X = draw(N, OUT) * draw(N, 1).exp(), draw(N, IN)
     G[3], X[5] = 0, 0
-    W = draw(OUT, IN) * (torch.rand(OUT, IN, generator=generator) < torch.linspace(0.2, 0.8, OUT)[:, None])
+    W = draw(OUT, IN) * (torch.empty(OUT, IN).uniform_(generator=generator) < torch.linspace(0.2, 0.8, OUT)[:, None])
     return tuple(tensor.to(dtype) for tensor in (G, X, W, draw(R, IN), draw(OUT, R)))
 
 
@@ -31,15 +34,26 @@ def dense(W: Tensor) -> PackedWeight:
     return PackedWeight(DENSE, (W,), tuple(W.shape))
 
 
-def at_places(monkeypatch: pytest.MonkeyPatch, share: float, places: int, seed: int = 0) -> list[list[Tensor]]:
-    """dA and dB for so many values of the one number that is drawn, at equal distances."""
-    G, X, W, A, B = problem(seed)
+def at_places(monkeypatch: pytest.MonkeyPatch, places: int, compute: Callable[[], list[Tensor]]) -> list[list[Tensor]]:
+    """What is computed with so many values of the one number that is drawn, at equal distances."""
     found = []
     for number in range(places):
         monkeypatch.setattr(torch, "rand", lambda *_, number=number, **__: torch.tensor((number + 0.5) / places))
-        found.append(list(factor_gradients(G, X, dense(W), A, B, SCALE, share)))
+        found.append(compute())
     monkeypatch.undo()
     return found
+
+
+def sampled(share: float, seed: int = 0) -> list[Tensor]:
+    G, X, W, A, B = problem(seed)
+    return list(factor_gradients(G, X, dense(W), A, B, SCALE, share))
+
+
+def without_control_variate(share: float, seed: int) -> list[Tensor]:
+    G, X, W, A, B = problem(seed)
+    index, c = sample_tokens(G, X, share)
+    D = ((c[:, None] * G[index]).t() @ X[index]) * (W != 0)
+    return [SCALE * B.t() @ D, SCALE * D @ A.t()]
 
 
 def exact(seed: int = 0) -> list[Tensor]:
@@ -51,7 +65,7 @@ def exact(seed: int = 0) -> list[Tensor]:
 @pytest.mark.parametrize("share", [0.125, 0.25, 0.6])
 def test_the_mean_over_the_draw_is_the_exact_gradient(monkeypatch, share: float) -> None:
     """All draws follow from one number: its mean over a grid of 4,096 places is the expectation up to the grid."""
-    found = at_places(monkeypatch, share, 4096)
+    found = at_places(monkeypatch, 4096, lambda: sampled(share))
     for part, wanted in zip(zip(*found, strict=True), exact(), strict=True):
         spread = torch.stack(part).std(0).norm()
         assert spread > 0.05 * wanted.norm()
@@ -84,19 +98,18 @@ def test_all_tokens_give_the_exact_gradient_and_no_gradient_gives_none() -> None
 
 def test_a_quarter_is_nearer_than_straight_through_and_the_control_variate_helps(monkeypatch) -> None:
     def error(found: list[list[Tensor]], wanted: list[Tensor]) -> float:
-        return sum(((dA - wanted[0]).norm() ** 2 + (dB - wanted[1]).norm() ** 2).item() for dA, dB in found) / len(
-            found
-        )
+        squares = [(part - w).square().sum() for parts in found for part, w in zip(parts, wanted, strict=True)]
+        return sum(squares).item() / len(found)
 
     sums = dict.fromkeys(("sampled", "alone", "straight-through"), 0.0)
     for seed in range(8):
-        G, X, W, A, B = problem(seed)
-        sums["sampled"] += error(at_places(monkeypatch, 0.25, 256, seed), exact(seed))
-        sums["straight-through"] += error([list(factor_gradients(G, X, dense(W), A, B, SCALE, 0))], exact(seed))
-        with monkeypatch.context() as patch:
-            nothing = lambda G, X, A, B, *_: (torch.zeros_like(A), torch.zeros_like(B))  # noqa: E731
-            patch.setattr(gradients, "_thin", nothing)
-            sums["alone"] += error(at_places(patch, 0.25, 256, seed), exact(seed))
+        ways = {
+            "sampled": partial(sampled, 0.25, seed),
+            "straight-through": partial(sampled, 0, seed),
+            "alone": partial(without_control_variate, 0.25, seed),
+        }
+        for name, compute in ways.items():
+            sums[name] += error(at_places(monkeypatch, 256, compute), exact(seed))
     assert sums["sampled"] < 0.8 * sums["alone"] and sums["sampled"] < 0.8 * sums["straight-through"]
 
 
