@@ -30,6 +30,7 @@ AXES = ("mode", "model", "pruner", "pattern", "sparsity", "label")
 IGNORED = (
     *("seed", "mode", "sparsity", "pattern", "force", "only", "name", "runs_root", "cache_root", "save_merged"),
     *("data_root", "launch", "model.name", "model.wheel", "prune.name", "eval.baselines"),
+    *("prune.quantize", "prune.bits", "prune.group_size"),  # in the name of the pruner
     *("train.checkpoint_every", "train.report_to", "train.steps_by_mode", "train.tuned", "method.merges"),
 )
 # On random weights and tokens, without scores, these say nothing.

@@ -43,7 +43,8 @@ def title_of(group: Group) -> str:
     axes = group.axes
     pruned = pruning_of(axes)
     if axes["mode"] != "run":
-        pruned = f"sparsity {axes['label']}"
+        _, _, quantised = axes["pruner"].partition("-")
+        pruned = f"sparsity {axes['label']}" + (f", {quantised}" if quantised else "")
     return ", ".join(part for part in (axes["model"], pruned, MODES[axes["mode"]], *settings(group.protocol)) if part)
 
 

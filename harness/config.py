@@ -36,6 +36,7 @@ TYPES = ConfigDict(strict=True, allow_inf_nan=False)
 PLAIN = (int, float, bool, str, list, dict, type(None), Any)
 # Arguments that every method takes from ``adapter``, and their keys there.
 SHARED = {"r": "r", "lora_alpha": "alpha", "target_modules": "targets"}
+QUANTIZATION = ("quantize", "bits", "group_size")  # in ``prune``
 LARGEST = 2**32 - 1  # of whole numbers: a seed
 
 
@@ -76,6 +77,9 @@ def resolve(cfg: DictConfig, *, places: bool = True) -> DictConfig:
         config["prune"] = {"name": "none"}
     elif needs_calibration(config["prune"]["name"]) and config["prune"]["text"] is None:
         config["prune"]["text"] = "microworld" if config["model"]["path"] == "microworld" else "c4"
+    if not _quantization(config):
+        for name in QUANTIZATION:
+            config["prune"].pop(name, None)
     if config["train"]["epochs"] is not None:
         config["train"]["steps"] = None
     if config["model"]["name"] is None:
@@ -368,7 +372,7 @@ def _quantization(config: dict[str, Any]) -> dict[str, Any]:
     """What ``prune`` says of whole numbers, if it asks for them."""
     prune = config["prune"]
     asked = prune.get("quantize", "none") != "none"
-    return {name: prune[name] for name in ("quantize", "bits", "group_size") if asked and name in prune}
+    return {name: prune[name] for name in QUANTIZATION if asked and name in prune}
 
 
 def _check_quantization(config: dict[str, Any]) -> None:

@@ -217,10 +217,11 @@ class Job:
         size = cfg.train.batch_size
         # In a profile only the memory counts, and the second batch reaches the peak.
         count = (method.init_rows or cfg.train.init_rows) if cfg.mode == "run" else 2 * size
-        rows = inputs.rows[: count if method.reads_rows else 0]
+        chooses = method.holds_out and cfg.mode == "run"  # a profile has nothing to choose by
+        rows = inputs.rows[: count if chooses or (method.reads_rows and not method.holds_out) else 0]
         batches = [inputs.pad(rows[start : start + size]) for start in range(0, len(rows), size)]
-        data = inputs.rows[len(rows) :] if method.holds_out and cfg.mode == "run" else inputs.rows
-        if method.holds_out and not data:
+        data = inputs.rows[len(rows) :] if chooses else inputs.rows
+        if chooses and not data:
             raise BadInput(f"train.init_rows={count}: must be below {len(inputs.rows)}, the rows of the training data")
         if default_device().type == "cpu" and method.trains and not cfg.launch.shard:
             with self.phase("measure"):

@@ -62,7 +62,7 @@ def test_what_a_run_starts_from_is_in_its_key(composed) -> None:
     def key(*overrides: str) -> str:
         return run_key(resolve(composed("method=lors", *overrides)))
 
-    assert key("prune.quantize=none", "prune.bits=4", "method.peft.group=64") == key()
+    assert key("prune.quantize=none", "prune.bits=2", "method.peft.group=64") == key()
     kinds = [key(), key(*QUANTISED), key("prune.quantize=gptq"), key("prune.quantize=rtn", "prune.bits=8")]
     profiles = [key("mode=profile"), key("mode=profile", *QUANTISED)]
     assert len({*kinds, *profiles}) == 6
