@@ -67,6 +67,12 @@ class LorsConfig(QuantizedConfig, SparseTunerConfig):
         one_of("straight_through", "exact", "sampled"),
     )
     gradient_share: float = option(0.25, "With gradient='sampled': the share of the tokens.", number("> 0", "<= 1"))
+    gradient_until: float = option(
+        1.0,
+        "The share of the training after which the gradients are straight-through; below 1 the Trainer needs the "
+        "callback lors.schedule.GradientSchedule.",
+        number("> 0", "<= 1"),
+    )
     exact_gradient: bool = option(False, "The older name of gradient='exact'.", flag)
     bias: str = option(
         "none",
@@ -113,6 +119,7 @@ class LorsLinear(LowRankLinear):
     """
 
     adapter_layer_names = ("lors_A", "lors_B")
+    progress = 0.0  # the share of the training that is done, see lors.schedule
     _is_2_4 = False  # as far as anything depends on it
 
     @classmethod
@@ -131,6 +138,9 @@ class LorsLinear(LowRankLinear):
         if config.forward_product == AUTO and not self._is_2_4:
             W = self.get_base_layer().weight
             self._is_2_4 = not W.is_meta and follows_pattern(W, SEMI_STRUCTURED)
+
+    def _product_share(self, name: str) -> float:
+        return super()._product_share(name) if self.progress < self.options[name].gradient_until else 0.0
 
     def _forward_product(self, name: str) -> str:
         chosen = self.options[name].forward_product

@@ -7,13 +7,15 @@ from functools import cache, partial
 
 import pytest
 import torch
-from contract import batch, pruned
+from contract import ROWS, batch, pruned
 from peft import get_peft_model
 from torch import Tensor
+from transformers import Trainer, TrainingArguments
 
 import lors
 from lors.gradients import factor_gradients, sample_tokens
 from lors.kernels import BITMAP, DENSE, PackedWeight, pack
+from lors.schedule import GradientSchedule
 
 OUT, IN, R, SCALE = 12, 10, 3, 1.7
 N = 16
@@ -160,3 +162,13 @@ def test_the_older_name_is_still_accepted() -> None:
     assert not all(torch.equal(sampled[name], new[name]) for name in new)
     with pytest.raises(ValueError, match="exact_gradient=True: must be False with gradient='sampled'"):
         lors.LorsConfig(exact_gradient=True, gradient="sampled")
+
+
+def test_from_a_share_of_the_training_on_the_gradients_are_straight_through(tmp_path) -> None:
+    seen = []
+    model = get_peft_model(pruned(), lors.LorsConfig(r=2, init="kaiming", gradient="exact", gradient_until=0.5))
+    layer = next(part for part in model.modules() if isinstance(part, lors.LorsLinear))
+    layer.register_forward_pre_hook(lambda layer, _: seen.append(layer._product_share("default")))
+    arguments = TrainingArguments(tmp_path, max_steps=5, per_device_train_batch_size=2, report_to=[], use_cpu=True)
+    Trainer(model, arguments, train_dataset=ROWS, callbacks=[GradientSchedule()]).train()
+    assert seen == [1.0, 1.0, 1.0, 0.0, 0.0]
