@@ -192,7 +192,7 @@ class SqftLinear(LowRankLinear):
         weight, bias = self._frozen_weight(), self.get_base_layer().bias
         grid = self.grid(names)
         if grid:
-            return masked_linear(x, weight, *self._stacked(names), bias, exact_gradient=True, grid=grid)
+            return masked_linear(x, weight, *self._stacked(names), bias, gradient_share=1, grid=grid)
         others = list(names)
         if self.options[names[0]].form == "fused":
             first = others.pop(0)

@@ -120,8 +120,8 @@ class XgbLoraLinear(LowRankLinear):
         weight, bias = self.boosted_weight(masked or names), self.get_base_layer().bias
         under_mask = [name for name in masked if self.at_work[name]]
         if under_mask:
-            exact = any(self.options[name].exact_gradient for name in under_mask)
-            y = masked_linear(x, weight, *self._stacked(under_mask), bias, exact_gradient=exact)
+            share = max(self.options[name].product_share for name in under_mask)
+            y = masked_linear(x, weight, *self._stacked(under_mask), bias, gradient_share=share)
         else:
             y = linear(x, weight, bias)
         for name in names:

@@ -59,6 +59,9 @@ STAGES = {
 ABSENT: Mapping[str, Any] = {
     "method.peft.bits": None,
     "method.peft.forward_product": "dense",
+    "method.peft.gradient": "straight_through",
+    "method.peft.gradient_share": 0.25,
+    "method.peft.gradient_until": 1.0,
     "method.peft.group": 64,
     "method.peft.storage": "dense",
     "method.version": 1,

@@ -40,6 +40,7 @@ from harness.processes import share
 from lors import initialize
 from lors.blocks import decoder_linears
 from lors.experts import experts_as_linears, fuse_experts
+from lors.schedule import GradientSchedule
 from lors.shared_weights import note_untied_head, untie_adapted
 from lors.sparse_layer import SparseLinear
 from lors.storage import CompressedLinear
@@ -174,7 +175,7 @@ class Method:
     def callbacks(self) -> list[TrainerCallback]:
         """New callbacks of one training; one that holds something from step to step has ``state_dict`` and
         ``load_state_dict``."""
-        return []
+        return [GradientSchedule()] if getattr(self.peft, "gradient_until", 1.0) < 1 else []
 
     def penalty(self, model: nn.Module) -> Tensor | None:
         """A scalar that is added to the loss of every step; None: nothing is."""

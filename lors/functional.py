@@ -16,8 +16,8 @@ where G = dL/dY (n x out):
 
 The exact adapter gradients have ((G^t X) (.) M) in place of G^t X. The elementwise product forbids the thin
 order and costs one more full product and an out x in buffer, so LoRS takes the straight-through estimate: the
-gradient that an unmasked LoRA with the same factors would receive. ``exact_gradient=True`` keeps the mask. The
-thin order is not the cheaper one for a rank of about in out / (2 (in + out)) or more; then G^t X is formed.
+gradient that an unmasked LoRA with the same factors would receive. ``gradient_share=1`` keeps the mask, and less is an
+estimate in between (``lors.gradients``).
 
 Cost of one layer, with U = 2 n in out, V = 2 r in out, Z = 2 n r (in + out) FLOPs and b bytes per element:
 forward U + V, backward U + V + 2Z, saved between them b n in bytes.
@@ -49,6 +49,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.functional import linear
 
+from lors.gradients import factor_gradients
 from lors.kernels import DENSE, PackedWeight, decode, merge, merge_on_grid, product
 
 __all__ = ["frozen_linear", "masked_linear", "merged_weight", "without_autocast"]
@@ -62,7 +63,7 @@ def masked_linear(
     scaling: float,
     bias: Tensor | None = None,
     *,
-    exact_gradient: bool = False,
+    gradient_share: float = 0.0,
     forward_product: str = DENSE,
     grid: str = "",
 ) -> Tensor:
@@ -78,7 +79,8 @@ def masked_linear(
         B: Output-side factor, ``[out, r]``.
         scaling: The scale s of the update.
         bias: ``[out]`` or None; receives its gradient if it asks for one.
-        exact_gradient: Keep the mask in the gradients of A and B instead of the straight-through estimate.
+        gradient_share: Of the tokens that go into the full product G^t X for the gradients of A and B: 0 is the
+            straight-through estimate, 1 keeps the mask, in between they are sampled (``lors.gradients``).
         forward_product: How X T^t is computed, one of ``lors.kernels.PRODUCTS``; for other than ``dense`` the
             weight has to be 2:4.
         grid: An integer layout, such as ``int4/64``, to whose points the merged weight is rounded.
@@ -96,7 +98,7 @@ def masked_linear(
     _check(x, packed, A, B, bias)
     dtype = _compute_dtype(x.device.type, packed.dtype)
     x = x.to(dtype)
-    token = _Inputs.apply(x, A, B, bias, scaling, exact_gradient, grid, packed.layout, *packed.parts)
+    token = _Inputs.apply(x, A, B, bias, scaling, gradient_share, grid, packed.layout, *packed.parts)
     return _Product.apply(token, x.detach(), A, B, bias, scaling, forward_product, grid, packed.layout, *packed.parts)
 
 
@@ -161,7 +163,7 @@ class _Inputs(torch.autograd.Function):
         B: Tensor,
         bias: Tensor | None,
         scaling: float,
-        exact_gradient: bool,
+        gradient_share: float,
         grid: str,
         layout: str,
         *parts: Tensor,
@@ -170,7 +172,7 @@ class _Inputs(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, A, B, bias, ctx.scaling, ctx.exact_gradient, ctx.grid, ctx.layout, *parts = inputs
+        x, A, B, bias, ctx.scaling, ctx.share, ctx.grid, ctx.layout, *parts = inputs
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.x_shape = x.shape
         needs_factor_gradient = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
@@ -189,7 +191,7 @@ class _Inputs(torch.autograd.Function):
                 dx = (G @ _merged(weight, A, B, ctx.scaling, G.dtype, ctx.grid)).reshape(ctx.x_shape)
             if needs_A or needs_B:
                 X = x.reshape(-1, x.shape[-1])  # n x in
-                dA, dB = _factor_gradients(G, X, weight, A, B, ctx.scaling, ctx.exact_gradient, needs_A, needs_B)
+                dA, dB = factor_gradients(G, X, weight, A, B, ctx.scaling, ctx.share, needs_A, needs_B)
             if needs_bias:
                 dbias = G.sum(dim=0, dtype=ctx.bias_dtype)
         return dx, dA, dB, dbias, None, None, None, None, *[None] * len(parts)
@@ -268,39 +270,6 @@ def _merged(weight: PackedWeight, A: Tensor, B: Tensor, scaling: float, dtype: t
     if grid:
         return merge_on_grid(weight, A, B, scaling, grid, dtype)
     return merge(weight, A, B, scaling, dtype)
-
-
-def _factor_gradients(
-    G: Tensor,
-    X: Tensor,
-    weight: PackedWeight,
-    A: Tensor,
-    B: Tensor,
-    scaling: float,
-    exact: bool,
-    needs_A: bool,
-    needs_B: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    """dA (r x in) and dB (out x r), in the cheapest order of the products."""
-    (height, r), width, n = B.shape, A.shape[1], G.shape[0]
-    wanted = needs_A + needs_B
-    thin, full = wanted * n * r * (height + width), n * height * width + wanted * r * height * width
-    dA = dB = None
-    if exact or full < thin:
-        D = G.t() @ X  # out x in
-        if exact:
-            D.mul_(decode(weight) != 0)
-        dA = B.to(G.dtype).t() @ D if needs_A else None
-        dB = D @ A.to(G.dtype).t() if needs_B else None
-    else:
-        dA = (G @ B.to(G.dtype)).t() @ X if needs_A else None
-        dB = G.t() @ (X @ A.to(G.dtype).t()) if needs_B else None
-    return _scaled(dA, A.dtype, scaling), _scaled(dB, B.dtype, scaling)
-
-
-def _scaled(gradient: Tensor | None, dtype: torch.dtype, scaling: float) -> Tensor | None:
-    """Cast first and scale after, so that float32 factors of a half-precision layer lose no further digit."""
-    return None if gradient is None else gradient.to(dtype).mul_(scaling)
 
 
 def _compute_dtype(device_type: str, weight_dtype: torch.dtype) -> torch.dtype:

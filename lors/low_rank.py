@@ -50,6 +50,11 @@ class LowRankConfig(MaskedConfig, SparseTunerConfig):
         flag,
     )
 
+    @property
+    def product_share(self) -> float:
+        """The ``gradient_share`` of ``lors.masked_linear``."""
+        return float(self.exact_gradient)
+
 
 class LowRankLinear(MaskedLinear):
     """A linear layer with low-rank adapters.
@@ -93,7 +98,7 @@ class LowRankLinear(MaskedLinear):
             self._frozen_weight(),
             *self._stacked(names),
             self.get_base_layer().bias,
-            exact_gradient=any(self.options[name].exact_gradient for name in names),
+            gradient_share=max(map(self._product_share, names)),
             forward_product=self._forward_product(names[0]),
             grid=self.grid(names),
         )
@@ -161,6 +166,10 @@ class LowRankLinear(MaskedLinear):
             return frozen(base.weight)
         numbers, *others = base.packed.parts
         return base.packed._replace(parts=(frozen(numbers), *others))
+
+    def _product_share(self, name: str) -> float:
+        """The ``gradient_share`` of ``masked_linear`` that an adapter asks for."""
+        return self.options[name].product_share
 
     def _forward_product(self, name: str) -> str:
         """How the product with the merged weight is computed; the first active adapter decides."""

@@ -21,7 +21,7 @@ from lors.sparse_layer import BASE, adapted_layers
 __all__ = ["adapter_for_each_row", "add_weighted_adapter"]
 
 # Fields in which adapters that are summed must agree; of all others the first adapter decides.
-ALIKE = ("keep_zeros", "exact_gradient", "bits", "group")
+ALIKE = ("keep_zeros", "exact_gradient", "gradient", "gradient_share", "bits", "group")
 
 
 @contextmanager

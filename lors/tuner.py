@@ -59,12 +59,21 @@ class LorsConfig(QuantizedConfig, SparseTunerConfig):
         "at zero in both.",
         one_of("gradient", "kaiming"),
     )
-    exact_gradient: bool = option(
-        False,
-        "Keep the mask in the gradients of A and B. Costs a further full matrix product and a buffer of the weight's "
-        "size; False is the paper's straight-through estimate.",
-        flag,
+    gradient: str = option(
+        "straight_through",
+        "Gradients of A and B. 'straight_through': without the mask, as in the paper. 'exact': with it, for a further "
+        "full matrix product and a buffer of the weight's size. 'sampled': an unbiased estimate of the exact ones, "
+        "which forms that product for a share of the tokens.",
+        one_of("straight_through", "exact", "sampled"),
     )
+    gradient_share: float = option(0.25, "With gradient='sampled': the share of the tokens.", number("> 0", "<= 1"))
+    gradient_until: float = option(
+        1.0,
+        "The share of the training after which the gradients are straight-through; below 1 the Trainer needs the "
+        "callback lors.schedule.GradientSchedule.",
+        number("> 0", "<= 1"),
+    )
+    exact_gradient: bool = option(False, "The older name of gradient='exact'.", flag)
     bias: str = option(
         "none",
         "Biases to train: 'none', 'all', or 'lors_only' (those of the adapted layers).",
@@ -85,6 +94,18 @@ class LorsConfig(QuantizedConfig, SparseTunerConfig):
         one_of(*PRODUCTS),
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.exact_gradient and self.gradient == "sampled":
+            raise ValueError("exact_gradient=True: must be False with gradient='sampled'")
+
+    @property
+    def product_share(self) -> float:
+        """The ``gradient_share`` of ``lors.masked_linear``."""
+        if self.exact_gradient:
+            return 1.0
+        return {"straight_through": 0.0, "exact": 1.0, "sampled": self.gradient_share}[self.gradient]
+
     def layer_settings(self, name: str) -> tuple[int, float]:
         """Rank r and scale s of the layer called ``name``, after ``rank_pattern`` and ``alpha_pattern``."""
         r, alpha_over_r = super().layer_settings(name)
@@ -98,6 +119,7 @@ class LorsLinear(LowRankLinear):
     """
 
     adapter_layer_names = ("lors_A", "lors_B")
+    progress = 0.0  # the share of the training that is done, see lors.schedule
     _is_2_4 = False  # as far as anything depends on it
 
     @classmethod
@@ -116,6 +138,9 @@ class LorsLinear(LowRankLinear):
         if config.forward_product == AUTO and not self._is_2_4:
             W = self.get_base_layer().weight
             self._is_2_4 = not W.is_meta and follows_pattern(W, SEMI_STRUCTURED)
+
+    def _product_share(self, name: str) -> float:
+        return super()._product_share(name) if self.progress < self.options[name].gradient_until else 0.0
 
     def _forward_product(self, name: str) -> str:
         chosen = self.options[name].forward_product

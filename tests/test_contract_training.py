@@ -17,6 +17,8 @@ from harness.method import Method, adapt, finish
 from lors.blocks import decoder_linears
 from lors.sparsity import supports, zero_report
 
+DRAWS = "lors gradient=sampled gradient_until=0.7"  # in the backward pass of its first two steps of three
+
 
 def fit(
     model: nn.Module, method: Method, folder: Path, steps: int, resume: Path | None = None, **arguments: object
@@ -51,7 +53,7 @@ def fit(
     return trainer
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", [*TRAINED, DRAWS])
 def test_bf16_autocast_through_the_trainer(name, tmp_path):
     method, before = method_of(name), supports(pruned(dtype=torch.bfloat16))
     model = adapt(method, pruned(dtype=torch.bfloat16), [batch()], precision="bf16_mixed")
@@ -67,7 +69,7 @@ def test_bf16_autocast_through_the_trainer(name, tmp_path):
     assert zero_report(before, finish(method, model, before, method.merges[0]), "unstructured")["lost"] == 0
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", [*TRAINED, DRAWS])
 def test_a_resumed_training_equals_an_uninterrupted_one(name, tmp_path):
     method = method_of(name)
     whole = adapt(method, pruned(), [batch()])

@@ -66,7 +66,7 @@ def test_output_and_gradients_equal_autograd(kind: str, exact: bool, with_bias: 
     bias = layer["bias"] if with_bias else None
     inputs = [x, A, B] + [bias] * with_bias
 
-    output = masked_linear(INPUTS[kind](x), weight, A, B, SCALING, bias, exact_gradient=exact)
+    output = masked_linear(INPUTS[kind](x), weight, A, B, SCALING, bias, gradient_share=float(exact))
     expected = reference(INPUTS[kind](x), weight, A, B, bias)
     torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
 
@@ -95,7 +95,7 @@ def test_flops_are_those_of_the_paper_and_nothing_needless_is_computed() -> None
     n = 6
     U, V, Z = 2 * n * IN * OUT, 2 * RANK * IN * OUT, 2 * n * RANK * (IN + OUT)
     assert flops_of("x A B bias", random_layer(n=n)) == (U + V, U + V + 2 * Z)
-    assert flops_of("x A B bias", random_layer(n=n), exact_gradient=True) == (U + V, 2 * U + 3 * V)
+    assert flops_of("x A B bias", random_layer(n=n), gradient_share=1) == (U + V, 2 * U + 3 * V)
     assert flops_of("x", random_layer(n=n)) == (U + V, U + V)
     assert flops_of("A B", random_layer(n=n)) == (U + V, 2 * Z)
     assert flops_of("A", random_layer(n=n)) == flops_of("B", random_layer(n=n)) == (U + V, Z)
@@ -140,12 +140,12 @@ def saved_bytes(layer: dict[str, Tensor], **options: bool) -> int:
 def test_only_the_input_is_saved(exact: bool) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         layer = random_layer(dtype=dtype)
-        assert saved_bytes(layer, exact_gradient=exact) == dtype.itemsize * 6 * IN
+        assert saved_bytes(layer, gradient_share=float(exact)) == dtype.itemsize * 6 * IN
         with torch.autocast("cpu", torch.bfloat16):  # in the compute type, and no copy of the weight
-            assert saved_bytes(layer, exact_gradient=exact) == 2 * 6 * IN
+            assert saved_bytes(layer, gradient_share=float(exact)) == 2 * 6 * IN
         layer["A"].requires_grad_(False)
         layer["B"].requires_grad_(False)
-        assert saved_bytes(layer, exact_gradient=exact) == 0  # the input is of no use to dX
+        assert saved_bytes(layer, gradient_share=float(exact)) == 0  # the input is of no use to dX
 
 
 # ---- types
@@ -170,7 +170,7 @@ def test_a_bf16_product_of_float32_operands(
     weight = layer["weight"] = layer["weight"].to(weight_dtype)
     inputs = [layer[name] for name in ("x", "A", "B", "bias")]
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        output = apply(layer, exact_gradient=exact)
+        output = apply(layer, gradient_share=float(exact))
         if backward_inside:
             result = gradients(output, inputs)
     if not backward_inside:

@@ -119,7 +119,7 @@ def test_output_and_gradients_on_a_grid_are_those_of_the_formula(dense, exact_gr
         T = by_definition(base + M * update, scales, zeros, 4, 8)
     passed = M * update if exact_gradient else update
     expected = linear(x, T + passed - passed.detach(), bias)
-    y = masked_linear(x, W if dense else packed, A, B, 1.5, bias, exact_gradient=exact_gradient, grid="int4/8")
+    y = masked_linear(x, W if dense else packed, A, B, 1.5, bias, gradient_share=float(exact_gradient), grid="int4/8")
     assert_same(y, expected, x, A, B, bias)
     assert (T[base == 0] == 0).all()
 
@@ -134,8 +134,8 @@ def test_a_fine_grid_is_no_grid():
         small = W * factor * 8  # codes stay within 8 bits
         codes = pack_codes(codes_of(small, scales, zeros, "int8/20"), 8)
         packed = layout.PackedWeight("int8/20", (scales, codes, zeros), (7, 20))
-        y = masked_linear(x, packed, A, B, factor, exact_gradient=True, grid="int8/20")
-        plain = masked_linear(x, decode(packed), A, B, factor, exact_gradient=True)
+        y = masked_linear(x, packed, A, B, factor, gradient_share=1, grid="int8/20")
+        plain = masked_linear(x, decode(packed), A, B, factor, gradient_share=1)
         results.append(y - plain)
         for one, two in zip(*(torch.autograd.grad(out.sum(), inputs[1:]) for out in (y, plain)), strict=True):
             assert torch.equal(one, two), "G does not depend on the rounding here"
