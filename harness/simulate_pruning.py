@@ -37,7 +37,7 @@ from harness.models import pruner_options
 from harness.simulate import BLOCK
 from harness.weights import base_format
 from lors.blocks import decoder_blocks
-from lors.pruning import prune_model, sparsegpt, walk
+from lors.pruning import block_calls, prune_model, sparsegpt, walk
 
 __all__ = ["simulate_pruning"]
 
@@ -67,7 +67,7 @@ def simulate_pruning(cfg: DictConfig, shape: PretrainedConfig) -> dict[str, dict
     calibration, waiting = None, []
     if needs_calibration(cfg.prune.name):
         samples, length = cfg.prune.samples, cfg.prune.sequence_length
-        walked = min(samples, WALKED * max(1, walk.BATCH_TOKENS // length))
+        walked = min(samples, WALKED * max(1, block_calls.BATCH_TOKENS // length))
         states = (samples - walked, length, shape.get_text_config().hidden_size)
         with mode:
             calibration = torch.ones(samples, length, dtype=torch.int64)

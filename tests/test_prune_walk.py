@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from harness.live_memory import LiveTensors
 from lors.blocks import block_linears, decoder_blocks, decoder_linears
-from lors.pruning import prune_model, prune_sparsegpt, prune_wanda, squared_norms, walk
+from lors.pruning import block_calls, prune_model, prune_sparsegpt, prune_wanda, squared_norms, walk
 from lors.sparsity import follows_pattern, sparsity_of
 
 THREE = {"num_hidden_layers": 3, "vocab_size": 40}
@@ -107,7 +107,7 @@ def test_sparsegpt_walk_equals_full_passes(name):
 
 
 def test_every_batch_runs_twice_through_a_block_and_once_through_the_last_without_tf32(capsys, monkeypatch):
-    monkeypatch.setattr(walk, "BATCH_TOKENS", 20)
+    monkeypatch.setattr(block_calls, "BATCH_TOKENS", 20)
     measured: list[int] = []  # tokens: the order of the sum is that of the samples, whatever the batch
     spy = lambda X: (measured.append(len(X)), squared_norms(X))[1]  # noqa: E731
     monkeypatch.setitem(walk.PRUNERS, "wanda", (prune_wanda, spy))
@@ -147,7 +147,7 @@ def test_every_batch_runs_twice_through_a_block_and_once_through_the_last_withou
 def test_the_size_of_a_batch_changes_nothing(name, pruner, monkeypatch):
     expected = build(name)
     for model, batch_tokens in ((expected, 10), (build(name), 20), (build(name), 1000)):
-        monkeypatch.setattr(walk, "BATCH_TOKENS", batch_tokens)
+        monkeypatch.setattr(block_calls, "BATCH_TOKENS", batch_tokens)
         prune_model(model, pruner, sparsity=0.5, pattern="unstructured", calibration=tokens())
         for key, linear in decoder_linears(model).items():
             assert torch.equal(linear.weight == 0, expected.get_submodule(key).weight == 0), key
@@ -181,7 +181,7 @@ def test_blocks_of_a_model_on_the_cpu_are_pruned_on_a_gpu(name):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_memory_is_that_of_hidden_states_and_of_the_statistics_of_one_block(attention: str, monkeypatch) -> None:
     """What else a block is given, masks and angles, is kept once if it is equal."""
-    monkeypatch.setattr(walk, "BATCH_TOKENS", 32)
+    monkeypatch.setattr(block_calls, "BATCH_TOKENS", 32)
 
     def peak(samples: int, blocks: int) -> int:
         model = replace(WALKED["llama"], fields=THREE | {"attn_implementation": attention, "num_hidden_layers": blocks})

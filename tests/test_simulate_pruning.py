@@ -14,7 +14,7 @@ from harness.config import resolve
 from harness.live_memory import LiveTensors
 from harness.run import execute
 from harness.simulate_pruning import WALKED, simulate_pruning
-from lors.pruning import prune_model, walk
+from lors.pruning import block_calls, prune_model
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 5, "vocab_size": 100}
 SAMPLES, LENGTH = 12, 24
@@ -24,7 +24,7 @@ RULES = [("wanda", "unstructured"), ("wanda", "2:4"), ("sparsegpt", "unstructure
 @pytest.fixture
 def config(composed, monkeypatch):
     """Function from overrides to the config of pruning SAMPLES x LENGTH tokens, two samples at a time."""
-    monkeypatch.setattr(walk, "BATCH_TOKENS", 2 * LENGTH + 1)
+    monkeypatch.setattr(block_calls, "BATCH_TOKENS", 2 * LENGTH + 1)
     calibration = [f"prune.samples={SAMPLES}", f"prune.sequence_length={LENGTH}"]
     return lambda *overrides: resolve(
         composed("mode=simulate", "method=none", "model=llama2_7b", *overrides, *calibration)
