@@ -32,6 +32,13 @@ LOAD_ADAPTER = """```python
 
 model = AutoPeftModelForCausalLM.from_pretrained("adapter", dtype="{dtype}")
 ```"""
+LOAD_QUANTIZED = """```python
+{imports}from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = lors.load_quantized(AutoModelForCausalLM.from_pretrained("base", dtype="{dtype}"), "base")
+model = PeftModel.from_pretrained(base, "adapter")
+```"""
 LOAD_MODEL = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -133,7 +140,10 @@ def _adapter(result: Mapping[str, Any], base: Base, dtype: str, peft: PeftConfig
     lines = [f"# {result['method']} adapter of {_name(result, ADAPTER)}"]
     if own:  # as lors.sparse_config has it
         lines.append(f"`import {package}` before PEFT loads this adapter: the import registers its method.")
-    lines.append(LOAD_ADAPTER.format(imports=f"import {package}\n" if own else "", dtype=dtype))
+    quantized = getattr(peft, "quantized_base", None)
+    imports = sorted({*([package] if own else []), *(["lors"] if quantized else [])})
+    template = LOAD_QUANTIZED if quantized else LOAD_ADAPTER
+    lines.append(template.format(imports="".join(f"import {name}\n" for name in imports), dtype=dtype))
     if package == "baselines":
         lines.append("`baselines` cannot be installed: run this in a checkout of the bench.")
     if base.path == HERE:

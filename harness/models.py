@@ -26,13 +26,14 @@ from harness.evaluate import evaluate
 from harness.identity import digest, version_of
 from harness.inputs import Inputs, Source
 from harness.processes import from_first
-from harness.quantized import quantized_layout, save_weights
+from harness.quantized import quantized_layout
 from harness.sealed_file import computed_once
 from harness.sealed_folder import sealed_once
 from harness.shards import home, placed
 from harness.sources import provenance
 from harness.weights import base_format, load_weights
 from lors.pruning import prune_model, quantize_model
+from lors.quantized_file import save_quantized
 
 __all__ = ["Models", "pruner_options"]
 
@@ -65,7 +66,7 @@ class Models:
         log.info("the model is %s", json.dumps(provenance(self.cfg)["model.path"]))
         if not self._prunes_first:
             return self.inputs.source
-        folder = from_first(lambda: sealed_once(self.cache / "pruned", self.pruned_key, self._pruned, save_weights))
+        folder = from_first(lambda: sealed_once(self.cache / "pruned", self.pruned_key, self._pruned, save_quantized))
         return Source(str(folder), None, str(folder), folder, self.inputs.source.options)
 
     def _dense(self, dtype: torch.dtype | str, device: torch.device | None = None) -> PreTrainedModel:

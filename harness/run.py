@@ -44,7 +44,7 @@ from harness.method_from_config import build_method
 from harness.model_card import ADAPTER, BASE, MERGED, base_of, write_card
 from harness.models import Models
 from harness.processes import from_first, gathered, in_first, is_first
-from harness.quantized import quantized_layout, save_weights
+from harness.quantized import quantized_layout
 from harness.result import blank_result, count_parameters, held_out_loss
 from harness.shards import collect, home, placed
 from harness.simulate import simulate
@@ -57,6 +57,7 @@ from harness.weights import base_format, checksum, load_weights, random_model
 from harness.zeros import check_zeros, starting_sparsity
 from lors.kernels import in_use
 from lors.pruning import quantize_model
+from lors.quantized_file import save_quantized
 from lors.sparsity import supports
 
 __all__ = ["execute"]
@@ -378,7 +379,7 @@ class Job:
     def _save(self, model: PreTrainedModel, name: str) -> Path:
         """Write a plain model, with its tokenizer, into a folder of the run."""
         with self.store.artifact(name) as folder:
-            save_weights(model, folder)
+            save_quantized(model, folder)
             tokenizer = self.inputs.tokenizer
             if tokenizer is not None:
                 for option in ("is_local", "local_files_only"):  # of the loading here; transformers would write it

@@ -19,8 +19,8 @@ from harness.config import as_written
 from harness.environment import default_device
 from harness.errors import BadInput, one_line
 from harness.method import PRECISIONS
-from harness.quantized import hold_saved
 from lors.blocks import decoder_linears
+from lors.quantized_file import FILE, load_quantized
 from lors.sparsity import random_support
 
 __all__ = ["base_format", "check_files", "checksum", "load_weights", "random_model"]
@@ -83,7 +83,11 @@ def load_weights(
         raise BadInput(f"{shown}: config.json and weights do not belong together: weights {found}")
     if places == "meta":
         return model.eval()
-    hold_saved(model, Path(path))
+    if (Path(path) / FILE).is_file():
+        try:
+            load_quantized(model, path)
+        except ValueError as error:
+            raise BadInput(str(error)) from error
     if places is not None:
         _check_places(model, places)
         return model.eval()

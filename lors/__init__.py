@@ -9,18 +9,11 @@ from lors.compressed_reader import load_compressed
 from lors.functional import masked_linear
 from lors.initialization import initialize
 from lors.pruning import prune_model as prune
+from lors.pruning import quantize_model as quantize
+from lors.quantized_file import load_quantized, save_quantized
 from lors.sparsity import check
 from lors.tuner import LorsConfig, LorsLinear, LorsModel, compress
 
 __version__ = "0.1.0"
-__all__ = [
-    "LorsConfig",
-    "LorsLinear",
-    "LorsModel",
-    "check",
-    "compress",
-    "initialize",
-    "load_compressed",
-    "masked_linear",
-]
-__all__ += ["prune", "save_compressed"]
+__all__ = ["LorsConfig", "LorsLinear", "LorsModel", "check", "compress", "initialize", "load_compressed"]
+__all__ += ["load_quantized", "masked_linear", "prune", "quantize", "save_compressed", "save_quantized"]

@@ -163,6 +163,12 @@ class QuantizedConfig(UnscaledTunerConfig):
     )
     group: int = option(64, "With bits: so many weights of a row have one scale and one zero point.", whole(">= 1"))
 
+    quantized_base: bool | None = option(
+        None,
+        "With bits: whether the base was quantised when the adapter was made, whose grid is then that of the base. "
+        "Written at that time, and compared where the adapter is loaded; leave it out for a new one.",
+    )
+
     @property
     def grid(self) -> str:
         """The integer layout of ``bits`` and ``group``, such as ``int4/64``; empty without one."""

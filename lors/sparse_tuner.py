@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -29,7 +29,7 @@ from lors.placement import execution_device, whole
 from lors.shared_weights import untie_adapted
 from lors.sparse_config import UnscaledTunerConfig
 from lors.sparse_layer import SparseLinear, adapted_layers, check_finite
-from lors.storage import CompressedLinear
+from lors.storage import CompressedLinear, is_quantized
 from lors.support import Support, support_of
 
 __all__ = ["SparseTunerModel"]
@@ -153,6 +153,7 @@ class SparseTunerModel(BaseTuner):
                 "prune the model first",
                 stacklevel=5,
             )
+        self._check_grid(adapter_name, layers)
         expected, config.support = config.support, found
         if config.keep_zeros and expected is not None and expected["sha256"] != found["sha256"]:
             message = (
@@ -163,6 +164,19 @@ class SparseTunerModel(BaseTuner):
             if config.other_support == "error":
                 raise ValueError(message)
             warnings.warn(message, stacklevel=5)
+
+    def _check_grid(self, adapter_name: str, layers: Mapping[str, SparseLinear]) -> None:
+        """Refuse a base whose grid is not that on which the adapter was trained."""
+        config = self.peft_config[adapter_name]
+        if not getattr(config, "grid", ""):
+            return
+        found = all(is_quantized(layer.get_base_layer()) for layer in layers.values())
+        if config.quantized_base is not None and config.quantized_base != found:
+            was, do = "dense", "load the dense one"
+            if config.quantized_base:
+                was, do = "quantised", "call lors.load_quantized(base, folder) before the adapter is loaded"
+            raise ValueError(f"adapter {adapter_name!r} was trained on a {was} base, and this one is not: {do}")
+        config.quantized_base = found
 
     def _prepare_model(self, peft_config: UnscaledTunerConfig, model: nn.Module) -> None:
         """Resolve 'all-linear', and check all names before the first layer is replaced."""

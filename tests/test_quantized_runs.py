@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from contract import batch, method_of, pruned, trained
+from peft import AutoPeftModelForCausalLM
 from test_harness_run import folder_of, tiny  # noqa: F401 - a fixture
 from transformers import AutoModelForCausalLM
 
+import lors
 from harness.config import resolve
 from harness.errors import BadInput
 from harness.identity import run_key
@@ -143,3 +149,24 @@ def test_a_merge_of_the_harness_is_the_trained_model_and_on_the_grid(name, preci
                 layer.weight.double() / grids[key].parts[0].double().repeat_interleave(16, 1)[:, : layer.in_features]
             )
             assert (steps - steps.round()).abs().max() < (0.06 if dtype is torch.bfloat16 else 1e-5)
+
+
+def test_an_adapter_of_a_quantised_base_is_refused_on_dense_weights(tiny, monkeypatch) -> None:  # noqa: F811
+    """The grid cannot be read off the dense weights: on them the logits would be others, without a word."""
+    cfg = tiny(
+        "method=lors", "prune.quantize=gptq", "prune.group_size=16", *ON_GRID, "save_base=true", "save_merged=true"
+    )
+    result = execute(cfg)
+    assert result["status"] == "ok", result["error"]
+    monkeypatch.chdir(folder_of(result, cfg))
+    with pytest.raises(ValueError, match=r"was trained on a quantised base, and this one is not: call lors.load_quant"):
+        AutoPeftModelForCausalLM.from_pretrained("adapter", dtype="float32")
+    (code,) = re.findall(r"^```python\n(.*?)^```", Path("adapter/README.md").read_text(), re.DOTALL | re.MULTILINE)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    tokens = torch.arange(12).view(2, 6)
+    merged = AutoModelForCausalLM.from_pretrained("merged").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(names["model"].eval()(tokens).logits, merged(tokens).logits)
+    with pytest.raises(ValueError, match=r"adapter/quantization.safetensors: no such file"):
+        lors.load_quantized(merged, "adapter")
