@@ -23,6 +23,7 @@ __all__ += ["rank", "share", "shared_out", "turns"]
 PATIENCE = timedelta(days=7)
 GRACE = 3  # seconds
 Value, Item = TypeVar("Value"), TypeVar("Item")
+_first_alone = False  # inside of what `from_first` computes, where the others wait for its outcome
 
 
 def count() -> int:
@@ -71,22 +72,26 @@ def in_first(context: AbstractContextManager) -> AbstractContextManager:
 
 
 def from_first(compute: Callable[[], Value]) -> Value:
-    """What `compute` returns in the first process, which alone calls it; in all.
+    """What `compute` returns in the first process, which alone calls it; in all. It may call this itself.
 
     Raises:
         Exception: What it raises; in the other processes ``BadInput`` where that is one, else ``RuntimeError``.
     """
-    if count() == 1:
+    global _first_alone
+    if count() == 1 or _first_alone:
         return compute()
     from torch.distributed import broadcast_object_list
 
     outcome: list[Any] = [None, None]
     failure = None
     if is_first():
+        _first_alone = True
         try:
             outcome[0] = compute()
         except Exception as error:
             failure, outcome[1] = error, (isinstance(error, BadInput), one_line(error))
+        finally:
+            _first_alone = False
     broadcast_object_list(outcome, src=0)
     if failure is not None:
         raise failure

@@ -159,6 +159,7 @@ def failing_first(folder: Path) -> dict[str, Any]:
         return "nothing"
 
     found = {"refused": fail(BadInput), "failed": fail(OSError)}
+    found["nested"] = processes.from_first(lambda: processes.from_first(lambda: 7) + 1)
     return found | {"later": processes.from_first(lambda: processes.rank()), "all": processes.gathered(dist.get_rank())}
 
 

@@ -121,6 +121,7 @@ def test_what_fails_in_the_first_process_fails_in_all(results: Results) -> None:
     assert first["refused"] == second["refused"] == "BadInput: name=value: must be other"
     assert first["failed"] == "OSError: name=value: must be other"
     assert second["failed"] == "RuntimeError: process 0 has failed: name=value: must be other"
+    assert first["nested"] == second["nested"] == 8
     assert (first["later"], second["later"], first["all"], second["all"]) == (0, 0, [0, 1], [0, 1])
 
 
@@ -193,7 +194,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.parametrize("shard", [False, True])
 def test_a_run_of_two_processes_is_that_of_one(alone: dict[str, Any], shard: bool, tmp_path: Path) -> None:
-    done = in_two(tmp_path, f"launch.shard={shard}")
+    done = in_two(tmp_path, f"launch.shard={shard}", "force=true")
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("evaluate ...") == 1 and done.stdout.count("· ok") == 1, "only the first process speaks"
     result = result_in(tmp_path)
