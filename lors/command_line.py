@@ -80,13 +80,13 @@ def _parser() -> argparse.ArgumentParser:
 def _prune(options: argparse.Namespace) -> None:
     _check_new(options.out)
     resolve_sparsity(options.sparsity, options.pattern)
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=False)
     tokens = None
     if PRUNERS[options.pruner][1] is not None:
         documents = [*islice(_documents(options.calibration), POOL)]
         size = {"samples": options.samples, "length": options.length, "seed": options.seed}
         tokens = calibration_tokens(documents, tokenizer, **size)
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto")
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto", trust_remote_code=False)
     how = {"sparsity": options.sparsity, "pattern": options.pattern, "device": options.device}
     prune_model(model, options.pruner, calibration=tokens, **how)
     _save(model, options.out, options.model)
@@ -95,7 +95,7 @@ def _prune(options: argparse.Namespace) -> None:
 
 def _merge(options: argparse.Namespace) -> None:
     _check_new(options.out)
-    model = AutoPeftModelForCausalLM.from_pretrained(options.adapter, dtype="auto")
+    model = AutoPeftModelForCausalLM.from_pretrained(options.adapter, dtype="auto", trust_remote_code=False)
     base = next(iter(model.peft_config.values())).base_model_name_or_path
     before, pattern = supports(model), check(model)["pattern"]
     merged = model.merge_and_unload(safe_merge=True)
@@ -107,7 +107,7 @@ def _merge(options: argparse.Namespace) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto")
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto", trust_remote_code=False)
     for name, sparsity in _print_zeros(model).items():
         print(f"{name:50} {sparsity:.6f}")
 
@@ -129,7 +129,7 @@ def _save(model: PreTrainedModel, folder: Path, source: str) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as place:
         written = Path(place) / folder.name
         model.save_pretrained(written)
-        AutoTokenizer.from_pretrained(source).save_pretrained(written)
+        AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(written)
         written.rename(folder)
 
 
