@@ -111,6 +111,8 @@ def run_key(cfg: DictConfig) -> str:
     processes = config["launch"].get("processes", 1)
     if mode == "profile" and processes > 1:  # they share the rows of a step: its time and memory are others
         config["processes"] = [processes, config["launch"]["shard"]]
+    if mode == "run" and processes > 1 and config["method"].get("peft", {}).get("gradient") == "sampled":
+        config["processes"] = processes  # each draws among its own rows
     ignored = list(NOT_IN_KEY)
     if mode != "run":
         ignored += NOT_IN_PROFILE_KEY

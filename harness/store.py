@@ -81,7 +81,9 @@ class RunStore:
         result = self.result()
         if result is None or (since is not None and self.written_since(since)):
             return result
-        wanted = [name for name, asked in (("merged", cfg.save_merged), ("base", cfg.save_base)) if asked]
+        merges = result.get("end_state") != "adapter" or result["variants"]
+        asked = {"merged": cfg.save_merged and merges, "base": cfg.save_base}
+        wanted = [name for name in asked if asked[name] and cfg.mode != "simulate"]
         complete = result["status"] == "ok" and all(result["artifacts"].get(name) for name in wanted)
         return result if complete and not cfg.force else None
 

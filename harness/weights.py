@@ -22,6 +22,7 @@ from harness.method import PRECISIONS
 from lors.blocks import decoder_linears
 from lors.quantized_file import FILE, load_quantized
 from lors.sparsity import random_support
+from lors.storage import CompressedLinear
 
 __all__ = ["base_format", "check_files", "checksum", "load_weights", "random_model"]
 
@@ -119,8 +120,10 @@ def random_model(
 
 def checksum(model: nn.Module) -> list[int]:
     """The sum of every weight's bits, taken as a whole number: equal where the weights are."""
-    kinds = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return [p.detach().contiguous().view(kinds[p.element_size()]).sum().item() for p in model.parameters()]
+    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    packed = [part for layer in model.modules() if isinstance(layer, CompressedLinear) for part in layer.packed.parts]
+    weights = [*(p.detach() for p in model.parameters()), *packed]
+    return [weight.contiguous().view(kinds[weight.element_size()]).sum().item() for weight in weights]
 
 
 def check_files(folder: Path, model: PreTrainedModel, shown: str) -> None:
@@ -135,6 +138,10 @@ def check_files(folder: Path, model: PreTrainedModel, shown: str) -> None:
         BadInput: A weight stored as another format than a floating point number, which is taken without its scale; an
             index that names a file elsewhere, whose content is in no key.
     """
+    if (folder / FILE).is_file():
+        raise BadInput(
+            f"{shown}: its weights are quantised ({FILE}): must be the model they were made of, with prune.quantize"
+        )
     for file in folder.glob(f"*{INDEX}"):
         outside = [name for name in _files_of(file) if Path(name).name != name]
         if outside:

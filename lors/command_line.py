@@ -21,9 +21,10 @@ from pathlib import Path
 
 from huggingface_hub import hf_hub_download
 from peft import AutoPeftModelForCausalLM
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from lors.pruning import PRUNERS, calibration_tokens, prune_model
+from lors.pruning.calibration import LENGTH
 from lors.sparsity import UNSTRUCTURED, check, resolve_sparsity, supports, zero_report
 
 __all__ = ["main"]
@@ -61,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         "--calibration", default=C4, help="text file, JSON lines with a column 'text', or c4 from the Hub"
     )
     prune.add_argument("--samples", type=int, default=128, help="calibration samples")
-    prune.add_argument("--length", type=int, default=2048, help="tokens of a sample")
+    prune.add_argument("--length", type=int, help="tokens of a sample; 2048, or as many as the model has positions")
     prune.add_argument("--seed", type=int, default=0, help="of the choice of samples")
     prune.add_argument("--device", help="where blocks are pruned, one at a time, such as cuda")
     prune.set_defaults(run=_prune)
@@ -84,7 +85,12 @@ def _prune(options: argparse.Namespace) -> None:
     tokens = None
     if PRUNERS[options.pruner][1] is not None:
         documents = [*islice(_documents(options.calibration), POOL)]
-        size = {"samples": options.samples, "length": options.length, "seed": options.seed}
+        config = AutoConfig.from_pretrained(options.model, trust_remote_code=False).get_text_config()
+        positions = getattr(config, "max_position_embeddings", None) or LENGTH
+        if options.length is not None and options.length > positions:
+            raise ValueError(f"--length {options.length}: must be at most {positions}, the positions of the model")
+        length = options.length or min(LENGTH, positions)
+        size = {"samples": options.samples, "length": length, "seed": options.seed}
         tokens = calibration_tokens(documents, tokenizer, **size)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto", trust_remote_code=False)
     how = {"sparsity": options.sparsity, "pattern": options.pattern, "device": options.device}
@@ -102,7 +108,8 @@ def _merge(options: argparse.Namespace) -> None:
     lost = zero_report(before, merged, pattern)["lost"]
     if lost:
         raise ValueError(f"{options.adapter}: its merge fills {lost} zeros of {base}; nothing is written")
-    _save(merged, options.out, base)
+    own = (Path(options.adapter) / "tokenizer_config.json").is_file()
+    _save(merged, options.out, options.adapter if own else base)
     _print_zeros(merged)
 
 

@@ -30,6 +30,8 @@ from lors.kernels import DENSE, PackedWeight, decode
 
 __all__ = ["factor_gradients", "sample_tokens"]
 
+LARGEST = 1e4  # weight of a draw
+
 Gradients = tuple[Tensor | None, Tensor | None]
 
 
@@ -96,6 +98,8 @@ def sample_tokens(G: Tensor, X: Tensor, share: float) -> tuple[Tensor, Tensor]:
         return torch.arange(n, device=w.device), torch.ones_like(w)
     taken = w.topk(m // 2).indices
     others, draws = w.index_fill(0, taken, 0.0), m - m // 2
+    # A floor bounds the weights, so that they fit into float16.
+    others = torch.where(others > 0, others.clamp(min=others.sum() / (draws * LARGEST)), 0.0)
     sums = others.cumsum(0)
     places = (torch.arange(draws, device=w.device) + torch.rand((), dtype=w.dtype, device=w.device)) * (
         sums[-1] / draws
@@ -111,11 +115,10 @@ def _sampled(
 ) -> Gradients:
     index, c = sample_tokens(G, X, share)
     drawn_G, drawn_X = G[index], X[index]
-    weights = c.to(G.dtype).unsqueeze(1)
-    (drawn_X if X.shape[1] < G.shape[1] else drawn_G).mul_(weights)
-    dA, dB = _full((drawn_G.t() @ drawn_X).mul_(M), A, B, needs_A, needs_B)
+    root = c.sqrt().to(G.dtype).unsqueeze(1)  # on both sides: one alone may overflow in float16
+    dA, dB = _full((drawn_G.mul_(root).t() @ drawn_X.mul_(root)).mul_(M), A, B, needs_A, needs_B)
     # 1 - c of each token, with the c that was multiplied with.
-    rest = torch.ones_like(G[:, :1]).index_add_(0, index, weights, alpha=-1)
+    rest = torch.ones_like(G[:, :1]).index_add_(0, index, root.square(), alpha=-1)
     density = (M.sum(1, dtype=torch.float32) / M.shape[1]).unsqueeze(1).to(G.dtype)
     if needs_A:
         dA += (G @ (B * density)).mul_(rest).t() @ X

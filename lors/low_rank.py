@@ -122,7 +122,9 @@ class LowRankLinear(MaskedLinear):
             return super().merged_weight(names)
         with whole(self):
             before = self._stored_before_merge
-            stored = self._stored().detach() if before is None else full(before)
+            stored = self._stored().detach()
+            if before is not None:
+                stored = full(before).to(stored.device)
             base = self.get_base_layer()
             W = base.packed_with(stored) if isinstance(base, CompressedLinear) else stored
             return merged_weight(W, *self._stacked(names), grid=grid)

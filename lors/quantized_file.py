@@ -11,12 +11,13 @@ import json
 import os
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from lors.blocks import decoder_linears
-from lors.kernels import PackedWeight
+from lors.kernels import PackedWeight, decode
 from lors.kernels.layout import empty
 from lors.storage import dense_state_dict, hold, is_quantized
 
@@ -24,10 +25,13 @@ __all__ = ["FILE", "load_quantized", "save_quantized"]
 
 FILE = "quantization.safetensors"
 PARTS = ("scales", "codes", "zeros")
+ROUNDING = 2**-6  # what casts of a scale and of a weight to another format can be apart
 
 
 def save_quantized(model: PreTrainedModel, folder: str | os.PathLike) -> None:
-    """``save_pretrained`` of a model without adapters, and the second file if layers of it are quantised."""
+    """``save_pretrained`` of a model without adapters, and the second file if layers of it are quantised; one that is
+    there from before goes."""
+    (Path(folder) / FILE).unlink(missing_ok=True)
     layers = {name: layer for name, layer in decoder_linears(model).items() if is_quantized(layer)}
     if not layers:
         model.save_pretrained(folder)
@@ -58,6 +62,7 @@ def load_quantized(model: PreTrainedModel, folder: str | os.PathLike) -> PreTrai
     file, linears = Path(folder) / FILE, decoder_linears(model)
     if not file.is_file():
         raise ValueError(f"{file}: no such file; the folder has no quantised weights")
+    held: dict[str, PackedWeight] = {}
     with safe_open(file, "pt") as stored:
         layouts = json.loads((stored.metadata() or {}).get("layouts", "{}"))
         for name, layout in layouts.items():
@@ -66,9 +71,13 @@ def load_quantized(model: PreTrainedModel, folder: str | os.PathLike) -> PreTrai
             shape = None if linear is None else (linear.out_features, linear.in_features)
             like = None if shape is None else empty(layout, shape, linear.weight.dtype, 0, "meta").parts
             parts = [stored.get_tensor(f"{name}.{part}") for part in PARTS] if names <= set(stored.keys()) else []
-            if like is None or [part.shape for part in parts] != [part.shape for part in like]:
+            fits = like is not None and [part.shape for part in parts] == [part.shape for part in like]
+            if fits:
+                scales, codes, zeros = (part.to(linear.weight.device) for part in parts)
+                held[name] = PackedWeight(layout, (scales.to(linear.weight.dtype), codes, zeros), shape)
+                fits = torch.allclose(decode(held[name]), linear.weight, rtol=ROUNDING, atol=0)
+            if not fits:
                 raise ValueError(f"{file}: does not belong to the model beside it ({name})")
-            weight = linear.weight
-            scales, codes, zeros = (part.to(weight.device) for part in parts)
-            hold(linear, PackedWeight(layout, (scales.to(weight.dtype), codes, zeros), shape))
+    for name, packed in held.items():
+        hold(linears[name], packed)
     return model

@@ -170,7 +170,7 @@ class SparseTunerModel(BaseTuner):
         config = self.peft_config[adapter_name]
         if not getattr(config, "grid", ""):
             return
-        found = all(is_quantized(layer.get_base_layer()) for layer in layers.values())
+        found = any(is_quantized(layer.get_base_layer()) for layer in layers.values())
         if config.quantized_base is not None and config.quantized_base != found:
             was, do = "dense", "load the dense one"
             if config.quantized_base:

@@ -151,7 +151,7 @@ def test_a_merge_that_fills_zeros_writes_nothing(tiny_checkpoint, tmp_path, caps
         ),
         ("prune {model} {out} --calibration {out}.txt", "No such file"),
         ("prune {model} {out} --calibration {model}/config.json", "config.json:1: "),
-        ("prune {model} {out} --calibration {texts} --length 99999", "one sample of 99999 needs"),
+        ("prune {model} {out} --calibration {texts} --length 99999", "--length 99999: must be at most"),
         ("check {out}", "{out}"),
     ],
 )
@@ -163,3 +163,26 @@ def test_what_is_wrong_is_one_line(tiny_checkpoint, tmp_path, capsys, words: str
     (error,) = capsys.readouterr().err.splitlines()
     assert message.format(**places) in error
     assert not (tmp_path / "out").exists()
+
+
+def test_merge_writes_the_tokenizer_of_the_adapter_if_it_has_one(tiny_checkpoint, tmp_path) -> None:
+    base, out = tmp_path / "base", tmp_path / "merged"
+    assert command_line.main(["prune", str(tiny_checkpoint), str(base), "--pruner", "magnitude"]) == 0
+    adapter = adapted(base, lors.LorsConfig(r=2, task_type="CAUSAL_LM"), tmp_path / "adapter")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(adapter)
+    assert command_line.main(["merge", str(adapter), str(out)]) == 0
+    merged = AutoModelForCausalLM.from_pretrained(out)
+    assert len(AutoTokenizer.from_pretrained(out)) == len(tokenizer) == merged.get_input_embeddings().num_embeddings
+
+
+def test_samples_are_no_longer_than_the_model_has_positions(tiny_checkpoint, tmp_path, monkeypatch) -> None:
+    seen = []
+    monkeypatch.setattr(command_line, "calibration_tokens", lambda *_, length, **__: seen.append(length) or 1 / 0)
+    texts = tmp_path / "texts.txt"
+    texts.write_text(" ".join(TEXTS))
+    with pytest.raises(ZeroDivisionError):
+        command_line.main(["prune", str(tiny_checkpoint), str(tmp_path / "out"), "--calibration", str(texts)])
+    positions = AutoModelForCausalLM.from_pretrained(tiny_checkpoint).config.max_position_embeddings
+    assert seen == [min(2048, positions)]

@@ -172,3 +172,13 @@ def test_from_a_share_of_the_training_on_the_gradients_are_straight_through(tmp_
     arguments = TrainingArguments(tmp_path, max_steps=5, per_device_train_batch_size=2, report_to=[], use_cpu=True)
     Trainer(model, arguments, train_dataset=ROWS, callbacks=[GradientSchedule()]).train()
     assert seen == [1.0, 1.0, 1.0, 0.0, 0.0]
+
+
+def test_float16_does_not_overflow_where_few_tokens_carry_everything() -> None:
+    generator = torch.Generator().manual_seed(0)
+    G = (torch.randn(4096, OUT, generator=generator) * 1e-7).half()
+    G[:64] = (torch.randn(64, OUT, generator=generator) * 1e-2).half()
+    X = torch.randn(4096, IN, generator=generator).half()
+    W, A, B = (tensor.half() for tensor in problem()[2:])
+    for _ in range(50):
+        assert all(part.isfinite().all() for part in factor_gradients(G, X, dense(W), A.float(), B.float(), 1.0, 0.01))

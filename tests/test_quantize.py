@@ -10,9 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pruning_problems import REPEATABLE, coarse_problems, correlated
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
+import lors
 from lors.blocks import decoder_linears
-from lors.kernels import decode
+from lors.kernels import PackedWeight, decode, merge_on_grid, pack
 from lors.kernels.integers import grid_of
 from lors.pruning import gram_matrix, prune_magnitude, prune_model, quantize_gptq, quantize_model, quantize_rtn
 from lors.storage import CompressedLinear, is_quantized
@@ -96,3 +98,30 @@ def test_what_cannot_be_quantised_is_refused_before_anything_is_changed():
     quantize_model(model, "rtn")
     with pytest.raises(ValueError, match="compressed"):
         prune_model(model, "magnitude", sparsity=0.5, pattern="unstructured", calibration=None)
+
+
+def test_codes_of_another_model_do_not_replace_its_weights(tmp_path) -> None:
+    """Nor those that an earlier model has left in the folder; a model that is refused stays as it is."""
+    quantised, other = make_tiny_llama(), make_tiny_llama(seed=5)
+    quantize_model(quantised, "rtn", group=16)
+    lors.save_quantized(quantised, tmp_path)
+    saved = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    with pytest.raises(ValueError, match="does not belong to the model beside it"):
+        lors.load_quantized(other, tmp_path)
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in other.state_dict().items())
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+        assert is_quantized(lors.load_quantized(again, tmp_path).model.layers[0].mlp.up_proj)
+    lors.save_quantized(other, tmp_path)
+    assert not (tmp_path / "quantization.safetensors").exists()
+
+
+def test_a_group_of_almost_nothing_in_float16_is_a_group_of_zeros() -> None:
+    W = torch.zeros(4, 128, dtype=torch.float16)
+    W[0, :64] = torch.tensor([0, 6e-8, 1.2e-7, 0] * 16, dtype=torch.float16)
+    gram = torch.eye(128)
+    A, B = torch.zeros(2, 128), torch.zeros(4, 2)
+    for packed in (pack(W, "int4/64"), quantize_gptq(W, gram, layout="int4/64")):
+        assert decode(packed).isfinite().all()
+        assert merge_on_grid(packed, A, B, 1.0, "int4/64", torch.float16).isfinite().all()
+    assert merge_on_grid(PackedWeight("dense", (W,), (4, 128)), A, B, 1.0, "int4/64", torch.float16).isfinite().all()

@@ -175,6 +175,9 @@ def test_what_makes_a_run_unnecessary(composed, tmp_path: Path) -> None:
     assert store.finished(resolve(composed("force=true"))) is None
     for asked in ("save_merged=true", "save_base=true"):
         assert store.finished(resolve(composed(asked))) is None
+        assert store.finished(resolve(composed(asked, "mode=simulate")))["status"] == "ok", "it writes no model"
+    store, cfg = finished_run(composed, tmp_path, "save_merged=true", end_state="adapter", variants={})
+    assert store.finished(cfg)["status"] == "ok", "it has nothing to merge"
     store, cfg = finished_run(composed, tmp_path, status="oom")
     assert store.finished(cfg) is None
     assert RunStore(tmp_path / "nothing").finished(cfg, since=0) is None

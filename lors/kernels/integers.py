@@ -7,7 +7,8 @@ With b bits, the scale S > 0 and the zero point z, a whole number in [0, 2^b - 1
     W = S (q - z)                                     what it stands for; w = 0 gives q = z and W = 0
 
 The grid of a weight spans the least and the largest number of each group, and zero. S is a number of bfloat16
-whatever the type of the weight, so that casts of a model leave the grid as it is, and S (q - z) is exact in float32.
+whatever the type of the weight, so that casts of a model leave the grid as it is (but of float16, below 1e-5), and
+S (q - z) is exact in float32.
 """
 
 from __future__ import annotations
@@ -45,16 +46,16 @@ def parse_integers(layout: str) -> tuple[int, int] | None:
     return match and (int(match[1]), int(match[2]))
 
 
-def grid_of(weight: Tensor, layout: str) -> tuple[Tensor, Tensor]:
-    """Scales S, in the type of the weight, and zero points z, uint8, of a weight (out x in): both out x groups."""
+def grid_of(weight: Tensor, layout: str, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """Scales S, in ``dtype`` (that of the weight), and zero points z, uint8, of a weight (out x in): out x groups."""
     bits, group = parse_integers(layout)
     groups = _groups(weight.to(torch.promote_types(weight.dtype, torch.float32)), group)
     low, high = groups.amin(-1).clamp_(max=0), groups.amax(-1).clamp_(min=0)
     top = 2**bits - 1
-    scales = ((high - low) / top).bfloat16().to(groups.dtype)
-    scales.masked_fill_(scales == 0, 1.0)  # a group of zeros
+    scales = ((high - low) / top).bfloat16().to(dtype or weight.dtype)
+    scales.masked_fill_(scales == 0, 1.0)  # a group of zeros, or of float16 numbers that are as good as zero
     zeros = (-low / scales).round_().clamp_(0, top)
-    return scales.to(weight.dtype), zeros.to(torch.uint8)
+    return scales, zeros.to(torch.uint8)
 
 
 def codes_of(weight: Tensor, scales: Tensor, zeros: Tensor, layout: str) -> Tensor:

@@ -73,7 +73,7 @@ def quantize_gptq(
             number, support = (start + k) // group, M[:, start : start + w.shape[1]]
             if (start + k) % group == 0:
                 left = slice(k, k + group)
-                S, z = grid_of(w[:, left] * support[:, left], layout)
+                S, z = grid_of(w[:, left] * support[:, left], layout, W.dtype)
                 scales[:, number], zeros[:, number] = S[:, 0], z[:, 0]
             column = w[:, k : k + 1] * support[:, k : k + 1]
             return on_grid(column, scales[:, number, None], zeros[:, number, None], layout)[:, 0]
