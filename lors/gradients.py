@@ -30,7 +30,7 @@ from lors.kernels import DENSE, PackedWeight, decode
 
 __all__ = ["factor_gradients", "sample_tokens"]
 
-LARGEST = 1e4  # weight of a draw
+LARGEST = 100.0  # weight of a draw
 
 Gradients = tuple[Tensor | None, Tensor | None]
 
