@@ -24,7 +24,7 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from lors.pruning import PRUNERS, calibration_tokens, prune_model
-from lors.pruning.calibration import LENGTH
+from lors.pruning.calibration import LENGTH, positions_of
 from lors.sparsity import UNSTRUCTURED, check, resolve_sparsity, supports, zero_report
 
 __all__ = ["main"]
@@ -85,8 +85,7 @@ def _prune(options: argparse.Namespace) -> None:
     tokens = None
     if PRUNERS[options.pruner][1] is not None:
         documents = [*islice(_documents(options.calibration), POOL)]
-        config = AutoConfig.from_pretrained(options.model, trust_remote_code=False).get_text_config()
-        positions = getattr(config, "max_position_embeddings", None) or LENGTH
+        positions = positions_of(AutoConfig.from_pretrained(options.model, trust_remote_code=False))
         if options.length is not None and options.length > positions:
             raise ValueError(f"--length {options.length}: must be at most {positions}, the positions of the model")
         length = options.length or min(LENGTH, positions)

@@ -8,8 +8,9 @@ Straight-through (LoRS, arXiv 2501.08582, section 3.2) leaves M out, so that the
 G^t (X A^t). Exact costs the full product P more.
 
 Sampled. P is a sum over tokens, and a mask is linear. Of the n tokens m are taken: the m / 2 with the largest
-w_i = |g_i| |x_i|, and m / 2 draws of the others with probabilities p_i proportional to w_i, as in WTA-CRS
-(arXiv 2305.15265). A taken token has the weight c_i = 1, a drawn one 1 / (p_i m / 2) for each draw, so E[c_i] = 1 and
+w_i = |g_i| |x_i|, and m / 2 draws of the others with probabilities p_i proportional to w_i, but for a floor
+(``LARGEST``), as in WTA-CRS (arXiv 2305.15265). A taken token has the weight c_i = 1, a drawn one 1 / (p_i m / 2) for
+each draw, so E[c_i] = 1 and
 
     D = sum of c_i g_i^t x_i                                                                  m tokens, one full product
     P (.) M  ~  D (.) M + R (.) (P - D),      R = the density of the row of M                 unbiased

@@ -237,3 +237,14 @@ def test_every_committed_run_is_found_by_its_command() -> None:
     missing = {(experiment, result["method"]) for experiment, result in committed()
                if not of_snapshots(result) and not found(experiment, result)}  # fmt: skip
     assert missing == SINCE_CHANGED
+
+
+def test_idle_options_do_not_count_and_processes_do_where_each_draws(composed) -> None:
+    def key(*words: str) -> str:
+        return run_key(resolve(composed("method=lors", *words)))
+
+    for idle in ("gradient_share=0.5", "gradient_until=0.5", "group=32"):
+        assert key(f"method.peft.{idle}") == key()
+    sampled, two = "method.peft.gradient=sampled", ("launch=torchrun", "launch.processes=2")
+    assert len({key(), key(sampled), key(sampled, "method.peft.gradient_share=0.5"), key(sampled, *two)}) == 4
+    assert key(*two) == key()

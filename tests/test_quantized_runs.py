@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from contract import batch, method_of, pruned, trained
-from peft import AutoPeftModelForCausalLM
+from peft import AutoPeftModelForCausalLM, get_peft_model
 from test_harness_run import folder_of, tiny  # noqa: F401 - a fixture
 from transformers import AutoModelForCausalLM
 
@@ -21,7 +21,7 @@ from harness.inputs import read_inputs
 from harness.method import adapt, finish
 from harness.method_from_config import build_method
 from harness.run import execute
-from harness.weights import load_weights
+from harness.weights import check_files, checksum, load_weights
 from lors.blocks import decoder_linears
 from lors.kernels import pack
 from lors.pruning import quantize_model
@@ -170,3 +170,24 @@ def test_an_adapter_of_a_quantised_base_is_refused_on_dense_weights(tiny, monkey
         torch.testing.assert_close(names["model"].eval()(tokens).logits, merged(tokens).logits)
     with pytest.raises(ValueError, match=r"adapter/quantization.safetensors: no such file"):
         lors.load_quantized(merged, "adapter")
+
+
+def test_one_quantised_layer_makes_a_quantised_base() -> None:
+    """A head among the targets, which no quantiser touches, changes nothing."""
+    base = pruned()
+    quantize_model(base, "rtn", group=16)
+    config = lors.LorsConfig(bits=4, group=16, r=2, target_modules=["q_proj", "lm_head"])
+    assert get_peft_model(base, config).peft_config["default"].quantized_base is True
+
+
+def test_the_processes_compare_codes_too_and_a_quantised_folder_is_no_model_to_start_from(tmp_path) -> None:
+    base = pruned()
+    quantize_model(base, "rtn", group=16)
+    before = checksum(base)
+    next(iter(decoder_linears(base).values())).codes.zero_()
+    assert checksum(base) != before
+    lors.save_quantized(pruned(), tmp_path)
+    check_files(tmp_path, base, "model.path=it")
+    (tmp_path / "quantization.safetensors").touch()
+    with pytest.raises(BadInput, match=r"model.path=it: its weights are quantised .* must be the model they were made"):
+        check_files(tmp_path, base, "model.path=it")

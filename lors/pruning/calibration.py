@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import LongTensor, Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 log = logging.getLogger("lors")
 
@@ -72,8 +72,8 @@ def tokens_for(
         ValueError: Neither texts, with a tokenizer, nor token ids that the model knows.
     """
     if isinstance(calibration, Iterable) and not isinstance(calibration, Tensor | str) and tokenizer is not None:
-        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or LENGTH
-        calibration = calibration_tokens([*calibration], tokenizer, length=min(LENGTH, positions))
+        length = min(LENGTH, positions_of(model.config))
+        calibration = calibration_tokens([*calibration], tokenizer, length=length)
     if not isinstance(calibration, Tensor):
         got = "texts without a tokenizer" if isinstance(calibration, list | tuple) else type(calibration).__name__
         raise ValueError(f"calibration: got {got}; allowed are {ALLOWED}")
@@ -85,6 +85,11 @@ def tokens_for(
     if not 0 <= int(calibration.min()) <= int(calibration.max()) < vocabulary:
         raise ValueError(f"calibration: token ids outside the vocabulary of {vocabulary}; is it another tokenizer's?")
     return calibration
+
+
+def positions_of(config: PretrainedConfig) -> int:
+    """How many tokens a model can look at, or those of a sample if its config does not say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or LENGTH
 
 
 def token_stream(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[int]:
