@@ -259,7 +259,7 @@ def keys_by_option() -> dict[str, list[str]]:
 
 def as_given(message: str) -> str:
     """A message about ``key=value`` with the value as the command line has it."""
-    from harness.config import as_written
+    from harness.refusals import as_written
 
     key, _, rest = message.partition("=")
     shown, colon, reason = rest.partition(": ")

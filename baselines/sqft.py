@@ -31,46 +31,32 @@ training and in the merge alike, so that what is merged is what was trained, zer
 
 The gradients are those above, as if Q were not there (straight-through). It has the form 'fused', without dropout.
 
-Neural low-rank adapter search (NLS), ``rank_shares``: A and B have the largest rank R, and a rank rho of the space
-uses A[:rho] and B[:, :rho] at the scale alpha / R. All layers of a decoder block have one rho. `ElasticRanks` draws
-one sub-network for each optimizer step, from the seed and the number of the step alone: it is the same in the
-recomputation of a checkpoint, in all micro-batches and processes, and after resuming. Between the steps, and in what
-is saved and merged, the sub-network is the one that is extracted.
-
-    Trainer(model, callbacks=[ElasticRanks()])
+A rank rho below r, of neural low-rank adapter search (`baselines.sqft_nls`), uses A[:rho] and B[:, :rho] at the scale
+alpha / r.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, linear
 from torch.utils.checkpoint import checkpoint
-from transformers import TrainerCallback
 
-from harness.method import Method
 from lors.checks import flag, number, one_of, option, whole
 from lors.functional import masked_linear
 from lors.kernels import PackedWeight, decode
 from lors.low_rank import LowRankLinear
 from lors.plugin import register
-from lors.randomness import generator_of, modes_kept
 from lors.sparse_config import QuantizedConfig, SparseTunerConfig
-from lors.sparse_layer import active_layers, adapted_layers, layers_by_block
+from lors.sparse_layer import adapted_layers, layers_by_block
 from lors.sparse_tuner import SparseTunerModel
 from lors.storage import CompressedLinear
 
-__all__ = ["ElasticRanks", "SqftConfig", "SqftLinear", "SqftMethod", "SqftModel", "draw_ranks", "extract_ranks"]
-__all__ += ["fused_linear", "hill_climb", "masked_product", "set_ranks", "update"]
-
-log = logging.getLogger("lors")
+__all__ = ["EXTRACTED", "SqftConfig", "SqftLinear", "SqftModel", "elastic", "extract_ranks", "fused_linear"]
+__all__ += ["masked_product", "set_ranks", "update"]
 
 # Which entry of a space of so many ranks, the largest first.
 EXTRACTED: Mapping[str, Callable[[int], int]] = {
@@ -78,7 +64,6 @@ EXTRACTED: Mapping[str, Callable[[int], int]] = {
     "heuristic": lambda length: (length - 1) // 2,
     "minimal": lambda length: length - 1,
 }
-
 
 Weight = Tensor | PackedWeight
 
@@ -248,21 +233,9 @@ def set_ranks(model: nn.Module, name: str, choice: Sequence[int]) -> None:
             layer.active_rank[name] = ranks[index]
 
 
-def draw_ranks(model: nn.Module, name: str, step: int) -> list[int]:
-    """Activate the sub-network of an optimizer step (from 0), and return its entries, one for each block.
-
-    They follow from the seed of the config and the step alone, whatever process draws them, and how often.
-    """
-    options, blocks = _elastic(model, name)
-    length = len(options.rank_shares)
-    choice = torch.randint(length, (blocks,), generator=generator_of(options.seed, step)).tolist()
-    set_ranks(model, name, choice)
-    return choice
-
-
 def extract_ranks(model: nn.Module, name: str) -> list[int]:
     """Activate the sub-network that the config extracts, and return its entries, one for each block."""
-    options, blocks = _elastic(model, name)
+    options, blocks = elastic(model, name)
     choice = options.subnetwork
     if choice is None:
         rule = EXTRACTED["heuristic" if options.extract == "search" else options.extract]
@@ -271,146 +244,7 @@ def extract_ranks(model: nn.Module, name: str) -> list[int]:
     return choice
 
 
-@torch.no_grad()
-def hill_climb(model: nn.Module, name: str, score: Callable[[], float], rounds: int = 10) -> list[int]:
-    """Search the sub-network with the highest score, from the middle of the space, and note it in the config.
-
-    A round scores all neighbours (one block, one entry up or down) and goes to the best of them; the search ends where
-    none is better. A round costs at most two scores for each block.
-
-    Args:
-        model: The trained model.
-        name: The adapter.
-        score: Called with the sub-network active and the model in evaluation mode. Not on the test data.
-        rounds: At most so many moves.
-
-    Returns:
-        The entry of ``rank_shares`` for each block.
-    """
-    options, blocks = _elastic(model, name)
-    length = len(options.rank_shares)
-
-    def scored(choice: list[int]) -> float:
-        set_ranks(model, name, choice)
-        return score()
-
-    with modes_kept(model):
-        model.eval()
-        best = [EXTRACTED["heuristic"](length)] * blocks
-        reached = scored(best)
-        for _ in range(rounds):
-            moves = [(i, best[i] + step) for i in range(blocks) for step in (-1, 1) if 0 <= best[i] + step < length]
-            neighbours = [[*best[:i], entry, *best[i + 1 :]] for i, entry in moves]
-            scores = [scored(choice) for choice in neighbours]
-            if not scores or max(scores) <= reached:
-                break
-            reached = max(scores)
-            best = neighbours[scores.index(reached)]
-    options.subnetwork = best
-    set_ranks(model, name, best)
-    return best
-
-
-class ElasticRanks(TrainerCallback):
-    """One sub-network for every optimizer step; between the steps and afterwards the one that is extracted.
-
-    What it does follows from the number of the step, so it has no state and a resumed training goes on as it would
-    have.
-
-    Args:
-        score: Of ``extract='search'``, see ``hill_climb``; gets the model. None: the search is left to the caller.
-    """
-
-    def __init__(self, score: Callable[[nn.Module], float] | None = None) -> None:
-        self.score = score
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
-        for name in _elastic_adapters(model):
-            draw_ranks(model, name, state.global_step)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
-        # The Trainer evaluates and saves after this.
-        for name in _elastic_adapters(model):
-            extract_ranks(model, name)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
-        for name in _elastic_adapters(model):
-            options, _blocks = _elastic(model, name)
-            if options.extract == "search" and self.score is not None:
-                hill_climb(model, name, partial(self.score, model))
-            log.info("NLS: entries of the ranks %s by block: %s", options.ranks(options.r), extract_ranks(model, name))
-
-
-class SqftMethod(Method):
-    """SQFT in the harness. ``extract=search`` goes by the loss of the first ``init_rows`` training rows, which are then
-    left out of the training."""
-
-    _held_out: list[Mapping[str, Tensor]] | None = None
-
-    @property
-    def reads_rows(self) -> bool:
-        """Where ranks are searched for."""
-        return self.peft.rank_shares is not None and self.peft.extract == "search"
-
-    @property
-    def holds_out(self) -> bool:
-        """Likewise."""
-        return self.reads_rows
-
-    def prepare(self, model: nn.Module, batches: Any, seed: int) -> nn.Module:
-        """Keep the rows that ranks are searched by."""
-        self._held_out = list(batches) if batches is not None and self.reads_rows else None
-        return model
-
-    def callbacks(self) -> list[TrainerCallback]:
-        """The ranks of NLS."""
-        if self.peft.rank_shares is None:
-            return []
-        return [ElasticRanks(partial(_minus_loss, self._held_out) if self._held_out else None)]
-
-    def counts(self, model: nn.Module) -> dict[str, int]:
-        """``extracted``, the parameters of the sub-network that is left of an NLS."""
-        if self.peft.rank_shares is None:
-            return {}
-        layers = active_layers(model, SqftLinear)
-        return {"extracted": sum(sum(part.numel() for part in layer.factors(name)) for layer, name in layers)}
-
-    def largest_step(self, model: nn.Module) -> Any:
-        """That of the largest ranks."""
-        return None if self.peft.rank_shares is None else _largest(model)
-
-
-@contextmanager
-def _largest(model: nn.Module) -> Iterator[None]:
-    names = _elastic_adapters(model)
-    for name in names:
-        set_ranks(model, name, [0] * _elastic(model, name)[1])
-    try:
-        yield
-    finally:
-        for name in names:
-            extract_ranks(model, name)
-
-
-@torch.no_grad()
-def _minus_loss(batches: Sequence[Mapping[str, Tensor]], model: nn.Module) -> float:
-    """Minus the mean loss of the target tokens of all batches."""
-    device, total, count = next(model.parameters()).device, 0.0, 0
-    for batch in batches:
-        targets = int((batch["labels"][:, 1:] != -100).sum())
-        if targets:
-            total += float(model(**{key: value.to(device) for key, value in batch.items()}).loss) * targets
-            count += targets
-    return -total / max(1, count)
-
-
-def _elastic(model: nn.Module, name: str) -> tuple[SqftConfig, int]:
+def elastic(model: nn.Module, name: str) -> tuple[SqftConfig, int]:
     """Config of an adapter, and the number of blocks that have layers of it."""
     layers = adapted_layers(model, name)
     return next(iter(layers.values())).options[name], len(layers_by_block(layers))
-
-
-def _elastic_adapters(model: nn.Module) -> list[str]:
-    """The active adapters with a space of ranks."""
-    pairs = active_layers(model, SqftLinear)
-    return list(dict.fromkeys(name for layer, name in pairs if layer.options[name].rank_shares is not None))

@@ -6,38 +6,25 @@ them without effect are refused too, unless a sweep over methods or pruners need
 
 from __future__ import annotations
 
-import difflib
-import math
 import os
-import re
-import types
-from collections.abc import Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import ConfigDict, TypeAdapter, ValidationError
-from pydantic_core import ErrorDetails
 
-from harness.config_schema import MOST, PRUNERS, UNWRITABLE, Config, Section, needs_calibration
+from harness.config_schema import Config, needs_calibration
 from harness.errors import BadInput, one_line
 from harness.launch import CHILD
 from harness.processes import count
+from harness.refusals import as_written, check_keys, refusal, unresolved
 from harness.sources import locate
 from lors.sparsity import parse_pattern, resolve_sparsity
 
-__all__ = ["as_written", "check_options", "method_refusal", "refusal", "resolve"]
+__all__ = ["resolve"]
 
-SHOWN = 200  # characters of a value in a message
-TYPES = ConfigDict(strict=True, allow_inf_nan=False)
-# What a config can hold.
-PLAIN = (int, float, bool, str, list, dict, type(None), Any)
-# Arguments that every method takes from ``adapter``, and their keys there.
-SHARED = {"r": "r", "lora_alpha": "alpha", "target_modules": "targets"}
 QUANTIZATION = ("quantize", "bits", "group_size")  # in ``prune``
-LARGEST = 2**32 - 1  # of whole numbers: a seed
 
 
 def resolve(cfg: DictConfig, *, places: bool = True) -> DictConfig:
@@ -62,11 +49,11 @@ def resolve(cfg: DictConfig, *, places: bool = True) -> DictConfig:
         config = OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
         # A reference may fail because of another value: without adapter, or with an unknown mode.
-        _check(Config, OmegaConf.to_container(cfg), resolved=False)
-        raise _unresolved(cfg, error) from error
+        check_keys(Config, OmegaConf.to_container(cfg), resolved=False)
+        raise unresolved(cfg, error) from error
     if missing:
         raise BadInput(f"{missing[0]}: must be given, as in {missing[0]}=VALUE")
-    _check(Config, config)
+    check_keys(Config, config)
     config["sparsity"] = _requested_sparsity(config)
     _check_together(config)
     if config["mode"] != "run":
@@ -92,214 +79,6 @@ def resolve(cfg: DictConfig, *, places: bool = True) -> DictConfig:
     if places:
         locate(config)
     return OmegaConf.create(config)
-
-
-def allowed(annotation: Any, bounds: tuple = ()) -> str:
-    """What a field takes, in words.
-
-    Args:
-        annotation: Its type.
-        bounds: What `Field` says of it.
-    """
-    origin, inner = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        extra = [entry for field in inner[1:] for entry in getattr(field, "metadata", [field])]
-        return allowed(inner[0], (*bounds, *extra))
-    if origin in (Union, types.UnionType):
-        return ", or ".join(allowed(part) for part in inner)
-    if origin is Literal:
-        return "one of " + ", ".join(map(str, inner)) if len(inner) > 1 else str(inner[0])
-    limits = " and ".join(f"{sign} {getattr(bound, name):.10g}" for bound in bounds for name, sign in BOUNDS.items()
-                          if getattr(bound, name, MOST) != MOST)  # fmt: skip
-    if origin is list or annotation is list:
-        lengths = {name: getattr(bound, name) for bound in bounds for name in LENGTHS if hasattr(bound, name)}
-        size = f"a list of {lengths['max_length']}" if "max_length" in lengths else "a list"
-        size = "a non-empty list" if list(lengths) == ["min_length"] else size
-        return f"{size}, each entry {allowed(inner[0])}" if inner else size
-    for kind, name in KINDS.items():
-        if annotation is kind or origin is kind:
-            return f"{name} {limits}".rstrip()
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return KINDS[dict]
-    return "null" if annotation in (None, type(None)) else getattr(annotation, "__name__", str(annotation))
-
-
-BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
-LENGTHS = ("min_length", "max_length")
-KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text",
-         dict: "a mapping"}  # fmt: skip
-
-
-def check_options(key: str, options: dict[str, Any], known: dict[str, Any]) -> None:
-    """Hold the options of a class against the types of its arguments.
-
-    Args:
-        key: Where the options are in the config.
-        options: Names and values.
-        known: Names and types.
-
-    Raises:
-        BadInput: The first that is unknown or of another type.
-    """
-    for name, value in options.items():
-        if name not in known:
-            raise unknown(
-                f"{key}.{name}", known, shown=[other for other in known if other in options] or ["no options"]
-            )
-        if not _fits(value, known[name]):
-            raise refusal(f"{key}.{name}", value, allowed(known[name]))
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of a type; where a type has objects that no config can hold, only its class can judge."""
-    if isinstance(value, int) and abs(value) > LARGEST and float not in _parts(hint):
-        return False
-    if not all(kind in PLAIN or get_origin(kind) is Literal for kind in _parts(hint)):
-        return True
-    try:
-        TypeAdapter(hint, config=TYPES).validate_python(value)
-    except ValidationError:
-        return False
-    return True
-
-
-def _parts(hint: Any) -> Iterator[Any]:
-    """The types that a hint is made of."""
-    if get_origin(hint) in (Union, types.UnionType, list, dict, Sequence):
-        for part in get_args(hint):
-            yield from _parts(part)
-    else:
-        yield hint
-
-
-def method_refusal(cfg: DictConfig, error: BaseException) -> BadInput:
-    """The error for what a class of a method has raised; ``argument=value: ...`` gets its full key."""
-    reason = one_line(error)
-    if reason.startswith("method."):
-        return BadInput(reason)
-    named = re.match(r"(\w+)=", reason)
-    for key, node in _method_parts(cfg).items() if named else ():
-        if named[1] in node:
-            shared = SHARED.get(named[1])
-            of_all = shared is not None and node[named[1]] == cfg.adapter[shared]
-            where = f"adapter.{shared}" if of_all else f"{key}.{named[1]}"
-            return BadInput(f"{where}{reason[len(named[1]) :]} (method={cfg.method.name})")
-    return BadInput(f"method={cfg.method.name}: {reason}")
-
-
-def _method_parts(cfg: DictConfig) -> dict[str, dict[str, Any]]:
-    """The mappings that something is built from, with their keys: the method, and its PEFT config if it has one."""
-    method = OmegaConf.to_container(cfg.method)
-    peft = method.get("peft")
-    return {"method": method} if peft is None else {"method": method, "method.peft": peft}
-
-
-def as_written(value: Any) -> str:
-    """A value as a command line has it, cut if it is long."""
-    if isinstance(value, dict):
-        text = "{" + ", ".join(f"{key}: {as_written(item)}" for key, item in value.items()) + "}"
-    elif isinstance(value, list):
-        text = "[" + ", ".join(map(as_written, value)) + "]"
-    elif value is None or isinstance(value, bool):
-        text = "null" if value is None else str(value).lower()
-    else:
-        text = UNWRITABLE.sub(lambda found: repr(found[0])[1:-1], str(value))
-    return f"{text[:SHOWN]}..." if len(text) > SHOWN else text
-
-
-def refusal(key: str, value: Any, expected: str) -> BadInput:
-    """The error for a value of a key."""
-    hint = ""
-    if isinstance(value, float) and not math.isfinite(value) and expected.startswith("a number"):
-        hint = "; infinity and NaN are none"
-    elif isinstance(value, int) and abs(value) > MOST and expected.startswith("a whole number"):
-        hint = "; this one is too large"
-    elif isinstance(value, int | float) and expected.startswith("a text"):
-        hint = f"; what looks like a number or a flag needs quotes inside quotes: \"{key}='...'\""
-    return BadInput(f"{key}={as_written(value)}: must be {expected}{hint}")
-
-
-def unknown(key: str, names: Iterable[str], shown: Iterable[str] | None = None) -> BadInput:
-    """The error for a key that does not exist beside `names`, with the one that is nearest to it, else all `shown`."""
-    prefix, _, last = key.rpartition(".")
-    names = list(names)
-    near = difflib.get_close_matches(last, names, n=1)
-    near = near or [name for name in names if "".join(word[:1] for word in name.split("_")) == last]
-    near = [f"{prefix}.{name}" if prefix else name for name in near]
-    near = near or [name for name in _keys(Config) if name.endswith(f".{last}") and name != key]
-    if near:
-        return BadInput(f"{key}: no such key; did you mean {near[0]}?")
-    return BadInput(f"{key}: no such key; {prefix or 'the config'} has {', '.join(shown or names)}")
-
-
-def _check(schema: type[Section], config: dict[str, Any], resolved: bool = True) -> None:
-    """Raise `BadInput` for the first wrong value; of a config that is not `resolved`, of those without a reference."""
-    try:
-        schema.model_validate(config)
-    except ValidationError as invalid:
-        # Unknown keys first: what is missing may only be misspelt.
-        order = ["extra_forbidden", None, "missing"]
-        errors = sorted(
-            invalid.errors(), key=lambda error: order.index(error["type"] if error["type"] in order else None)
-        )
-        for error in errors:
-            if resolved or not any(mark in str(error["input"]) for mark in ("${", "???")):
-                raise _explained(schema, config, error) from None
-
-
-def _unresolved(cfg: DictConfig, error: OmegaConfBaseException) -> BadInput:
-    """One line for a reference to something that is not there."""
-    key, value = str(error.full_key), OmegaConf.to_container(cfg)
-    for name in re.findall(r"[^.\[\]]+", key):
-        if isinstance(value, dict | list):  # a text refers to what holds the key
-            value = value[int(name)] if isinstance(value, list) else value.get(name)
-    reason = str(error).partition("\n")[0].partition("raised while resolving interpolation: ")
-    return BadInput(f"{key}={as_written(value)}: must refer to something that exists ({reason[2] or reason[0]})")
-
-
-def _keys(schema: type[Section], prefix: str = "") -> Iterator[str]:
-    """The dotted names of all keys."""
-    for name, field in schema.model_fields.items():
-        yield f"{prefix}{name}"
-        for section in _sections(field.annotation):
-            yield from _keys(section, f"{prefix}{name}.")
-
-
-def _explained(schema: type[Section], config: Any, error: ErrorDetails) -> BadInput:
-    """One line for the first error of pydantic: the key down to the field, its value, what it takes."""
-    path: list[str] = []
-    field = None
-    for name in error["loc"]:
-        if schema is None or not isinstance(config, dict):
-            break
-        if name not in config:
-            kind = next((kind for kind in PRUNERS if name in get_args(kind.model_fields["name"].annotation)), None)
-            if kind is not None and issubclass(kind, schema):  # the tag of the pruner stands between group and key
-                schema = kind
-                continue
-            return BadInput(f"{'.'.join([*path, str(name)])}: must be given; it is missing in the config")
-        path.append(str(name))
-        fields = {entry.alias or known: entry for known, entry in schema.model_fields.items()}
-        if name not in fields:
-            return unknown(".".join(path), [known for known in fields if not known.startswith("_")])
-        field, config = fields[name], config[name]
-        schema = next(_sections(field.annotation), None)
-    if path == ["prune"] and isinstance(config, dict):
-        return refusal("prune.name", config.get("name"), "one of " + ", ".join(_names()))
-    if error["type"] == "value_error":  # of the checks above, which say what is allowed
-        return refusal(".".join(path), config, str(error["ctx"]["error"]))
-    return refusal(".".join(path), config, allowed(field.annotation, tuple(field.metadata)))
-
-
-def _sections(annotation: Any) -> Iterator[type[Section]]:
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        yield annotation
-    for part in get_args(annotation):
-        yield from _sections(part)
-
-
-def _names() -> list[str]:
-    return [name for kind in PRUNERS for name in get_args(kind.model_fields["name"].annotation)]
 
 
 def _check_together(config: dict[str, Any]) -> None:

@@ -19,10 +19,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from harness.config import method_refusal
 from harness.config_schema import needs_calibration
 from harness.errors import BadInput, one_line
 from harness.method import Method, tuner_config
+from harness.method_from_config import method_refusal
 from harness.quantized import hold_empty, quantized_layout
 from harness.simulate import simulate
 from harness.weights import base_format

@@ -10,21 +10,31 @@ from __future__ import annotations
 
 import inspect
 import pydoc
+import re
+import types
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
-from typing import Any, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from peft import PeftConfig
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from harness.config import check_options, method_refusal, refusal
 from harness.errors import BadInput, one_line
 from harness.method import Method
 from harness.quantized import quantized_layout
+from harness.refusals import allowed, refusal, unknown
 
-__all__ = ["build_method"]
+__all__ = ["build_method", "method_refusal"]
 
+TYPES = ConfigDict(strict=True, allow_inf_nan=False)
+# What a config can hold.
+PLAIN = (int, float, bool, str, list, dict, type(None), Any)
+# Arguments that every method takes from ``adapter``, and their keys there.
+SHARED = {"r": "r", "lora_alpha": "alpha", "target_modules": "targets"}
+LARGEST = 2**32 - 1  # of whole numbers: a seed
 VARIABLE = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
 
 
@@ -45,7 +55,7 @@ def build_method(cfg: DictConfig) -> Method:
             raise refusal(
                 f"{key}._target_", name, f"the name of a class derived from {kind.__module__}.{kind.__name__}"
             )
-        check_options(key, node, known)
+        _check_options(key, node, known)
     try:
         built = instantiate(cfg.method, _convert_="all")
     except Exception as error:  # whatever a class raises at such a value
@@ -90,3 +100,67 @@ def _hints(target: Any) -> dict[str, Any]:
         return get_type_hints(target)
     except (NameError, TypeError):  # a type that exists for type checkers only
         return {}
+
+
+def _check_options(key: str, options: dict[str, Any], known: dict[str, Any]) -> None:
+    """Hold the options of a class against the types of its arguments.
+
+    Args:
+        key: Where the options are in the config.
+        options: Names and values.
+        known: Names and types.
+
+    Raises:
+        BadInput: The first that is unknown or of another type.
+    """
+    for name, value in options.items():
+        if name not in known:
+            raise unknown(
+                f"{key}.{name}", known, shown=[other for other in known if other in options] or ["no options"]
+            )
+        if not _fits(value, known[name]):
+            raise refusal(f"{key}.{name}", value, allowed(known[name]))
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a type; where a type has objects that no config can hold, only its class can judge."""
+    if isinstance(value, int) and abs(value) > LARGEST and float not in _parts(hint):
+        return False
+    if not all(kind in PLAIN or get_origin(kind) is Literal for kind in _parts(hint)):
+        return True
+    try:
+        TypeAdapter(hint, config=TYPES).validate_python(value)
+    except ValidationError:
+        return False
+    return True
+
+
+def _parts(hint: Any) -> Iterator[Any]:
+    """The types that a hint is made of."""
+    if get_origin(hint) in (Union, types.UnionType, list, dict, Sequence):
+        for part in get_args(hint):
+            yield from _parts(part)
+    else:
+        yield hint
+
+
+def method_refusal(cfg: DictConfig, error: BaseException) -> BadInput:
+    """The error for what a class of a method has raised; ``argument=value: ...`` gets its full key."""
+    reason = one_line(error)
+    if reason.startswith("method."):
+        return BadInput(reason)
+    named = re.match(r"(\w+)=", reason)
+    for key, node in _method_parts(cfg).items() if named else ():
+        if named[1] in node:
+            shared = SHARED.get(named[1])
+            of_all = shared is not None and node[named[1]] == cfg.adapter[shared]
+            where = f"adapter.{shared}" if of_all else f"{key}.{named[1]}"
+            return BadInput(f"{where}{reason[len(named[1]) :]} (method={cfg.method.name})")
+    return BadInput(f"method={cfg.method.name}: {reason}")
+
+
+def _method_parts(cfg: DictConfig) -> dict[str, dict[str, Any]]:
+    """The mappings that something is built from, with their keys: the method, and its PEFT config if it has one."""
+    method = OmegaConf.to_container(cfg.method)
+    peft = method.get("peft")
+    return {"method": method} if peft is None else {"method": method, "method.peft": peft}

@@ -11,7 +11,6 @@ were finished.
 
 from __future__ import annotations
 
-import json
 import logging
 import traceback
 from collections.abc import Callable, Mapping
@@ -33,15 +32,16 @@ from harness.device_lock import device_lock
 from harness.environment import default_device, now
 from harness.errors import BadInput, one_line
 from harness.evaluate import check_scoring, evaluate
-from harness.files import check_writable, write_json
+from harness.files import check_writable
 from harness.flops import count_inference_flops
+from harness.folders import Folders
 from harness.inputs import Inputs, read_inputs
 from harness.live_memory import forward_memory
 from harness.log_file import logged
 from harness.meter import Meter, Phases, initialization_memory, parts_of_peak, process_rss_peak, training_cost
 from harness.method import Method, finish, prepare, wrap
 from harness.method_from_config import build_method
-from harness.model_card import ADAPTER, BASE, MERGED, base_of, write_card
+from harness.model_card import MERGED
 from harness.models import Models
 from harness.processes import from_first, gathered, in_first, is_first
 from harness.quantized import quantized_layout
@@ -57,7 +57,6 @@ from harness.weights import base_format, checksum, load_weights, random_model
 from harness.zeros import check_zeros, starting_sparsity
 from lors.kernels import in_use
 from lors.pruning import quantize_model
-from lors.quantized_file import save_quantized
 from lors.sparsity import supports
 
 __all__ = ["execute"]
@@ -157,6 +156,7 @@ class Job:
 
     Attributes:
         result: The content of ``result.json`` as far as it is known.
+        folders: What the run leaves besides it.
     """
 
     def __init__(
@@ -167,7 +167,7 @@ class Job:
         self.inputs = inputs
         self.store = store
         self.result = result
-        self.cards: dict[str, dict[str, Any]] = {}  # of the folders that have one, see `write_card`
+        self.folders = Folders(cfg, store, inputs.tokenizer, result)
         self.phase = Phases(default_device())
         result["time"]["phases"] = self.phase.seconds
 
@@ -200,9 +200,7 @@ class Job:
         seen = {"config": self.store.key, "support": result["support"]}
         processes.agree(seen | {"model": checksum(model)} if processes.count() > 1 else {})
         if cfg.save_base:
-            from_first(partial(self._save, model, BASE))
-            self.cards[BASE] = {}
-            result["artifacts"]["base"] = BASE
+            self.folders.add_base(model)
         if cfg.mode == "run":
             check_scoring(placed(model, cfg), inputs.tokenizer, cfg.eval)
             if cfg.eval.baselines:
@@ -218,7 +216,7 @@ class Job:
             peaks = {name: result["memory"][name] for name in ("init_peak", "train_peak", "eval_peak", "reserved_peak")}
             of_all = gathered(peaks | {"process_rss_peak": process_rss_peak()})
             result["memory"]["by_process"] = of_all
-        from_first(self._write_cards)
+        from_first(self.folders.write_cards)
 
     def _fine_tune(self, model: PreTrainedModel) -> nn.Module:
         """Initialise the adapter, measure one step apart, train; gives the trained model, whole."""
@@ -278,9 +276,7 @@ class Job:
         if (folder / "trackers").exists():
             result["artifacts"]["trackers"] = "trackers"
         if isinstance(adapted, PeftModel):
-            self.cards[ADAPTER] = {"peft": adapted.peft_config[adapted.active_adapter]}
-            from_first(partial(self._save_adapter, adapted))
-            result["artifacts"]["adapter"] = ADAPTER
+            self.folders.add_adapter(adapted)
         return adapted
 
     def _set_up(self, model: PreTrainedModel, batches: list[Mapping[str, Tensor]]) -> nn.Module:
@@ -317,12 +313,11 @@ class Job:
             else:
                 model, found = finished()
                 if saved:
-                    from_first(partial(self._save, model, saved))
+                    from_first(partial(self.folders.save, model, saved))
             model = placed(model, cfg)
             row |= {"end_state": variant, **found, "eval": None}
             if saved:
-                self.cards[MERGED] = {"state": variant}
-                result["artifacts"]["merged"] = MERGED
+                self.folders.note_merged(variant)
             if first:
                 result["flops"]["inference"] = count_inference_flops(model, inputs.longest)
                 if model.device.type == "cpu":
@@ -370,41 +365,11 @@ class Job:
 
         def make() -> tuple[str, dict[str, Any]]:
             model, found = finished()
-            return str(self._save(model, name)), found
+            return str(self.folders.save(model, name)), found
 
         folder, found = from_first(make)
         options = {"dtype": base_format(self.cfg), "device": home(self.cfg), **self.inputs.source.options}
         return load_weights(folder, shown=folder, **options), found
-
-    def _save(self, model: PreTrainedModel, name: str) -> Path:
-        """Write a plain model, with its tokenizer, into a folder of the run."""
-        with self.store.artifact(name) as folder:
-            save_quantized(model, folder)
-            tokenizer = self.inputs.tokenizer
-            if tokenizer is not None:
-                for option in ("is_local", "local_files_only"):  # of the loading here; transformers would write it
-                    tokenizer.init_kwargs.pop(option, None)
-                tokenizer.save_pretrained(folder)
-        return self.store.directory / name
-
-    def _save_adapter(self, adapted: PeftModel) -> None:
-        """Write the adapter, which names a base that others can have in place of a folder of the cache."""
-        base = base_of(self.cfg)
-        with self.store.artifact(ADAPTER) as folder:
-            adapted.save_pretrained(folder)
-            file = folder / "adapter_config.json"
-            config = json.loads(file.read_text(encoding="utf-8"))
-            write_json(file, config | {"base_model_name_or_path": base.path, "revision": base.revision})
-            self._write_card(ADAPTER, folder)  # in place of that of PEFT, which names the cache
-
-    def _write_cards(self) -> None:
-        """The cards of all folders, with everything that is known at the end."""
-        for kind in self.cards:
-            self._write_card(kind, self.store.directory / kind)
-
-    def _write_card(self, kind: str, folder: Path) -> None:
-        dtype = str(base_format(self.cfg)).removeprefix("torch.")
-        write_card(folder, kind, self.result, base_of(self.cfg), dtype=dtype, **self.cards[kind])
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -15,10 +15,10 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from harness.config import as_written
 from harness.environment import default_device
 from harness.errors import BadInput, one_line
 from harness.method import PRECISIONS
+from harness.refusals import as_written
 from lors.blocks import decoder_linears
 from lors.quantized_file import FILE, load_quantized
 from lors.sparsity import random_support

@@ -15,7 +15,8 @@ from single_layers import assert_same, assert_same_dropout, draw, layers
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from baselines.sqft import ElasticRanks, SqftConfig, SqftLinear, draw_ranks, extract_ranks, hill_climb, set_ranks
+from baselines.sqft import SqftConfig, SqftLinear, extract_ranks, set_ranks
+from baselines.sqft_nls import ElasticRanks, draw_ranks, hill_climb
 from harness.method import adapt
 from harness.recipe import enable_activation_checkpointing
 
