@@ -21,6 +21,7 @@ KINDS: dict[str, Callable[[list[Group], bool], Iterator[Drawn]]] = {
     "accuracy_by_sparsity": partial(quality_plots.by_sparsity, "accuracy", "average accuracy (%)"),
     "perplexity_by_sparsity": partial(quality_plots.by_sparsity, "perplexity", "perplexity"),
     "recovery": quality_plots.recovery,
+    "against_lora": quality_plots.against_lora,
     "pareto_memory": partial(cost_plots.pareto, "memory"),
     "pareto_time": partial(cost_plots.pareto, "time"),
     "cost_by_sequence_length": partial(cost_plots.cost_against, cost_plots.LENGTH, cost_plots.RANK),

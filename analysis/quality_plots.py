@@ -13,14 +13,14 @@ from matplotlib.figure import Figure
 from analysis.columns import chance_level
 from analysis.figures import LINE, Label, curve, finish, label_at_the_right, level, new_figure, plain_ticks, split
 from analysis.groups import Group, check_one_machine
-from analysis.lines import Line, contenders, lines_of, told_apart
-from analysis.measures import ACCURACY, number
+from analysis.lines import Line, contenders, lines_of, reference_of, told_apart
+from analysis.measures import ACCURACY, ANSWERS_LOSS, HELDOUT_LOSS, number
 from analysis.notes import slug, title_of
 from analysis.results import CONTROLS
-from analysis.statistics import ALPHA, Sample, difference
+from analysis.statistics import ALPHA, Sample, between, difference, paired_item_error
 from analysis.style import DOTTED, Style, name_of, order_of, style_of
 
-__all__ = ["Drawn", "about_accuracy", "about_seeds", "by_sparsity", "of_runs", "recovery"]
+__all__ = ["Drawn", "about_accuracy", "about_seeds", "against_lora", "by_sparsity", "of_runs", "recovery"]
 __all__ += ["styles_of", "with_every_end_of_lora"]
 
 # The name of a plot, and the figure or the reason why there is none.
@@ -29,6 +29,12 @@ TUNED_DENSE = replace(style_of("dense"), marker="d", filled=False)
 CHANCE = Style("chance", "#999999", "None", DOTTED)
 # Letters of a method's name that fit beside the axis.
 NAME_LETTERS = 20
+# What is compared with LoRA: its title, how it is measured, the sign with which more is better, and its unit.
+DISTANCES = {
+    "answers": ("Held-out answers", ANSWERS_LOSS, -1, "nats per token"),
+    "text": ("Plain text", HELDOUT_LOSS, -1, "nats per token"),
+    "accuracy": ("Average accuracy", ACCURACY, 1, "points"),
+}
 
 
 def recovery(groups: list[Group], mix: bool) -> Iterator[Drawn]:
@@ -54,6 +60,33 @@ def recovery(groups: list[Group], mix: bool) -> Iterator[Drawn]:
             note += f"({dense.mean:.1f} %). {about_accuracy(group.runs)}"
             note += " Hollow diamond: the dense model after the same fine-tuning." if controls else ""
             yield name, finish(figure, f"Share of the pruning loss won back: {title_of(group)}", note)
+
+
+def against_lora(groups: list[Group], mix: bool) -> Iterator[Drawn]:
+    """Distance of each method from LoRA with its adapter, paired over seeds and items; right is better."""
+    for group in of_runs(groups):
+        lines = with_every_end_of_lora(lines_of(group, controls=False))
+        for quantity, (title, measure, sign, unit) in DISTANCES.items():
+            samples = dict(enumerate(line.sample(measure) for line in lines))
+            pairs = {place: reference_of(line, lines) for place, line in enumerate(lines)}
+            pairs = {a: b for a, b in pairs.items() if b not in (a, None) and samples[a].n and samples[b].n}
+            name = f"{quantity}_against_lora_{slug(title_of(group))}"
+            if not pairs:
+                yield name, "needs the scores of LoRA and of another method with the same settings"
+                continue
+            drawn = [lines[place] for place in pairs]
+            figure, axes, rows = _rows([line.label for line in drawn])
+            for row, style, (a, b) in zip(rows, styles_of(drawn), pairs.items(), strict=True):
+                found = between(a, b, samples, {place: line.pool for place, line in enumerate(lines)})
+                error = found.error if found else paired_item_error(samples[a], samples[b])
+                seeds = samples[a].values.keys() & samples[b].values.keys()
+                distance = sign * np.mean([samples[a].values[seed] - samples[b].values[seed] for seed in seeds])
+                curve(axes, style, [distance], [row], error_x=[error])
+            axes.axvline(0, color=style_of("lora", "adapter").colour, zorder=1)
+            axes.set_xlabel(f"better than LoRA by ({unit})")
+            note = f"0 is LoRA with its adapter, not merged. Mean of {_seeds(drawn)}. Bar: standard error of the "
+            note += "difference over seeds and test items; of one seed, over the items alone."
+            yield name, finish(figure, f"{title} against LoRA: {title_of(group)}", note)
 
 
 def of_runs(groups: list[Group]) -> list[Group]:
@@ -83,10 +116,14 @@ def styles_of(lines: list[Line]) -> list[Style]:
 
 def about_seeds(lines: Iterable[Line]) -> str:
     """What a mark and its bar are."""
+    seeds = _seeds(lines)
+    return "One seed." if seeds == "1 seed" else f"Mean and standard deviation of {seeds}."
+
+
+def _seeds(lines: Iterable[Line]) -> str:
+    """How many there are: ``1 seed``, ``3 seeds``, ``1 to 3 seeds``."""
     counts = sorted({line.n for line in lines})
-    if counts == [1]:
-        return "One seed."
-    return f"Mean and standard deviation of {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} seeds."
+    return " to ".join(map(str, dict.fromkeys((counts[0], counts[-1])))) + f" seed{'s' * (counts[-1] > 1)}"
 
 
 def about_accuracy(rows: pd.DataFrame) -> str:
@@ -189,10 +226,7 @@ def _line(
 
 def _recovery(lines: list[Line], controls: dict[str, Sample], pruned: float, lost: float) -> Figure:
     """One row for each method: mean and standard deviation over the seeds, and its control."""
-    names = [textwrap.wrap(line.label, NAME_LETTERS) for line in lines]
-    heights = np.array([len(name) for name in names])  # a row is as high as its name
-    rows = heights.cumsum() - heights / 2 - 0.5
-    figure, (axes,) = new_figure(height=1.5 * LINE * heights.sum() + 0.6)
+    figure, axes, rows = _rows([line.label for line in lines])
     for row, line, style in zip(rows, lines, styles_of(lines), strict=True):
         scores = line.sample(ACCURACY)
         share = Sample({seed: 100 * (value - pruned) / lost for seed, value in scores.values.items()})
@@ -204,12 +238,21 @@ def _recovery(lines: list[Line], controls: dict[str, Sample], pruned: float, los
         style = style_of(control)
         axes.axvline(x, color=style.colour, linestyle=style.line, zorder=1)
         axes.annotate(control, (x, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=7)
-    axes.set_yticks(rows, ["\n".join(name) for name in names])
+    axes.set_xlabel("share won back (%)")
+    return figure
+
+
+def _rows(names: list[str]) -> tuple[Figure, Axes, np.ndarray]:
+    """A figure with a row for each name, its axes, and the heights of the rows."""
+    wrapped = [textwrap.wrap(name, NAME_LETTERS) for name in names]
+    heights = np.array([len(name) for name in wrapped])  # a row is as high as its name
+    rows = heights.cumsum() - heights / 2 - 0.5
+    figure, (axes,) = new_figure(height=1.5 * LINE * heights.sum() + 0.6)
+    axes.set_yticks(rows, ["\n".join(name) for name in wrapped])
     axes.set_ylim(heights.sum() - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
     axes.margins(x=0.1)  # so that the last number below the axis is whole
-    axes.set_xlabel("share won back (%)")
-    return figure
+    return figure, axes, rows
 
 
 def _tuned_dense(lines: list[Line]) -> list[Line]:

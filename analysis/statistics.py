@@ -51,7 +51,7 @@ from numpy.polynomial.legendre import leggauss
 from scipy import special, stats
 
 __all__ = ["ALPHA", "CONDITION", "Difference", "Sample", "best", "best_range", "between", "difference", "differences"]
-__all__ += ["p_value", "pareto_front", "pooled"]
+__all__ += ["p_value", "paired_item_error", "pareto_front", "pooled"]
 
 ALPHA = 0.05
 CONDITION = "conditional on one pruned checkpoint and on learning rates from one search seed"
@@ -159,6 +159,13 @@ def difference(a: Sample, b: Sample, pool: Sequence[Sample] = ()) -> Difference 
     error = math.sqrt(max(of_seeds + of_items - of_rest, of_seeds, of_items))
     p = float(p_value(mean, of_seeds, degrees, max(of_items - of_rest, 0.0), item_degrees))
     return Difference(mean, error, n, p, degrees, len(rows))
+
+
+def paired_item_error(a: Sample, b: Sample) -> float:
+    """Standard error of a - b over the test items, for the seeds that there are: sqrt(v_items) of the module's text."""
+    pairs = _pairs(a, b)
+    paired = _item_differences(a, b, pairs)
+    return math.hypot(a.item_error, b.item_error) if paired is None else math.sqrt(_item_variances(paired)[0])
 
 
 def between(a: Key, b: Key, samples: Mapping[Key, Sample], pools: Pools | None = None) -> Difference | None:

@@ -26,7 +26,7 @@ def sweep(tmp_path_factory):
             states = ("adapter", "remasked", "dense")
             lora = result("lora", accuracy=pruned + 0.05, states=states, train_peak=90 * MEBIBYTE, **shared)
             lora["zeros"] |= {"after_merge": None, "lost": None, "gained": None}
-            lora["variants"]["remasked"] |= {"eval": scores(pruned + 0.01, 1.0)}
+            lora["variants"]["remasked"] |= {"eval": scores(pruned + 0.01, 0.9)}
             lora["variants"]["remasked"]["zeros"] |= {"after_merge": sparsity, "lost": 0, "gained": 0}
             lora["variants"]["dense"]["zeros"] |= {"after_merge": 0.0, "lost": 500, "gained": 0}
             write(folder, lora, result("lors", accuracy=pruned + 0.06 + 0.02 * seed, **shared))
@@ -110,6 +110,34 @@ def test_recovery_is_the_share_of_the_way_from_pruned_to_dense(sweep):
     assert shares == pytest.approx({**dict.fromkeys(LORA, 50), LORA[1]: 10, "LoRS": 70, "SPP": 30, "lors dense": 120})
     assert [text.get_text() for text in axes.texts] == ["pruned", "dense"]
     assert "0 is the pruned model (70.0 %), 100 the dense one (80.0 %)" in caption_of(figure)[1]
+
+
+def test_distances_from_lora_are_paired_by_seed_and_better_is_right(sweep):
+    figures = drawn("against_lora", sweep)
+    figure = figures["accuracy_against_lora_microworld_wanda_0.5"]
+    (axes,) = figure.axes
+    points = {label: x for label, (x, _) in lines_in(axes).items()}
+    assert points == {"LoRA, re-masked": [-4], "LoRA, zeros lost": [0], "LoRS": [2], "SPP": [-2]}
+    bars = {container.get_label(): container.lines[2][0].get_segments()[0][:, 0] for container in axes.containers}
+    (low, high) = bars["LoRS"]  # seeds at +1 and +3: a standard error of 1, and that of the items in addition
+    assert high - low > 2 and (low + high) / 2 == pytest.approx(2)
+    assert "Mean of 2 seeds" in caption_of(figure)[1]
+    losses = figures["text_against_lora_microworld_wanda_0.5"].axes[0]
+    assert "nats" in losses.get_xlabel()
+    assert lines_in(losses)["LoRA, re-masked"][0][0] > 0  # its loss is the lower one
+    assert "needs the scores" in figures["answers_against_lora_microworld_wanda_0.5"]
+
+
+def test_of_one_seed_the_bar_is_the_error_over_the_items(tmp_path):
+    for method, accuracy in (("lora", 0.70), ("lors", 0.75)):
+        write(tmp_path, result(method, accuracy=accuracy, sparsity=0.5))
+    figure = drawn("against_lora", tmp_path)["accuracy_against_lora_microworld_wanda_0.5"]
+    (container,) = figure.axes[0].containers
+    (low, high) = container.lines[2][0].get_segments()[0][:, 0]
+    rows = load([tmp_path])
+    rows = rows[rows.method.isin(["lora", "lors"])]
+    assert (high - low) / 2 == pytest.approx(math.hypot(*rows.accuracy_stderr))
+    assert "Mean of 1 seed." in caption_of(figure)[1]
 
 
 def test_what_was_pruned_after_its_fine_tuning_is_no_dense_control(tmp_path):
