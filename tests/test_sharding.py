@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
+import torch
 from sharding_checks import FORMS
 from test_distributed import Results, pair, results  # noqa: F401  (fixtures)
 
@@ -40,3 +47,20 @@ def test_a_step_and_a_merge_under_fsdp1(results: Results, storage: str) -> None:
 def test_ddp_does_not_send_the_places_of_compressed_values(results: Results) -> None:  # noqa: F811
     for found in results("DDP compressed"):
         assert found == {"places": 28, "sent": 0}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="on a CPU the Trainer's FSDP2 trains replicas")
+def test_the_fsdp2_of_the_trainer_shards_a_lors_training(tmp_path: Path) -> None:
+    """On as many GPUs as there are, at most two; the losses are those of a training without it."""
+    processes = min(2, torch.cuda.device_count())
+    script = Path(__file__).with_name("trainer_fsdp2.py")
+    sharded, alone = tmp_path / "sharded.json", tmp_path / "alone.json"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    environment = {**os.environ, "PYTHONPATH": str(script.parents[1])}
+    subprocess.run([*torchrun, script, sharded, str(processes)], check=True, env=environment)
+    subprocess.run([sys.executable, script, alone, "0"], check=True, env=environment)
+    found, expected = (json.loads(file.read_text()) for file in (sharded, alone))
+    assert found["sharded"] == found["of"]
+    assert found["share"] < 1.1 / processes
+    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
