@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from peft import PeftConfig
 from transformers import AutoModelForCausalLM
 
 import lors
+from lors.blocks import decoder_linears
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -37,6 +39,20 @@ def test_trainer(tiny_checkpoint, tmp_path) -> None:
     pruned, merged = zeros(tmp_path / "pruned"), zeros(tmp_path / "merged")
     assert merged["layers"] == pruned["layers"] and merged["sha256"] == pruned["sha256"]
     assert PeftConfig.from_pretrained(tmp_path / "adapter").support["sha256"] == pruned["sha256"]
+
+
+def test_a_quantised_base(tiny_checkpoint, tmp_path) -> None:
+    assert "sparsity 0.5" in run(sys.executable, "quantized.py", tiny_checkpoint, tmp_path)
+    before, after = (
+        lors.load_quantized(AutoModelForCausalLM.from_pretrained(tmp_path / name), tmp_path / name)
+        for name in ("quantized", "merged")
+    )
+    assert lors.check(after)["sparsity"] >= lors.check(before)["sparsity"]  # a code may come to be that of zero
+    layers = {name: (layer, after.get_submodule(name)) for name, layer in decoder_linears(before).items()}
+    grids = [(old.packed.parts[0], new.packed.parts[0]) for old, new in layers.values()]
+    assert all(torch.equal(old, new) for old, new in grids)
+    assert any(not torch.equal(old.packed.parts[1], new.packed.parts[1]) for old, new in layers.values())
+    assert all((new.weight[old.weight == 0] == 0).all() for old, new in layers.values())
 
 
 def test_trl(tiny_checkpoint, tmp_path) -> None:
