@@ -168,7 +168,7 @@ class Data(Section):
     path: Text | None
     split: Text
     loss_on: Literal["all", "answer"]
-    template: Literal["alpaca", "chat"] | None
+    template: Literal["alpaca", "question", "chat"] | None
     limit: Count | None
 
 

@@ -90,6 +90,8 @@ def texts(source: str, *, split: str = "train", limit: int | None = None, key: s
 def instructions(data_cfg: Any) -> Iterator[tuple[str, str, str]]:
     """Instruction, context (may be empty) and answer of every row of a data set of instructions.
 
+    Its columns are ``instruction``, ``input`` and ``output``, or ``question`` and ``answer``.
+
     Args:
         data_cfg: ``kind`` (instruction, microworld), ``path``, ``split``, ``limit`` (first rows; None for all).
 
@@ -101,6 +103,8 @@ def instructions(data_cfg: Any) -> Iterator[tuple[str, str, str]]:
     else:
         source, rows = data_cfg.path, read_rows(data_cfg.path, split=data_cfg.split, limit=data_cfg.limit)
     for number, row in enumerate(rows, start=1):
+        if "question" in row and "instruction" not in row:  # as in GSM8K
+            row = {"instruction": row["question"], "output": row.get("answer")}
         row = {**row, "input": row.get("input") or ""}
         instruction, context, answer = (
             require_text(row, column, number, source, "data.path") for column in ("instruction", "input", "output")

@@ -7,7 +7,8 @@ Evaluation has its own explicit switch, ``eval.add_bos_token``.
 Instruction rows (Alpaca, Taori et al. 2023; the choices are those of the LoRS authors, arXiv 2501.08582):
     BOS prompt answer EOS, cut to `sequence_length`, EOS only if it still fits. The loss is on prompt and
     answer, or on the answer alone. Prompt and answer are encoded as one text, so that the tokens are those of
-    plain inference; a token that holds any character of the answer belongs to the answer. With data.template=chat
+    plain inference; a token that holds any character of the answer belongs to the answer. With data.template=question
+    it is "Question: ...", line end, "Answer: ..."; with data.template=chat
     the tokenizer's own chat template takes the place of prompt, BOS and EOS.
 Text for language modelling and for calibration: `lors.pruning.calibration`.
 
@@ -130,7 +131,7 @@ def tokenised_rows(data_cfg: Any, train_cfg: Any, tokenizer: Tokenizer) -> list[
 
     Args:
         data_cfg: ``kind`` (instruction, microworld, text), ``path``, ``split``, ``limit`` (first rows; None
-            for all), for instructions also ``template`` (alpaca) and ``loss_on`` (all, answer).
+            for all), for instructions also ``template`` (alpaca, question, chat) and ``loss_on`` (all, answer).
         train_cfg: ``sequence_length``; for text also ``steps``, ``batch_size`` and ``gradient_accumulation``:
             no more text is read than the steps need.
 
@@ -228,17 +229,20 @@ def _instruction_rows(
     source: Iterable[tuple[str, str, str]], data_cfg: Any, train_cfg: Any, tokenizer: Tokenizer
 ) -> list[Row]:
     if data_cfg.template is None:
-        raise BadInput(f"data.template=null: must be alpaca or chat for data.kind={data_cfg.kind}")
+        raise BadInput(f"data.template=null: must be alpaca, question or chat for data.kind={data_cfg.kind}")
     chat = data_cfg.template == "chat"
     if chat and not tokenizer.chat_template:
-        raise BadInput("data.template=chat: the tokenizer of the model has no chat template; must be alpaca")
+        raise BadInput(
+            "data.template=chat: the tokenizer of the model has no chat template; must be alpaca or question"
+        )
     if data_cfg.loss_on == "answer" and not tokenizer.is_fast:
         raise BadInput("data.loss_on=answer: this tokenizer reports no character offsets; must be all")
     length = train_cfg.sequence_length
     if chat:
         pairs = (_as_chat(tokenizer, *row) for row in source)
     else:
-        pairs = ((alpaca_prompt(instruction, context), answer) for instruction, context, answer in source)
+        as_pair = _as_question if data_cfg.template == "question" else _as_alpaca
+        pairs = (as_pair(*row) for row in source)
     encoded = [
         row
         for chunk in chunks(pairs, ENCODED_AT_ONCE)
@@ -254,6 +258,16 @@ def _instruction_rows(
         dropped = f"{len(encoded) - len(rows)} of {len(encoded)} rows dropped"
         logger.warning("%s: no answer begins within train.sequence_length=%d", dropped, length)
     return rows
+
+
+def _as_alpaca(instruction: str, context: str, answer: str) -> tuple[str, str]:
+    return alpaca_prompt(instruction, context), answer
+
+
+def _as_question(instruction: str, context: str, answer: str) -> tuple[str, str]:
+    """Prompt and answer as lm-eval's GSM8K has them."""
+    question = f"{instruction}\n\n{context}" if context else instruction
+    return f"Question: {question}\nAnswer:", f" {answer}"
 
 
 def _as_chat(tokenizer: Tokenizer, instruction: str, context: str, answer: str) -> tuple[str, str]:

@@ -86,11 +86,23 @@ def _task_tokens(eval_cfg: Any, tokenizer: Tokenizer) -> Iterator[int]:
 
 
 def check_scoring(model: PreTrainedModel, tokenizer: Tokenizer, eval_cfg: Any) -> None:
-    """Score a few words as `evaluate` will, before a model is trained; what the model raises is raised."""
+    """Score a few words as `evaluate` will, before a model is trained; what the model raises is raised.
+
+    Raises:
+        BadInput: A task wants longer answers than the model has positions.
+    """
     with modes_kept(model):
         model.eval()
         if eval_cfg.tasks:
-            _language_model(model, tokenizer, eval_cfg, progress=False)
+            lm = _language_model(model, tokenizer, eval_cfg, progress=False)
+            for name, task in _load_tasks(eval_cfg)["tasks"].items():
+                options = task.config.generation_kwargs or {}
+                wanted = options.get("max_gen_toks", lm.max_gen_toks)
+                if task.OUTPUT_TYPE == "generate_until" and wanted >= lm.max_length:
+                    raise BadInput(
+                        f"eval.tasks={name}: answers of up to {wanted} tokens; must be a task that leaves room for its "
+                        f"prompt in the {lm.max_length} positions of the model"
+                    )
         if eval_cfg.perplexity is not None:
             perplexity(model, torch.tensor([[0, 1]]), progress=False)
 
@@ -201,8 +213,11 @@ def _load_tasks(eval_cfg: Any) -> dict[str, Any]:
     return loaded
 
 
-def _specification(name: str, eval_cfg: Any) -> str | dict[str, Any]:
-    """A task as lm-eval loads it: its name, with the items unless lm-eval itself knows where they are."""
+def _specification(name: str, eval_cfg: Any) -> dict[str, Any]:
+    """A task as lm-eval loads it: its name, with the items unless lm-eval itself knows where they are.
+
+    Not the name alone: lm-eval 0.4.13 gives such a member of a group the name of all members.
+    """
     import datasets
 
     if name in MICROWORLD_TASKS:
@@ -212,7 +227,7 @@ def _specification(name: str, eval_cfg: Any) -> str | dict[str, Any]:
         split = ZERO_SHOT[name].split
         items = local_items(eval_cfg.data_root, name)
     else:
-        return name
+        return {"task": name}
     splits = dict.fromkeys(("training_split", "validation_split", "test_split"), split)  # no other is looked for then
     return {"task": name, **splits, "custom_dataset": lambda **_: {split: datasets.Dataset.from_list(items)}}
 
@@ -239,20 +254,31 @@ def _no_metric_code() -> Iterator[list[str]]:
 
 
 def _score(scores: dict[str, Any], name: str, task: Any) -> dict[str, Any]:
-    """One task of lm-eval's results, whose keys are ``<metric>,<filter>`` and ``<metric>_stderr,<filter>``."""
+    """One task of lm-eval's results, whose keys are ``<metric>,<filter>`` and ``<metric>_stderr,<filter>``.
+
+    A filter reads the answer off what was generated; the first one of a task counts, as in lm-eval's own leaderboards,
+    and the others are recorded beside it.
+    """
     found = scores["results"][name]
-    values = {key.partition(",")[0]: None if found[key] == "N/A" else found[key] for key in found if "," in key}
-    metrics = [metric for metric in values if not metric.endswith("_stderr")]
-    metric = "acc" if "acc" in metrics else metrics[0]
+    values = {key: None if found[key] == "N/A" else found[key] for key in found if "," in key}
+    metrics = [key for key in values if not key.partition(",")[0].endswith("_stderr")]
+    of_name = {key.partition(",")[0]: key for key in reversed(metrics)}
+    key = of_name.get("acc", metrics[0])
+    metric, _, chosen = key.partition(",")
     score = {
         "metric": metric,
-        "value": float(values[metric]),
-        "stderr": values.get(f"{metric}_stderr"),
+        "value": float(values[key]),
+        "stderr": values.get(f"{metric}_stderr,{chosen}"),
         "n": scores["n-samples"][name]["effective"],
         "version": scores["versions"][name],
     }
-    if "acc_norm" in metrics:
-        score |= {"acc_norm": float(values["acc_norm"]), "acc_norm_stderr": values.get("acc_norm_stderr")}
+    if "acc_norm" in of_name:
+        normed = of_name["acc_norm"]
+        error = values.get(normed.replace("acc_norm", "acc_norm_stderr"))
+        score |= {"acc_norm": float(values[normed]), "acc_norm_stderr": error}
+    others = {key.partition(",")[2]: float(values[key]) for key in metrics if key.startswith(f"{metric},")}
+    if len(others) > 1:
+        score |= {"filter": chosen, "by_filter": others}
     if metric == "acc":
         score |= _correct(scores["samples"][name])
     if task.OUTPUT_TYPE == "multiple_choice":

@@ -114,6 +114,15 @@ def test_the_chat_template_takes_the_place_of_prompt_and_special_tokens(instruct
     assert [decode([t for t in row["labels"] if t != IGNORED]) for row in rows] == answers
 
 
+@pytest.mark.parametrize("loss_on", ["all", "answer"])
+def test_word_problems_in_the_columns_of_gsm8k_read_as_lm_eval_asks_them(tmp_path, loss_on):
+    file = write_rows(tmp_path / "rows.jsonl", [{"question": "one and one?", "answer": "two"}])
+    (row,) = tokenised_rows(data_cfg(file, template="question", loss_on=loss_on), train_cfg(), TOKENIZER)
+    assert decode(row["input_ids"]) == "<s>Question: one and one?\nAnswer: two</s>"
+    learnt = decode([t for t in row["labels"] if t != IGNORED])
+    assert learnt == (" two</s>" if loss_on == "answer" else "Question: one and one?\nAnswer: two</s>")
+
+
 @pytest.mark.parametrize(
     ("template", "said"),
     [

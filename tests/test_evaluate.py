@@ -6,6 +6,7 @@ import random
 import statistics
 from types import SimpleNamespace
 
+import datasets
 import pytest
 import torch
 from conftest import make_tiny_llama, make_tokenizer, sentence, write_rows
@@ -218,6 +219,54 @@ def test_a_task_without_accuracy_has_its_first_metric_and_no_part_in_the_average
         monkeypatch.setattr(evaluate_module, "_zero_shot", lambda *_, tasks=tasks: tasks)
         average = evaluate(tiny(), TOKENIZER, eval_cfg(["t"]), None)["average"]
         assert (average and average["tasks"]) == averaged
+
+
+PROBLEMS = [{"question": f"What is {n} plus 1?", "answer": f"{n} + 1 = {n + 1}\n#### {n + 1}"} for n in range(8)]
+
+
+def test_gsm8k_is_generated_and_its_strict_answer_counts(monkeypatch):
+    """As lm-eval has the task, with its five examples, on a model that says one thing and a data set of our own."""
+    splits = {"train": PROBLEMS[3:], "test": PROBLEMS[:4]}
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda **_: {name: datasets.Dataset.from_list(rows) for name, rows in splits.items()}
+    )
+    prompts = []
+
+    def generated(self, requests, **_):
+        prompts.extend(request.args[0] for request in requests)
+        return ["it is 1\n#### 1", "#### 2", "it is 3", "nothing"]
+
+    cfg = eval_cfg(["gsm8k"], limit=None)
+    check_tasks(cfg, TOKENIZER, VOCABULARY)
+    with monkeypatch.context() as patched:
+        patched.setattr(PromptSharingLM, "generate_until", generated)
+        score = evaluate(tiny(), TOKENIZER, cfg, None, progress=False)["tasks"]["gsm8k"]
+    assert all(prompt.count("Question:") == 6 and prompt.endswith("Answer:") for prompt in prompts)
+    assert (score["metric"], score["filter"], score["value"]) == ("exact_match", "strict-match", 0.5)
+    assert score["by_filter"] == {"strict-match": 0.5, "flexible-extract": 0.75}
+    assert score["stderr"] == pytest.approx(math.sqrt(0.25 / 3))
+    with pytest.raises(BadInput, match=r"eval.tasks=gsm8k: answers of up to 256 tokens; .* the 128 positions"):
+        check_scoring(tiny(), TOKENIZER, cfg)
+    roomy = tiny(max_position_embeddings=512)
+    check_scoring(roomy, TOKENIZER, cfg)
+    wordless = evaluate(roomy, TOKENIZER, cfg, None, progress=False)["tasks"]["gsm8k"]  # really generated
+    assert wordless["value"] == 0 and wordless["n"] == 4
+
+
+def test_stock_tasks_from_the_hub_score_as_from_a_folder(data_root, monkeypatch):
+    """lm-eval's own loading, of a data set of the Hub that is patched in."""
+    of_path = {"super_glue": "boolq", "openbookqa": "openbookqa", "allenai/openbookqa": "openbookqa"}
+
+    def load_dataset(path, name=None, **_):
+        task = of_path[path.rpartition("aps/")[2]]
+        return dict.fromkeys(("train", "validation", "test"), datasets.Dataset.from_list(items(task)))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    tasks = ["boolq", "openbookqa"]
+    from_hub, from_folder = (
+        evaluate(tiny(), TOKENIZER, eval_cfg(tasks, root), None, progress=False) for root in (None, data_root)
+    )
+    assert from_hub == from_folder
 
 
 def test_items_that_can_be_half_right_are_not_listed():
