@@ -16,6 +16,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 
 from harness import processes
+from harness.bfloat16_products import has_bfloat16
 
 __all__ = ["default_device", "environment", "now"]
 
@@ -42,6 +43,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "driver": driver.split()[0] if driver else None,
         "cuda": torch.version.cuda if cuda else None,
         "threads": torch.get_num_threads(),
+        "bfloat16_products": "of the device" if has_bfloat16(device) else "in float32",
         "processes": processes.count(),
         # What composes this config again; in a sweep the overrides of this job.
         "command": ["run.py", *HydraConfig.get().overrides.task] if HydraConfig.initialized() else sys.argv,

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from harness import processes
+from harness.bfloat16_products import bfloat16_products
 from harness.config import resolve
 from harness.deferred_head import deferred_by
 from harness.device_lock import device_lock
@@ -126,7 +127,7 @@ def _attempt(
     cfg: DictConfig, method: Method, inputs: Inputs, store: RunStore, result: dict[str, Any]
 ) -> dict[str, Any]:
     """Run; whatever goes wrong on the way, in any of the processes, becomes the status of the result."""
-    with logged(store.directory):
+    with logged(store.directory), bfloat16_products(default_device()):
         job = Job(cfg, method, inputs, store, result)
         try:
             job.run()

@@ -27,7 +27,7 @@ import math
 import torch
 from torch import Tensor
 
-from lors.kernels import DENSE, PackedWeight, decode
+from lors.kernels import PackedWeight, mask_
 
 __all__ = ["factor_gradients", "sample_tokens"]
 
@@ -66,11 +66,11 @@ def factor_gradients(
         else:
             found = (G @ B_).t() @ X if needs_A else None, G.t() @ (X @ A_.t()) if needs_B else None
     else:
-        M = (weight.parts[0] if weight.layout == DENSE else decode(weight)) != 0
         if share == 1 or n < 2:
-            found = _full((G.t() @ X).mul_(M), A_, B_, needs_A, needs_B)
+            mask_(P := G.t() @ X, weight)
+            found = _full(P, A_, B_, needs_A, needs_B)
         else:
-            found = _sampled(G, X, M, A_, B_, share, needs_A, needs_B)
+            found = _sampled(G, X, weight, A_, B_, share, needs_A, needs_B)
     return _scaled(found[0], A.dtype, scaling), _scaled(found[1], B.dtype, scaling)
 
 
@@ -112,15 +112,16 @@ def sample_tokens(G: Tensor, X: Tensor, share: float) -> tuple[Tensor, Tensor]:
 
 
 def _sampled(
-    G: Tensor, X: Tensor, M: Tensor, A: Tensor, B: Tensor, share: float, needs_A: bool, needs_B: bool
+    G: Tensor, X: Tensor, weight: PackedWeight, A: Tensor, B: Tensor, share: float, needs_A: bool, needs_B: bool
 ) -> Gradients:
     index, c = sample_tokens(G, X, share)
     drawn_G, drawn_X = G[index], X[index]
     root = c.sqrt().to(G.dtype).unsqueeze(1)  # on both sides: one alone may overflow in float16
-    dA, dB = _full((drawn_G.mul_(root).t() @ drawn_X.mul_(root)).mul_(M), A, B, needs_A, needs_B)
+    D = drawn_G.mul_(root).t() @ drawn_X.mul_(root)
+    density = (mask_(D, weight) / weight.shape[1]).unsqueeze(1).to(G.dtype)
+    dA, dB = _full(D, A, B, needs_A, needs_B)
     # 1 - c of each token, with the c that was multiplied with.
     rest = torch.ones_like(G[:, :1]).index_add_(0, index, root.square(), alpha=-1)
-    density = (M.sum(1, dtype=torch.float32) / M.shape[1]).unsqueeze(1).to(G.dtype)
     if needs_A:
         dA += (G @ (B * density)).mul_(rest).t() @ X
     if needs_B:

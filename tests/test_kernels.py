@@ -26,6 +26,7 @@ from lors.kernels import (
     implementation,
     in_use,
     layout,
+    mask_,
     merge,
     native,
     ops,
@@ -202,6 +203,34 @@ def test_nothing_gets_through_where_the_weight_is_zero(name: str) -> None:
         assert not torch.signbit(T[0, :2]).any() and not torch.signbit(without_rank[0, :4]).any()
 
 
+@pytest.mark.parametrize("kind", ["dense", *ALL_LAYOUTS])
+@pytest.mark.parametrize("name", ["eager", NATIVE])
+def test_a_mask_leaves_what_stands_at_weights_and_counts_them(name: str, kind: str) -> None:
+    """Of every type that a weight and a gradient can have; also what is no number, at zeros of either sign."""
+    for of_W, of_D in product(TYPES[name], repeat=2):
+        W = problem(37, 1056, 1, of_W, kind if ":" in kind else "unstructured")[0]
+        W[W == 0] = -0.0
+        W[3], W[:, -5:] = 0.0, W[:, -5:] * 2
+        D = torch.randn(37, 1056, generator=torch.Generator().manual_seed(1)).to(of_D)
+        D[:, ::7], D[:, ::11] = float("nan"), float("-inf")
+        expected = torch.where(W != 0, D, 0.0)
+        with forced(name):
+            counts = mask_(D, pack(W, kind))
+        assert_same_bits(D, expected, kind)
+        assert counts.tolist() == (W != 0).sum(1).tolist()
+
+
+def test_a_mask_of_a_transposed_matrix_and_of_a_large_one() -> None:
+    """In place whatever the strides are; by itself in C where the matrix is large."""
+    W = problem(64, 32, 1)[0]
+    D = torch.ones(32, 64).t()
+    mask_(D, pack(W, "bitmap"))
+    assert torch.equal(D, (W != 0).float())
+    W = problem(1024, ops.COMPILE_FROM // 1024, 1)[0]
+    mask_(D := torch.ones_like(W), pack(W, "dense"))
+    assert torch.equal(D, (W != 0).float())
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiled_merge_is_float64_rounded_once_and_new_shapes_do_not_compile_again() -> None:
     merge_in_bfloat16 = partial(compiled.merge, scaling=SCALING, dtype=torch.bfloat16)
@@ -228,7 +257,7 @@ def nothing_has_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_has_run_is_told(nothing_has_run, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is only asked for, or simulated, has not run."""
-    nothing = {"merge": [], "decode": [], "product": [], "notices": []}
+    nothing = {"merge": [], "decode": [], "mask": [], "product": [], "notices": []}
     assert in_use() == nothing
     W, A, B = problem(12, 24, 3)
     packed = pack(W, "bitmap")
@@ -268,7 +297,7 @@ def test_without_a_compiler_there_is_one_notice_and_the_same_result(
             warnings.simplefilter("error")
             assert torch.equal(merge(pack(W, "dense"), A, B, SCALING, torch.float32), expected)
     notice = "the merge cannot be compiled and runs in eager mode (No working C++ compiler found)"
-    assert in_use() == {"merge": ["eager"], "decode": [], "product": [], "notices": [notice]}
+    assert in_use() == {"merge": ["eager"], "decode": [], "mask": [], "product": [], "notices": [notice]}
 
 
 # The choice
@@ -304,11 +333,13 @@ def test_operators_keep_their_promises(kind: str) -> None:
     parts = list(pack(W, kind).parts)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.lors.merge.default, (parts, kind, A, B, SCALING, torch.float32), test_utils=checks)
+    torch.library.opcheck(torch.ops.lors.mask_.default, (torch.ones(12, 24), parts, kind), test_utils=checks)
     if kind != "dense":
         torch.library.opcheck(torch.ops.lors.decode.default, (parts, kind, 12, 24), test_utils=checks)
     with FlopCounterMode(display=False) as counter:
         merge(pack(W, kind), A, B, SCALING, torch.float32)
         decode(pack(W, kind))
+        mask_(torch.ones(12, 24), pack(W, kind))
     assert counter.get_total_flops() == 2 * 3 * 12 * 24
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lors.kernels import eager, usage
-from lors.kernels.layout import BITMAP, DENSE, pack
+from lors.kernels.layout import BITMAP, DENSE, PackedWeight, pack
 from lors.sparsity import lowest_per_group
 
 __all__ = ["capturing", "milliseconds", "no_slower", "same_numbers", "triton_passes"]
@@ -67,7 +67,7 @@ def triton_passes(device: torch.device, *types: torch.dtype) -> bool:
 
 
 def same_numbers(candidate: ModuleType, device: torch.device, *types: torch.dtype) -> None:
-    """Compare a small merge (a decoding if there is but one type) of every layout with the eager one.
+    """Compare a small merge of every layout with the eager one; of two types (W, D) a masking, of one a decoding.
 
     The factors are whole numbers of up to 12 bits: their sums are exact in float32 and not in TF32, so nothing but the
     last rounding of T may differ, by one unit. W has zeros of either sign, T none but +0.0.
@@ -77,7 +77,7 @@ def same_numbers(candidate: ModuleType, device: torch.device, *types: torch.dtyp
     """
     for layout, job in _jobs(SMALL, device, types):
         result, expected = job(candidate), job(eager)
-        unit = torch.finfo(expected.dtype).eps if len(types) > 1 else 0.0
+        unit = torch.finfo(expected.dtype).eps if len(types) == 4 else 0.0
         near = (result.double() - expected.double()).abs() <= unit * expected.double().abs()
         if not (near.all() and torch.equal(result.signbit(), expected.signbit())):
             names = ", ".join(str(each).removeprefix("torch.") for each in types)
@@ -133,13 +133,21 @@ def _jobs(
     for layout in LAYOUTS:
         packed = pack(W.to(types[0]), layout)
         packed = packed._replace(parts=tuple(part.to(device) for part in packed.parts))
-        if len(types) > 1:
+        if len(types) == 4:
             _, type_of_A, type_of_B, dtype = types
             factors = A.to(device, type_of_A), B.to(device, type_of_B)
             # The scale keeps T in the range of float16, and is exact.
             yield layout, methodcaller("merge", packed, *factors, 2.0**-8, dtype)
+        elif len(types) == 2:
+            yield layout, partial(_masked, D=A[:1].to(device, types[1]).expand(height, -1), weight=packed)
         elif layout != DENSE:
             yield layout, methodcaller("decode", packed)
+
+
+def _masked(module: ModuleType, D: Tensor, weight: PackedWeight) -> Tensor:
+    """Masked D, and the number of weights that are not zero as one more column."""
+    D = D.contiguous()
+    return torch.cat([D, module.mask_(D, weight).to(D.dtype).unsqueeze(1)], dim=1)
 
 
 def capturing(device: torch.device) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 from lors.kernels.integers import grid_of, on_grid, parse_integers
 from lors.kernels.layout import PackedWeight, masked_, row_blocks, rows
 
-__all__ = ["decode", "merge", "merge_on_grid"]
+__all__ = ["decode", "mask_", "merge", "merge_on_grid"]
 
 
 def merge_block(W: Tensor, scaled_B: Tensor, A: Tensor, scratch: Tensor, T: Tensor) -> None:
@@ -61,6 +61,20 @@ def decode(weight: PackedWeight) -> Tensor:
     for start, stop in row_blocks(weight.shape, device):
         W[start:stop].copy_(rows(weight, start, stop))
     return W
+
+
+def mask_(D: Tensor, weight: PackedWeight) -> Tensor:
+    """Set D, out x in, to +0.0 where W is zero, in place.
+
+    Returns:
+        How many weights of each row are not zero, ``[out]`` in float32.
+    """
+    counts = torch.zeros(len(D), dtype=torch.float32, device=D.device)
+    for start, stop in row_blocks(weight.shape, D.device):
+        M = rows(weight, start, stop).bool()
+        masked_(D[start:stop], M)
+        counts[start:stop] = M.sum(1, dtype=torch.float32)
+    return counts
 
 
 def merge_on_grid(weight: PackedWeight, A: Tensor, B: Tensor, scaling: float, grid: str, dtype: torch.dtype) -> Tensor:

@@ -1,4 +1,7 @@
-/* T = W + M (.) (B A) on a CPU, M = (W != 0), B already scaled: one pass that reads W, decodes it, and writes T.
+/* Two passes over a weight W on a CPU that decode it as they go, M = (W != 0):
+ *
+ *   merge   T = W + M (.) (B A), B already scaled; reads W and writes T once
+ *   mask    T = M (.) T in place, and how many weights of each row are not zero
  *
  * A tile of ROWS x COLUMNS sums of B A is kept in registers: GCC's vector types say so in portable C. Then each of its
  * rows is decoded from W into a small buffer, added under the mask, rounded once and written. Layouts of W, see layout.py:
@@ -35,6 +38,7 @@ typedef struct {
     const float *panels; /* A, [ceil(width / COLUMNS)][r][COLUMNS] */
     const float *B;      /* [height rounded up to ROWS][r] */
     void *T;             /* [height][width] */
+    float *counts;       /* of mask: [height] */
     int64_t height, width, r;
     int64_t stored; /* values in all */
     int64_t stride; /* values of a row, dense and n:m */
@@ -210,5 +214,34 @@ void merge(const problem *p)
                     memcpy((float *)p->T + at, W, count * sizeof(float));
             }
         }
+    }
+}
+
+void mask(const problem *p)
+{
+    const int64_t width = p->width;
+#pragma omp parallel for schedule(static) num_threads(p->threads)
+    for (int64_t row = 0; row < p->height; row++) {
+        int64_t number = 0, nonzero = 0;
+        float W[COLUMNS] __attribute__((aligned(64)));
+        for (int64_t start = 0; start < width; start += COLUMNS) {
+            const int count = width - start < COLUMNS ? (int)(width - start) : COLUMNS;
+            const int64_t at = row * width + start;
+            int32_t keep[COLUMNS], kept = 0;
+            number = p->values_are_bfloat16 ? decode_bfloat16(p, row, start, count, number, W)
+                                            : decode_float32(p, row, start, count, number, W);
+            for (int j = 0; j < count; j++) {
+                keep[j] = -(W[j] != 0.0f);
+                kept -= keep[j];
+            }
+            nonzero += kept;
+            if (p->T_is_bfloat16)
+                for (int j = 0; j < count; j++)
+                    ((uint16_t *)p->T)[at + j] &= (uint16_t)keep[j];
+            else
+                for (int j = 0; j < count; j++)
+                    ((uint32_t *)p->T)[at + j] &= (uint32_t)keep[j];
+        }
+        p->counts[row] = (float)nonzero;
     }
 }

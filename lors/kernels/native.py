@@ -1,4 +1,4 @@
-"""The merge on a CPU in C (``native.c``): W is read and decoded once, summed in registers, and T written once.
+"""Merge and mask on a CPU in C (``native.c``): W is read and decoded once, summed in registers, and T written once.
 
 The C compiler of the machine builds it at the first use, for this very processor, in about a second. It runs on the
 threads of torch, whose OpenMP library it shares. Sums are float32, so weights and T are float32 or bfloat16. Where it
@@ -49,7 +49,7 @@ from torch import Tensor
 from lors.kernels import check, usage
 from lors.kernels.layout import BITMAP, DENSE, PackedWeight, group_shape
 
-__all__ = ["TYPES", "available", "decode", "merge"]
+__all__ = ["TYPES", "available", "decode", "mask_", "merge"]
 
 TYPES = (torch.float32, torch.bfloat16)
 SOURCE = Path(__file__).with_name("native.c")
@@ -68,7 +68,7 @@ class _Problem(ctypes.Structure):
     """``problem`` of native.c."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("values", "places", "offsets", "panels", "B", "T")),
+        *((name, ctypes.c_void_p) for name in ("values", "places", "offsets", "panels", "B", "T", "counts")),
         *((name, ctypes.c_int64) for name in ("height", "width", "r", "stored", "stride", "pitch")),
         *((name, ctypes.c_int32) for name in ("layout", "n", "m", "bits")),
         *((name, ctypes.c_int32) for name in ("values_are_bfloat16", "T_is_bfloat16", "threads")),
@@ -85,15 +85,22 @@ def merge(weight: PackedWeight, A: Tensor, B: Tensor, scaling: float, dtype: tor
     padded_A[:rank, :width] = A
     padded_B[:height, :rank] = B.float() * scaling
     panels = padded_A.view(r, columns // COLUMNS, COLUMNS).transpose(0, 1).contiguous()
-    _run(weight, T, panels, padded_B, r)
+    _run("merge", weight, T, panels, padded_B, r)
     return T
 
 
 def decode(weight: PackedWeight) -> Tensor:
     """As ``eager.decode``."""
     W = torch.empty(weight.shape, dtype=weight.dtype, device="cpu")
-    _run(weight, W, None, None, 0)
+    _run("merge", weight, W)
     return W
+
+
+def mask_(D: Tensor, weight: PackedWeight) -> Tensor:
+    """As ``eager.mask_``, for ``TYPES`` and a contiguous D."""
+    counts = torch.zeros(len(D), dtype=torch.float32, device="cpu")
+    _run("mask", weight, D, counts=counts)
+    return counts
 
 
 @functools.cache
@@ -105,8 +112,8 @@ def available() -> bool:
         _library()
         for types in product(TYPES, repeat=4):
             check.same_numbers(sys.modules[__name__], torch.device("cpu"), *types)
-        for dtype in TYPES:
-            check.same_numbers(sys.modules[__name__], torch.device("cpu"), dtype)
+        for types in (*product(TYPES, repeat=2), *product(TYPES, repeat=1)):
+            check.same_numbers(sys.modules[__name__], torch.device("cpu"), *types)
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         reason = str(error).strip().partition("\n")[0]
         usage.notice(f"no merge in C, a slower one is taken ({reason})")
@@ -114,8 +121,16 @@ def available() -> bool:
     return True
 
 
-def _run(weight: PackedWeight, T: Tensor, panels: Tensor | None, B: Tensor | None, r: int) -> None:
-    """Fill T; r = 0 only decodes."""
+def _run(
+    function: str,
+    weight: PackedWeight,
+    T: Tensor,
+    panels: Tensor | None = None,
+    B: Tensor | None = None,
+    r: int = 0,
+    counts: Tensor | None = None,
+) -> None:
+    """Call a function of native.c; a merge with r = 0 only decodes."""
     if not T.numel():
         return
     values, *places = weight.parts
@@ -129,6 +144,7 @@ def _run(weight: PackedWeight, T: Tensor, panels: Tensor | None, B: Tensor | Non
         None if panels is None else panels.data_ptr(),
         None if B is None else B.data_ptr(),
         T.data_ptr(),
+        None if counts is None else counts.data_ptr(),
         *T.shape,
         r,
         values.numel(),
@@ -142,7 +158,7 @@ def _run(weight: PackedWeight, T: Tensor, panels: Tensor | None, B: Tensor | Non
         T.dtype is torch.bfloat16,
         torch.get_num_threads(),
     )
-    _library().merge(ctypes.byref(problem))
+    getattr(_library(), function)(ctypes.byref(problem))
 
 
 @functools.cache

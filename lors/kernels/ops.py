@@ -1,4 +1,4 @@
-"""The operators ``lors::merge`` and ``lors::decode``, and the choice of their implementation.
+"""The operators ``lors::merge``, ``lors::decode`` and ``lors::mask_``, and the choice of their implementation.
 
 They are custom operators of torch, so that ``torch.compile`` of a whole model, FSDP, fake tensors and counters of
 FLOPs or bytes see one operation each, whatever runs inside. They have no derivative: ``lors.functional`` has.
@@ -35,7 +35,8 @@ from lors.kernels import check, compiled, eager, native, usage
 from lors.kernels.integers import parse_integers
 from lors.kernels.layout import PackedWeight
 
-__all__ = ["COMPILE_FROM", "IMPLEMENTATIONS", "decode", "forced", "implementation", "library", "merge", "merge_on_grid"]
+__all__ = ["COMPILE_FROM", "IMPLEMENTATIONS", "decode", "forced", "implementation", "library", "mask_", "merge"]
+__all__ += ["merge_on_grid"]
 
 IMPLEMENTATIONS = ("auto", "eager", "compiled", "native", "triton")
 VARIABLE = "LORS_KERNELS"
@@ -78,6 +79,15 @@ def decode(weight: PackedWeight) -> Tensor:
     if len(weight.parts) == 1:
         return weight.parts[0]
     return torch.ops.lors.decode(list(weight.parts), weight.layout, *weight.shape)
+
+
+def mask_(D: Tensor, weight: PackedWeight) -> Tensor:
+    """Set D, out x in, to +0.0 where W is zero, in place and in one pass over both.
+
+    Returns:
+        How many weights of each row are not zero, ``[out]`` in float32.
+    """
+    return torch.ops.lors.mask_(D, list(weight.parts), weight.layout)
 
 
 @contextmanager
@@ -149,6 +159,7 @@ library.define(
     " -> Tensor"
 )
 library.define("decode(Tensor[] weight, str layout, SymInt rows, SymInt columns) -> Tensor")
+library.define("mask_(Tensor(a!) D, Tensor[] weight, str layout) -> Tensor")
 library.define("linear_2_4(Tensor x, Tensor T, Tensor? bias, bool forced) -> Tensor")  # sparse_product.py
 
 
@@ -185,6 +196,15 @@ def _decode(weight: list[Tensor], layout: str, rows: int, columns: int) -> Tenso
     return _module(chosen).decode(packed)
 
 
+@torch.library.impl(library, "mask_", "CompositeExplicitAutograd")
+def _mask_(D: Tensor, weight: list[Tensor], layout: str) -> Tensor:
+    packed = PackedWeight(layout, tuple(weight), tuple(D.shape))
+    takes_native = D.device.type == "cpu" and D.is_contiguous() and not parse_integers(layout)
+    in_c = takes_native and implementation(D.device, D.numel(), packed.dtype, D.dtype) == "native"
+    usage.ran("mask", "native" if in_c else "eager")
+    return (native if in_c else eager).mask_(D, packed)
+
+
 def _module(name: str) -> ModuleType:
     if name == "triton":
         from lors.kernels import gpu  # imports Triton
@@ -208,12 +228,17 @@ def _(weight: list[Tensor], layout: str, rows: int, columns: int) -> Tensor:
     return weight[0].new_empty(rows, columns)
 
 
+@torch.library.register_fake("lors::mask_")
+def _(D: Tensor, weight: list[Tensor], layout: str) -> Tensor:
+    return D.new_empty(D.shape[0], dtype=torch.float32)
+
+
 @register_flop_formula([torch.ops.lors.merge, torch.ops.lors.merge_on_grid])
 def _merge_flops(weight: object, layout: str, A: list[int], B: list[int], *_: object, **__: object) -> int:
     """V = 2 r in out: the product B A; shapes stand for the tensors."""
     return 2 * A[0] * A[1] * B[0]
 
 
-@register_flop_formula(torch.ops.lors.decode)
+@register_flop_formula([torch.ops.lors.decode, torch.ops.lors.mask_])
 def _decode_flops(*_: object, **__: object) -> int:
     return 0

@@ -10,7 +10,7 @@ import warnings
 
 __all__ = ["in_use", "notice", "ran"]
 
-_ran: dict[str, set[str]] = {"merge": set(), "decode": set(), "product": set()}
+_ran: dict[str, set[str]] = {"merge": set(), "decode": set(), "mask": set(), "product": set()}
 _notices: list[str] = []
 
 
@@ -18,8 +18,8 @@ def in_use() -> dict[str, list[str]]:
     """The implementations that have run so far in this process, and the notices given.
 
     Returns:
-        ``merge``, ``decode``: Names out of ``ops.IMPLEMENTATIONS``, sorted; several where small weights take another
-            one than large ones; empty if there was no such operation.
+        ``merge``, ``decode``, ``mask``: Names out of ``ops.IMPLEMENTATIONS``, sorted; several where small weights take
+            another one than large ones; empty if there was no such operation.
         ``product``: ``2:4``, ``dense`` or both, for products X T^t that the sparse kernels were asked for.
         ``notices``: Why something faster was not taken.
     """
