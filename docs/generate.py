@@ -230,10 +230,20 @@ def measured(page: Path, file: str, *columns: str) -> str:
     return str(table(list(columns), cells))
 
 
-def summary(page: Path) -> str:
-    """The main table, short: methods that end as one model with its zeros, and LoRA."""
-    found = result_tables("zero_shot")[0].select("method", "0.5", "2:4", "0.7", "memory (MiB)", "GFLOP/step")
-    return str(found.where(lambda row: row[0] != "LoRA, zeros lost"))
+def summary(page: Path, experiment: str, scores: str, costs: str) -> str:
+    """Two tables of an experiment, short and in one: what each method scores, and the memory that it trains in."""
+    names = ("method", "exact gradient")
+    found = result_tables(experiment)[int(scores)]
+    found = found.select(
+        *names, "n", "held-out answers (perplexity)", "WikiText-2 perplexity", "average (acc)", "zeros kept (%)"
+    ).where(lambda row: row[0] != "dense, fine-tuned")
+    cost = result_tables(experiment)[int(costs)]
+    place = cost.columns.index("memory (MiB)")
+    memory = {
+        (row[0].partition(",")[0], row[cost.columns.index(names[1])]): row[place : place + 2] for row in cost.rows
+    }
+    rows = [[*row, *memory.get((row[0].partition(",")[0], row[1]), ["-", "-"])] for row in found.rows]
+    return str(Table([*found.columns, "memory (MiB)", "memory × LoRA"], [*found.alignments, "---:", "---:"], rows))
 
 
 def claims(page: Path) -> str:
