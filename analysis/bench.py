@@ -23,6 +23,9 @@ NAMES = {
     "lors_three_pass": "LoRS, three passes",
     "lors": "LoRS, one pass",
     "lors_compressed": "LoRS, compressed",
+    "lors_exact": "LoRS, exact gradient",
+    "lors_quarter": "LoRS, gradient of a quarter",
+    "lors_eighth": "LoRS, gradient of an eighth",
     "lors_2_4": "LoRS, 2:4 forward product",
 }
 

@@ -41,6 +41,7 @@ def test_work_of_a_linear_is_that_of_the_cost_table(cases) -> None:
     table = {
         "frozen": 2 * U, "lora": 2 * U + 3 * Z, "spp": 5 * U, "spp_gc": 5 * U, "sqft_gc": 3 * U + 4 * V,
         **dict.fromkeys(MERGES, 2 * U + 2 * V + 2 * Z),
+        "lors_exact": 3 * U + 4 * V, "lors_quarter": 2.25 * U + 4 * V + 2 * Z, "lors_eighth": 2.125 * U + 4 * V + 2 * Z,
     }  # fmt: skip
     assert {name: work_of(cases["linear", name]).flops for name in table} == table
 

@@ -18,9 +18,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 
 from harness.bench.cases import FROZEN, LEVELS, VARIANTS, Case, Setting, build, shape_of
 from harness.bench.measure import Roofs, roofs, sample, work_of
+from harness.bfloat16_products import has_bfloat16
 from harness.environment import default_device, environment
 from harness.method import PRECISIONS
 from lors.sparsity import UNSTRUCTURED, resolve_sparsity
@@ -70,6 +72,8 @@ def run(options: argparse.Namespace) -> None:
         sparsity=resolve_sparsity(options.sparsity, options.pattern),
         device=default_device(),
     )
+    if PRECISIONS[setting.precision].base is torch.bfloat16 and not has_bfloat16(setting.device):
+        print(f"this CPU has no bfloat16 products: --dtype {setting.precision} times plain loops; use --dtype float32")
     options.output.mkdir(parents=True, exist_ok=True)
     cases = build(setting, options.levels, options.variants)
     if not cases:

@@ -8,6 +8,9 @@ lora             W and its adapter apart, the zeros are lost
 lors_three_pass  the formula as published: a product into T, a comparison, a product with the mask
 lors             one pass over W (``lors.kernels``)
 lors_compressed  the same, W kept packed (``lors.storage``)
+lors_exact       lors with the mask in the gradients of A and B
+lors_quarter     the same, sampled from a quarter of the tokens (``lors.gradients``)
+lors_eighth      from an eighth
 lors_2_4         lors with the faster forward product, dense or 2:4; only on a GPU and with --pattern 2:4
 sqft, sqft_gc    SparsePEFT, plain and checkpointed
 spp, spp_gc      SPP, plain and checkpointed
@@ -54,6 +57,9 @@ VARIANTS: Mapping[str, tuple[str, Mapping[str, object]]] = {
     "lors_three_pass": ("lors", {}),
     "lors": ("lors", {}),
     "lors_compressed": ("lors", {"storage": "auto"}),
+    "lors_exact": ("lors", {"gradient": "exact"}),
+    "lors_quarter": ("lors", {"gradient": "sampled", "gradient_share": 0.25}),
+    "lors_eighth": ("lors", {"gradient": "sampled", "gradient_share": 0.125}),
     "lors_2_4": ("lors", {"forward_product": AUTO}),
     "sqft": ("sqft", {}),
     "sqft_gc": ("sqft_gc", {}),
