@@ -43,6 +43,7 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 from harness.bench.cases import CONF
 from harness.bench.measure import timed
 from harness.bench.wanda_by_sample import prune_by_sample
+from harness.bfloat16_products import bfloat16_products
 from harness.config import resolve
 from harness.deferred_head import deferred_by
 from harness.environment import default_device, environment
@@ -107,7 +108,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.output.mkdir(parents=True, exist_ok=True)
         rows, profiles = [], []
         for part in options.parts:
-            rows.append(measure(part, options))
+            with bfloat16_products(default_device()):
+                rows.append(measure(part, options))
             table = pd.DataFrame(rows)
             table.to_csv(options.output / "pipeline.csv", index=False)  # a part is not lost with the next one
             if options.profile:
