@@ -20,7 +20,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.results import CONTROLS, MACHINE, is_dense, machine_of
-from harness.identity import ABSENT
+from harness.identity import ABSENT, idle_options
 
 __all__ = ["AXES", "CHOICES", "IGNORED", "OF_CONTROLS", "Group", "check_one_machine", "configs", "flat", "groups_of"]
 __all__ += ["repeats_shared", "sortable", "text_of", "varying", "within", "without"]
@@ -42,6 +42,7 @@ CHOICES = (
 )
 # Before the fine-tuning, or after it: then a control.
 WHEN = "prune.when"
+PEFT = "method.peft."  # the options of an adapter
 # Digits of a fingerprint.
 SHOWN = 12
 # Folders of conf/ in which every file has keys of its own: values are compared between runs of the same file.
@@ -183,7 +184,8 @@ def configs(table: pd.DataFrame) -> list[dict[str, Any]]:
     """The flat config of every row of `results.load`, with what tells two runs apart that were configured alike.
 
     That is the fingerprint of the zeros (`prune.support`), where it is needed. Class paths are left out: a method is
-    known by its name. An option that older runs of a method lack gets the value that its absence means (`ABSENT`).
+    known by its name. An option that older runs of a method lack gets the value that its absence means (`ABSENT`);
+    one that changes nothing beside the others is left out.
     """
     flats = [
         {key: value for key, value in flat(config).items() if not key.rpartition(".")[2].startswith("_")}
@@ -194,6 +196,9 @@ def configs(table: pd.DataFrame) -> list[dict[str, Any]]:
         for key in ABSENT:
             if (config["method.name"], key) in known:
                 config.setdefault(key, ABSENT[key])
+        peft = {key.removeprefix(PEFT): value for key, value in config.items() if key.startswith(PEFT)}
+        for name in idle_options(peft):
+            config.pop(f"{PEFT}{name}", None)
         if support is not None:
             config["prune.support"] = support[:SHOWN]
     return flats

@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from harness.config_schema import Config, needs_calibration
 from harness.errors import BadInput, one_line
+from harness.identity import idle_options
 from harness.launch import CHILD
 from harness.processes import count
 from harness.refusals import as_written, check_keys, refusal, unresolved
@@ -67,7 +68,7 @@ def resolve(cfg: DictConfig, *, places: bool = True) -> DictConfig:
     if not _quantization(config):
         for name in QUANTIZATION:
             config["prune"].pop(name, None)
-    for name in _idle_options(config["method"].get("peft") or {}):
+    for name in idle_options(config["method"].get("peft") or {}):
         config["method"]["peft"].pop(name, None)
     if config["train"]["epochs"] is not None:
         config["train"]["steps"] = None
@@ -147,14 +148,6 @@ def _check_storage(config: dict[str, Any]) -> None:
         raise BadInput(f"method.peft.storage=n:m: must be dense, bitmap or auto with pattern={pattern}")
     if peft.get("forward_product") == "2:4" and pattern != "2:4":
         raise BadInput(f"method.peft.forward_product=2:4: must be dense or auto with pattern={pattern}")
-
-
-def _idle_options(peft: dict[str, Any]) -> list[str]:
-    """Options of an adapter that change nothing beside its other ones."""
-    gradient, exact = peft.get("gradient", "sampled"), peft.get("exact_gradient", False)
-    idle = ["gradient_share"] if gradient != "sampled" else []
-    idle += ["gradient_until"] if gradient == "straight_through" and not exact else []
-    return idle + (["group"] if peft.get("bits", "") is None else [])
 
 
 def _quantization(config: dict[str, Any]) -> dict[str, Any]:

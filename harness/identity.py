@@ -32,8 +32,8 @@ from harness.files import content_digest, sha256_of
 from harness.microworld import CHECKPOINT
 from harness.stock_tasks import local_files
 
-__all__ = ["VERSIONS", "digest", "fingerprint", "local_path", "place_in", "raised_versions", "run_key", "version_of"]
-__all__ += ["with_fingerprints"]
+__all__ = ["VERSIONS", "digest", "fingerprint", "idle_options", "local_path", "place_in", "raised_versions", "run_key"]
+__all__ += ["version_of", "with_fingerprints"]
 
 # Raised by a fix that changes what a stage makes of the same config; what is not listed is 1.
 VERSIONS: Mapping[str, int] = {
@@ -125,6 +125,14 @@ def run_key(cfg: DictConfig) -> str:
         section.pop(last, None)
     chosen = {key: value for key, value in _choices(config) if key not in ABSENT or value != ABSENT[key]}
     return digest([chosen, raised_versions(mode, pruner, config["prune"].get("quantize"))])
+
+
+def idle_options(peft: Mapping[str, Any]) -> list[str]:
+    """Options of an adapter that change nothing beside its other ones."""
+    gradient, exact = peft.get("gradient", "sampled"), peft.get("exact_gradient", False)
+    idle = ["gradient_share"] if gradient != "sampled" else []
+    idle += ["gradient_until"] if gradient == "straight_through" and not exact else []
+    return idle + (["group"] if peft.get("bits", "") is None else [])
 
 
 def raised_versions(mode: str, pruner: str, quantizer: str | None = None) -> dict[str, int]:
