@@ -85,7 +85,7 @@ def prune_model(
         pattern: ``unstructured`` or ``n:m``, n weights kept of every m along the input.
         calibration: Token ids ``[samples, length]``, unpadded; or texts, of which ``calibration_tokens`` makes at
             most 128 samples of 2048 tokens, or of as many as the model has positions. None for magnitude, which needs
-            no data.
+            no data by itself.
         tokenizer: That of the model, for texts.
         device: Where blocks are pruned; each is moved there and back, so that a model on the CPU needs a GPU for
             one block. None: where they are.
