@@ -192,6 +192,9 @@ def test_it_is_in_the_key_where_it_does_something_and_nowhere_else(composed) -> 
         assert key(*words, "prune.layerwise=owl") == key(*words)
     owl = ("prune.layerwise=owl", "prune.outlier_threshold=5.0")
     assert len({key(), key(*owl), key(*owl, "prune.sparsity_range=0.05"), key("prune.layerwise=owl")}) == 3
+    old = resolve(composed("method=none", *owl))  # as a run that knew none of the limits would have recorded it
+    del old.prune["outlier_threshold"], old.prune["sparsity_range"]
+    assert run_key(old) == key(*owl)
     asked = {"layerwise": "owl", "outlier_threshold": 5.0, "sparsity_range": 0.08}
     assert pruner_options(resolve(composed(*owl))) == asked
     assert pruner_options(resolve(composed())) == {}
