@@ -31,7 +31,7 @@ IGNORED = (
     *("seed", "mode", "sparsity", "pattern", "force", "only", "name", "runs_root", "cache_root", "save_merged"),
     "save_base",
     *("data_root", "launch", "model.name", "model.wheel", "prune.name", "eval.baselines"),
-    *("prune.quantize", "prune.bits", "prune.group_size"),  # in the name of the pruner
+    *("prune.quantize", "prune.bits", "prune.group_size", "prune.layerwise"),  # in the name of the pruner
     *("train.checkpoint_every", "train.report_to", "train.steps_by_mode", "train.tuned", "method.merges"),
 )
 # On random weights and tokens, without scores, these say nothing.

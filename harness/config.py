@@ -21,11 +21,14 @@ from harness.launch import CHILD
 from harness.processes import count
 from harness.refusals import as_written, check_keys, refusal, unresolved
 from harness.sources import locate
+from lors.pruning.owl import check_layerwise
 from lors.sparsity import parse_pattern, resolve_sparsity
 
 __all__ = ["resolve"]
 
-QUANTIZATION = ("quantize", "bits", "group_size")  # in ``prune``
+# In ``prune``.
+QUANTIZATION = ("quantize", "bits", "group_size")
+LAYERWISE = ("layerwise", "outlier_threshold", "sparsity_range")
 
 
 def resolve(cfg: DictConfig, *, places: bool = True) -> DictConfig:
@@ -67,6 +70,9 @@ def resolve(cfg: DictConfig, *, places: bool = True) -> DictConfig:
         config["prune"]["text"] = "microworld" if config["model"]["path"] == "microworld" else "c4"
     if not _quantization(config):
         for name in QUANTIZATION:
+            config["prune"].pop(name, None)
+    if config["mode"] != "run" or config["prune"].get("layerwise", "none") == "none":
+        for name in LAYERWISE:
             config["prune"].pop(name, None)
     for name in idle_options(config["method"].get("peft") or {}):
         config["method"]["peft"].pop(name, None)
@@ -127,6 +133,7 @@ def _check_together(config: dict[str, Any]) -> None:
     _check_trackers(mode, train.get("report_to") or [])
     _check_storage(config)
     _check_quantization(config)
+    _check_layerwise(config)
     _check_processes(config)
 
 
@@ -174,6 +181,17 @@ def _check_quantization(config: dict[str, Any]) -> None:
         raise BadInput(f"{given} none or rtn with prune={prune['name']}, which has no calibration text")
     if trains and method.get("peft") is None:
         raise BadInput(f"{given} none with method={method['name']}, which trains the weights themselves")
+
+
+def _check_layerwise(config: dict[str, Any]) -> None:
+    """A sparsity of each block that cannot be had; where nothing is pruned, or at random, there is none."""
+    prune, sparsity = config["prune"], config["sparsity"]
+    if config["mode"] == "run" and sparsity and "layerwise" in prune:
+        limits = {name: prune[name] for name in LAYERWISE[1:]}
+        try:
+            check_layerwise(prune["layerwise"], sparsity, config["pattern"], **limits)
+        except ValueError as error:
+            raise BadInput(f"prune.{one_line(error)}") from error
 
 
 def _check_processes(config: dict[str, Any]) -> None:

@@ -132,6 +132,9 @@ class Wanda(Unpruned):
     name: Literal["wanda"]
     samples: Count
     sequence_length: Length
+    layerwise: Literal["none", "owl"] = "none"
+    outlier_threshold: Positive = 5.0
+    sparsity_range: Positive = 0.08
 
 
 class SparseGpt(Wanda):

@@ -44,6 +44,7 @@ VERSIONS: Mapping[str, int] = {
     "prune.sparsegpt": 1,
     "quantize.rtn": 1,
     "quantize.gptq": 1,
+    "layerwise.owl": 1,
     "train": 1,
     "measure": 1,  # memory, FLOPs, time
     "simulate": 1,
@@ -70,6 +71,9 @@ ABSENT: Mapping[str, Any] = {
     "prune.quantize": "none",
     "prune.bits": 4,
     "prune.group_size": 64,
+    "prune.layerwise": "none",
+    "prune.outlier_threshold": 5.0,
+    "prune.sparsity_range": 0.08,
     "eval.chat_template": False,
     "eval.held_out": None,
     "eval.perplexity.windows": None,
@@ -124,7 +128,7 @@ def run_key(cfg: DictConfig) -> str:
         section, last = place_in(config, name)
         section.pop(last, None)
     chosen = {key: value for key, value in _choices(config) if key not in ABSENT or value != ABSENT[key]}
-    return digest([chosen, raised_versions(mode, pruner, config["prune"].get("quantize"))])
+    return digest([chosen, raised_versions(mode, config["prune"])])
 
 
 def idle_options(peft: Mapping[str, Any]) -> list[str]:
@@ -135,9 +139,10 @@ def idle_options(peft: Mapping[str, Any]) -> list[str]:
     return idle + (["group"] if peft.get("bits", "") is None else [])
 
 
-def raised_versions(mode: str, pruner: str, quantizer: str | None = None) -> dict[str, int]:
-    """The numbers above 1 of the stages that a run goes through."""
-    stages = [*STAGES[mode], *([f"prune.{pruner}", f"quantize.{quantizer}"] if mode == "run" else [])]
+def raised_versions(mode: str, prune: Mapping[str, Any]) -> dict[str, int]:
+    """The numbers above 1 of the stages that a run goes through, which says ``prune`` of its config."""
+    of_pruning = {"prune": "name", "quantize": "quantize", "layerwise": "layerwise"} if mode == "run" else {}
+    stages = [*STAGES[mode], *(f"{stage}.{prune.get(key)}" for stage, key in of_pruning.items())]
     return {stage: version_of(stage) for stage in stages if version_of(stage) != 1}
 
 

@@ -197,6 +197,7 @@ def _facts(result: Mapping[str, Any], kind: str, base: Base) -> list[list[str]]:
     facts = {"base": _source(model, result["model"])}
     if _is_pruned(result, kind):
         facts["pruner"] = "none: it came with its zeros" if prune["name"] == "none" else prune["name"]
+        facts["pruner"] += f", the sparsity of each block by {prune['layerwise']}" if prune.get("layerwise") else ""
         facts["pruner"] += ", after the fine-tuning" if prune.get("when") == "after" else ""
         if "samples" in prune:
             text = _source(sources.get("prune.text"), "text")

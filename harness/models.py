@@ -146,7 +146,9 @@ class Models:
         content = None if tokens is None else hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
         pruner = self.cfg.prune.name
         asked = [pruner, version_of(f"prune.{pruner}"), pruner_options(self.cfg), self.cfg.sparsity, self.cfg.pattern]
-        layout = quantized_layout(self.cfg)
+        layout, layerwise = quantized_layout(self.cfg), OmegaConf.select(self.cfg, "prune.layerwise")
+        if layerwise:
+            asked += [version_of(f"layerwise.{layerwise}")]
         if layout:
             asked += [self.cfg.prune.quantize, version_of(f"quantize.{self.cfg.prune.quantize}"), layout]
         return digest([self.dense_key, *asked, content])

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -60,9 +60,11 @@ def blank_result(cfg: DictConfig, key: str, stages: Mapping[str, int], device: t
 
 
 def _pruner(cfg: DictConfig) -> str:
-    """Name of the pruner, and of what has quantised its weights: ``wanda-int4g64-gptq``."""
+    """Name of the pruner, of what gave the blocks their sparsities, and of what has quantised the weights:
+    ``wanda-owl-int4g64-gptq``."""
     layout = quantized_layout(cfg).replace("/", "g")
-    return f"{cfg.prune.name}-{layout}-{cfg.prune.quantize}" if layout else cfg.prune.name
+    parts = [cfg.prune.name, OmegaConf.select(cfg, "prune.layerwise")]
+    return "-".join(part for part in (*parts, *([layout, cfg.prune.quantize] if layout else [])) if part)
 
 
 def count_parameters(model: nn.Module) -> dict[str, int | float | None]:

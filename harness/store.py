@@ -57,7 +57,7 @@ class RunStore:
     def of(cls, cfg: DictConfig) -> RunStore:
         """The folder of the run of a resolved config."""
         directory = Path(cfg.runs_root).expanduser() / cfg.name / run_key(cfg)
-        return cls(directory, stages=raised_versions(cfg.mode, cfg.prune.name, OmegaConf.select(cfg, "prune.quantize")))
+        return cls(directory, stages=raised_versions(cfg.mode, cfg.prune))
 
     def result(self) -> dict[str, Any] | None:
         """The result; None if the run has written none, or, with a line of warning, if the file is damaged."""

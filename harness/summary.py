@@ -70,6 +70,8 @@ def _zeros(result: dict[str, Any]) -> list[str]:
     lines = []
     for name, zeros in _end_states(result, "zeros").items():
         text = f"{zeros['after_prune']:.2%} after pruning"
+        if "blocks" in zeros:
+            text += f" ({min(zeros['blocks']):.2%} to {max(zeros['blocks']):.2%} of a block)"
         if name == "adapter":
             text += ", adapter beside the weights: nothing merged"
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -53,12 +54,13 @@ def check_zeros(
     """Zeros before and after the fine-tuning, of the model in one of its end states (``variant``).
 
     Args:
-        result: ``sparsity`` and ``pattern`` of the run.
+        result: ``sparsity``, ``pattern`` and ``config`` of the run.
         supports: M of every decoder linear before the fine-tuning.
 
     Returns:
-        ``requested`` and what ``lors.sparsity.zero_report`` returns; ``mergeable`` says that the model is merged and
-        every zero is kept. Beside an unmerged adapter there is nothing to count after the merge: None.
+        ``requested`` and what ``lors.sparsity.zero_report`` returns; with ``prune.layerwise`` also ``blocks``, the
+        sparsity of each after the pruning; ``mergeable`` says that the model is merged and every zero is kept. Beside
+        an unmerged adapter there is nothing to count after the merge: None.
 
     Raises:
         RuntimeError: The merge of a method that keeps zeros has lost some.
@@ -66,7 +68,19 @@ def check_zeros(
     report = zero_report(supports, model, result["pattern"])
     if variant == "adapter":
         report |= {"after_merge": None, "lost": None, "gained": None}
+    if result["config"]["prune"].get("layerwise"):
+        report["blocks"] = _by_block(supports)
     kept = report["lost"] == 0
     if variant == "merged" and method.keep_zeros and not kept:
         raise RuntimeError(f"method {method.name} has keep_zeros: true and lost {report['lost']} zeros in its merge")
     return {"requested": result["sparsity"], **report, "mergeable": kept}
+
+
+def _by_block(supports: Mapping[str, Tensor]) -> list[float]:
+    """Sparsity of every decoder block, whose number is the first one in the names of its linears."""
+    zeros, sizes = Counter(), Counter()
+    for name, M in supports.items():
+        block = int(next(part for part in name.split(".") if part.isdigit()))
+        zeros[block] += M.numel() - int(M.count_nonzero())
+        sizes[block] += M.numel()
+    return [zeros[block] / sizes[block] for block in sorted(sizes)]

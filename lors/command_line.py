@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from lors.pruning import PRUNERS, calibration_tokens, prune_model
 from lors.pruning.calibration import LENGTH, positions_of
+from lors.pruning.owl import LAYERWISE
 from lors.sparsity import UNSTRUCTURED, check, resolve_sparsity, supports, zero_report
 
 __all__ = ["main"]
@@ -59,6 +60,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     prune.add_argument("--pattern", default=UNSTRUCTURED, help="unstructured, or n:m (n weights kept of every m)")
     prune.add_argument(
+        "--layerwise", choices=LAYERWISE, default="none", help="owl: less sparsity for blocks with more outliers"
+    )
+    prune.add_argument(
         "--calibration", default=C4, help="text file, JSON lines with a column 'text', or c4 from the Hub"
     )
     prune.add_argument("--samples", type=int, default=128, help="calibration samples")
@@ -83,7 +87,7 @@ def _prune(options: argparse.Namespace) -> None:
     resolve_sparsity(options.sparsity, options.pattern)
     tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=False)
     tokens = None
-    if PRUNERS[options.pruner][1] is not None:
+    if PRUNERS[options.pruner][1] is not None or options.layerwise != "none":
         documents = [*islice(_documents(options.calibration), POOL)]
         positions = positions_of(AutoConfig.from_pretrained(options.model, trust_remote_code=False))
         if options.length is not None and options.length > positions:
@@ -93,6 +97,7 @@ def _prune(options: argparse.Namespace) -> None:
         tokens = calibration_tokens(documents, tokenizer, **size)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto", trust_remote_code=False)
     how = {"sparsity": options.sparsity, "pattern": options.pattern, "device": options.device}
+    how["layerwise"] = options.layerwise
     prune_model(model, options.pruner, calibration=tokens, **how)
     _save(model, options.out, options.model)
     _print_zeros(model)

@@ -5,13 +5,14 @@ hooks gather float32 statistics of all its linears; these are pruned; the sample
 out feeds the next block. So statistics see the pruning of earlier blocks, though not of earlier linears of
 the same block, as in Wanda (arXiv 2306.11695) and SparseGPT (arXiv 2301.00774). Each matrix of a fused expert is a
 linear with the statistics of the tokens that were routed to it; one without a token is pruned by magnitude, row by row.
+OWL takes a walk over the dense model before.
 """
 
 from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -28,6 +29,7 @@ from lors.kernels import PackedWeight, integer_layout
 from lors.pruning.block_calls import Call, check_walk, hidden_of, record
 from lors.pruning.calibration import tokens_for
 from lors.pruning.magnitude import prune_magnitude
+from lors.pruning.owl import check_layerwise, outlier_share, owl_sparsities
 from lors.pruning.quantize import quantize_gptq, quantize_rtn
 from lors.pruning.sparsegpt import gram_matrix, prune_sparsegpt
 from lors.pruning.wanda import prune_wanda, squared_norms
@@ -50,6 +52,8 @@ QUANTIZERS: dict[str, tuple[Callable[..., PackedWeight], Callable[[Tensor], Tens
 }
 
 Rule = Callable[..., Tensor | PackedWeight]
+# Does something with block i: its linears, and by their names the statistics of their inputs.
+Visit = Callable[[int, dict[str, nn.Linear], dict[str, Tensor]], None]
 
 
 @torch.no_grad()
@@ -62,6 +66,9 @@ def prune_model(
     calibration: Tensor | Iterable[str] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     device: torch.device | str | None = None,
+    layerwise: str = "none",
+    outlier_threshold: float = 5.0,
+    sparsity_range: float = 0.08,
     **options: Any,
 ) -> None:
     """Prune every linear inside the decoder blocks in place, fused experts one by one, with a progress bar.
@@ -78,10 +85,15 @@ def prune_model(
         pattern: ``unstructured`` or ``n:m``, n weights kept of every m along the input.
         calibration: Token ids ``[samples, length]``, unpadded; or texts, of which ``calibration_tokens`` makes at
             most 128 samples of 2048 tokens, or of as many as the model has positions. None for magnitude, which needs
-            no data.
+            no data by itself.
         tokenizer: That of the model, for texts.
         device: Where blocks are pruned; each is moved there and back, so that a model on the CPU needs a GPU for
             one block. None: where they are.
+        layerwise: ``none``, or ``owl`` for a sparsity of each block that is the lower the more outliers it has, of mean
+            ``sparsity`` over all weights (OWL, arXiv 2310.05175; see ``lors.pruning.owl``). Unstructured only, and with
+            calibration, which runs through the dense model once more.
+        outlier_threshold: Of owl: an outlier is so many times the mean of |W_ij| * ||X_j|| in its block (M).
+        sparsity_range: Of owl: no block is farther than this from ``sparsity`` (lambda).
         **options: Keyword arguments of the pruner: ``group`` for magnitude, ``block_size`` and ``damping``
             for sparsegpt.
 
@@ -96,14 +108,20 @@ def prune_model(
     rule, statistic = PRUNERS[pruner]
     sparsity = resolve_sparsity(sparsity, pattern)
     _check_options(pruner, rule, options)
+    limits = {"outlier_threshold": outlier_threshold, "sparsity_range": sparsity_range}
+    check_layerwise(layerwise, sparsity, pattern, **limits)
     _check_model(model, pattern)
-    target = {"sparsity": sparsity, "pattern": pattern}
-    rule = partial(rule, **target, **options)
-    if statistic is not None:
+    if statistic is not None or layerwise == "owl":
         calibration = tokens_for(model, calibration, tokenizer)
     with experts_as_linears(model):
-        without = partial(prune_magnitude, group="row", **target)
-        _walk(model, f"prune ({pruner})", rule, statistic, without, calibration, device)
+        if layerwise == "owl":
+            shares, sizes = _outliers(model, outlier_threshold, calibration, device)
+            targets = owl_sparsities(shares, sizes, sparsity=sparsity, sparsity_range=sparsity_range)
+        else:
+            targets = [sparsity] * len(decoder_blocks(model)[1])
+        pair = (partial(rule, **options), partial(prune_magnitude, group="row"))
+        rules = [[partial(each, sparsity=S, pattern=pattern) for each in pair] for S in targets]
+        _change_model(model, f"prune ({pruner})", rules, statistic, calibration, device)
 
 
 @torch.no_grad()
@@ -144,29 +162,77 @@ def quantize_model(
         raise ValueError(f"{type(model).__name__} has fused experts: allowed are models without")
     if statistic is not None:
         calibration = tokens_for(model, calibration, tokenizer)
-    rule = partial(rule, layout=layout, **options)
-    _walk(model, f"quantise ({quantizer})", rule, statistic, partial(quantize_rtn, layout=layout), calibration, device)
+    pair = (partial(rule, layout=layout, **options), partial(quantize_rtn, layout=layout))
+    rules = [pair] * len(decoder_blocks(model)[1])
+    _change_model(model, f"quantise ({quantizer})", rules, statistic, calibration, device)
+
+
+def _outliers(
+    model: nn.Module, threshold: float, calibration: Tensor, device: torch.device | str | None
+) -> tuple[list[float], list[int]]:
+    """Of every block of the dense model the share of outliers, without the experts that no token has reached, and the
+    number of weights, with them."""
+    shares: list[float] = []
+    sizes: list[int] = []
+
+    def measure(_: int, linears: dict[str, nn.Linear], norms: dict[str, Tensor]) -> None:
+        shares.append(outlier_share(((linears[name].weight, norms[name]) for name in norms), threshold))
+        sizes.append(sum(linear.weight.numel() for linear in linears.values()))
+
+    _walk(model, "outliers (owl)", measure, squared_norms, calibration, device, changes=False)
+    return shares, sizes
+
+
+def _change_model(
+    model: nn.Module,
+    title: str,
+    rules: Sequence[Sequence[Rule]],
+    statistic: Callable[[Tensor], Tensor] | None,
+    calibration: Tensor | None,
+    device: torch.device | str | None,
+) -> None:
+    """Apply the first of its two rules to each block; the second to its experts without a token, hence a statistic."""
+    idle: list[str] = []
+
+    def change(i: int, linears: dict[str, nn.Linear], sums: dict[str, Tensor]) -> None:
+        rule, without = rules[i]
+        for name, linear in linears.items():
+            if statistic is None:
+                _change_linear(name, linear, rule)
+            elif name in sums:
+                _change_linear(name, linear, rule, sums.pop(name))
+            else:
+                _change_linear(name, linear, without)
+                idle.append(name)
+
+    _walk(model, title, change, statistic, calibration, device)
+    if idle:
+        log.warning(
+            "no calibration token reached %d matrices of experts, which were pruned by magnitude: %s",
+            len(idle),
+            ", ".join(idle),
+        )
 
 
 def _walk(
     model: nn.Module,
     title: str,
-    rule: Rule,
+    visit: Visit,
     statistic: Callable[[Tensor], Tensor] | None,
-    without: Rule,
     calibration: Tensor | None,
     device: torch.device | str | None,
+    *,
+    changes: bool = True,
 ) -> None:
-    """Apply a rule to one block after the other; ``without`` to an expert without a token, whose statistic is none."""
+    """Visit one block after the other, each fed by those before it as the visits have left them; ``changes`` says
+    whether they change a block."""
     name, blocks = decoder_blocks(model)
     if statistic is None:
         for i, block in enumerate(tqdm(blocks, desc=title, unit="block")):
             with _moved(block, device):
-                for linear_name, linear in block_linears(f"{name}.{i}", block):
-                    _change_linear(linear_name, linear, rule)
+                visit(i, dict(block_linears(f"{name}.{i}", block)), {})
         return
-    idle: list[str] = []
-    passes = 2 * len(blocks) - 1  # the last block feeds no other
+    passes = 2 * len(blocks) - 1 if changes else len(blocks)  # the last block feeds no other
     bar = tqdm(total=passes * len(calibration), desc=title, unit="sample")
     with _measuring(model), bar:
         hidden, calls = record(model, blocks, calibration, check_walk(model, blocks, calibration))
@@ -174,25 +240,12 @@ def _walk(
             bar.set_postfix_str(f"block {i + 1}/{len(blocks)}")
             linears = dict(block_linears(f"{name}.{i}", block))
             with _moved(block, device):
-                sums = _gather(block, linears, hidden, calls[i], statistic, bar)
-                for linear_name, linear in linears.items():
-                    if linear_name in sums:
-                        _change_linear(linear_name, linear, rule, sums.pop(linear_name))
-                    else:
-                        _change_linear(linear_name, linear, without)
-                        idle.append(linear_name)
-                if i + 1 == len(blocks):
-                    break
-                for batch, call in enumerate(calls[i]):
-                    hidden[batch] = _run(block, hidden[batch], call)
-                    bar.update(len(hidden[batch]))
+                with _gathering(block, linears, statistic) as sums:
+                    _pass(block, hidden, calls[i], bar, onward=not changes)
+                visit(i, linears, sums)
+                if changes and i + 1 < len(blocks):
+                    _pass(block, hidden, calls[i], bar, onward=True)
             calls[i].clear()
-    if idle:
-        log.warning(
-            "no calibration token reached %d matrices of experts, which were pruned by magnitude: %s",
-            len(idle),
-            ", ".join(idle),
-        )
 
 
 def _change_linear(name: str, linear: nn.Linear, rule: Rule, *statistic: Tensor) -> None:
@@ -206,16 +259,22 @@ def _change_linear(name: str, linear: nn.Linear, rule: Rule, *statistic: Tensor)
         linear.weight.copy_(changed)
 
 
-def _gather(
-    block: nn.Module,
-    linears: dict[str, nn.Linear],
-    hidden: list[Tensor],
-    calls: list[Call],
-    statistic: Callable[[Tensor], Tensor],
-    bar: tqdm,
-) -> dict[str, Tensor]:
-    """Run all samples through a block; per linear, the statistic of its inputs summed over samples. An expert without a
-    token has none."""
+def _pass(block: nn.Module, hidden: list[Tensor], calls: list[Call], bar: tqdm, *, onward: bool) -> None:
+    """Run all samples through a block; ``onward``: what comes out takes the place of what went in."""
+    for batch, call in enumerate(calls):
+        output = _run(block, hidden[batch], call)
+        if onward:
+            hidden[batch] = output
+        del output  # before the next one is made
+        bar.update(len(hidden[batch]))
+
+
+@contextmanager
+def _gathering(
+    block: nn.Module, linears: dict[str, nn.Linear], statistic: Callable[[Tensor], Tensor]
+) -> Iterator[dict[str, Tensor]]:
+    """Per linear of a block, the statistic of its inputs summed over the samples that run through it meanwhile. An
+    expert without a token has none."""
     sums: dict[str, Tensor] = {}
 
     def add(name: str, linear: nn.Linear, args: tuple[Tensor, ...]) -> None:
@@ -228,9 +287,7 @@ def _gather(
 
     hooks = [linear.register_forward_pre_hook(partial(add, name)) for name, linear in linears.items()]
     try:
-        for x, call in zip(hidden, calls, strict=True):
-            _run(block, x, call)
-            bar.update(len(x))
+        yield sums
     finally:
         for hook in hooks:
             hook.remove()
@@ -238,7 +295,6 @@ def _gather(
     idle = [name for name, linear in linears.items() if name not in sums and id(linear) not in experts]
     if idle:
         raise ValueError(f"{idle[0]}: no calibration token reached this layer; use more samples")
-    return sums
 
 
 def _run(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
