@@ -43,6 +43,7 @@ METHODS = {
     "full": Style("full fine-tuning", BLACK, "s", DASH_DOT),
     "lora": Style("LoRA", BLUE, "o"),
     "lors": Style("LoRS", VERMILLION, "*"),
+    "lors_plus": Style("LoRS, sampled gradient", VERMILLION, "P", DASHED),
     "sqft": Style("SQFT", ORANGE, "^"),
     "sqft_fused": Style("SQFT, fused", ORANGE, "v", DASHED),
     "sqft_gc": Style("SQFT + GC", ORANGE, "<", DOTTED),

@@ -102,7 +102,7 @@ def test_gradients_agree_with_finite_differences_in_float64(name):
         layer.bias.data.normal_(std=0.1)
     overrides = ["adapter.targets=[q_proj,k_proj,v_proj,out_proj,fc1,fc2]"]
     if name.startswith("lors"):  # whose training gradient is an estimate by design
-        overrides.append("method.peft.exact_gradient=true")
+        overrides.append("method.peft.gradient=exact")
     model = trained(method_of(name, *overrides), base).double()
 
     loss_in_float64(model, {}).backward()

@@ -30,6 +30,9 @@ OTHER_THAN_DEFAULT = {
     ("none", "trains"): "the only one that does not",
     ("sherl", "merges"): "nothing can be merged",
     # Several rows of one class.
+    ("lors_plus", "gradient"): "a row of its own",
+    ("lors_plus", "gradient_until"): "a row of its own",
+    ("lors_plus", "init"): "a row of its own",
     ("spp_blockwise", "organisation"): "a row of its own",
     ("spp_gc", "organisation"): "a row of its own",
     ("sqft_fused", "form"): "a row of its own",
