@@ -36,9 +36,13 @@ def has_bfloat16(device: torch.device) -> bool:
     return device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def bfloat16_products(device: torch.device) -> AbstractContextManager:
-    """The context in which a run computes on a device; a result says which (``environment.bfloat16_products``)."""
-    return nullcontext() if has_bfloat16(device) else InFloat32()
+def bfloat16_products(device: torch.device, used: bool = True) -> AbstractContextManager:
+    """The context for computing on a device; a result says which it was (``environment.bfloat16_products``).
+
+    Args:
+        used: Whether there are such products at all. The context costs a few per cent of a step of a small model.
+    """
+    return InFloat32() if used and not has_bfloat16(device) else nullcontext()
 
 
 class InFloat32(TorchDispatchMode):

@@ -21,6 +21,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedModel
 
+from harness.bfloat16_products import bfloat16_products
 from harness.environment import default_device
 from harness.evaluate import evaluate
 from harness.identity import digest, version_of
@@ -77,17 +78,19 @@ class Models:
 
     def _pruned(self) -> PreTrainedModel:
         # One block at a time is on the device, which may be too small for the model.
-        model = self.prune(self._dense("auto", torch.device("cpu")))
-        if quantized_layout(self.cfg):
-            prune, tokens = self.cfg.prune, self.inputs.calibration
-            quantize_model(
-                model,
-                prune.quantize,
-                bits=prune.bits,
-                group=prune.group_size,
-                calibration=None if tokens is None else tokens.to(model.device),
-                device=default_device(),
-            )
+        model = self._dense("auto", torch.device("cpu"))
+        with bfloat16_products(default_device(), model.dtype is torch.bfloat16):  # whatever the fine-tuning is in
+            self.prune(model)
+            if quantized_layout(self.cfg):
+                prune, tokens = self.cfg.prune, self.inputs.calibration
+                quantize_model(
+                    model,
+                    prune.quantize,
+                    bits=prune.bits,
+                    group=prune.group_size,
+                    calibration=None if tokens is None else tokens.to(model.device),
+                    device=default_device(),
+                )
         return model
 
     def baselines(self, model: PreTrainedModel, sparsity: float) -> dict[str, Any]:

@@ -127,7 +127,8 @@ def _attempt(
     cfg: DictConfig, method: Method, inputs: Inputs, store: RunStore, result: dict[str, Any]
 ) -> dict[str, Any]:
     """Run; whatever goes wrong on the way, in any of the processes, becomes the status of the result."""
-    with logged(store.directory), bfloat16_products(default_device()):
+    rounded = cfg.train.precision != "float32"
+    with logged(store.directory), bfloat16_products(default_device(), rounded):
         job = Job(cfg, method, inputs, store, result)
         try:
             job.run()

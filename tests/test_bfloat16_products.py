@@ -92,3 +92,4 @@ def test_hardware_that_has_it_is_left_alone(monkeypatch) -> None:
         monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda supported=supported: supported)
         assert isinstance(bfloat16_products(torch.device("cpu")), InFloat32) is not supported
     assert not isinstance(bfloat16_products(torch.device("cuda")), InFloat32)
+    assert not isinstance(bfloat16_products(torch.device("cpu"), used=False), InFloat32)
