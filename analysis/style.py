@@ -41,6 +41,7 @@ METHODS = {
     "dense": Style("dense", BLACK, "None", SOLID),
     "pruned": Style("pruned", GREY, "x", DASHED),
     "full": Style("full fine-tuning", BLACK, "s", DASH_DOT),
+    "perp": Style("PERP", BLACK, "v", DOTTED),
     "lora": Style("LoRA", BLUE, "o"),
     "lors": Style("LoRS", VERMILLION, "*"),
     "sqft": Style("SQFT", ORANGE, "^"),
@@ -66,6 +67,7 @@ METHODS = {
     # A factor on each weight or row, or single weights.
     "hira": Style("HiRA", WINE, "<"),
     "ia3": Style("(IA)³", WINE, "P", DASHED),
+    "scale_lora": Style("ScaleLoRA", WINE, "h", DOTTED),
     "shira": Style("SHiRA", OLIVE, "X"),
 }
 # What became of the adapter, where a method has more than one end.

@@ -101,7 +101,7 @@ def check_fit(cfg: DictConfig, method: Method, shape: PretrainedConfig) -> None:
         width = shape.get_text_config().hidden_size * base_format(cfg).itemsize
         states = cfg.prune.samples * cfg.prune.sequence_length * width
         _refuse_above_free([(f"prune.samples={cfg.prune.samples}", states, "what they are at one layer")])
-    if method.peft is not None:
+    if method.trains:
         try:
             with experts_as_linears(model):
                 _check_adapter(method, model, linears)
@@ -133,6 +133,9 @@ def _check_adapter(method: Method, model: nn.Module, linears: Mapping[str, nn.Li
     Raises:
         ValueError: Rank, targets or end states do not fit; or whatever the tuner or the method raises.
     """
+    if method.peft is None:
+        method.prepare(model, None, 0)
+        return
     rank, config = getattr(method.peft, "r", None), tuner_config(method, model)
     for name, linear in linears.items():
         smaller = min(linear.in_features, linear.out_features)

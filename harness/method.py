@@ -251,6 +251,8 @@ def prepare(
     with torch.autocast(device, torch.bfloat16, enabled=PRECISIONS[precision].autocast):
         adapted = method.prepare(adapted, batches, seed)
     _check_freezing(method, adapted)
+    if method.peft is None:  # what it trains is known only now
+        _cast_trainable(adapted, PRECISIONS[precision].trainable)
     return adapted
 
 
@@ -259,14 +261,13 @@ def wrap(method: Method, model: PreTrainedModel, seed: int = 0, *, precision: st
     model.requires_grad_(False)
     if not method.trains:
         return model
-    trainable = PRECISIONS[precision].trainable
     torch.manual_seed(seed)
     if method.peft is None:
-        return model.to(trainable)
+        return model
     # PEFT's default would make some adapters float32 and leave others in the format of the base weight.
     with experts_as_linears(model):
         adapted = get_peft_model(model, tuner_config(method, model), autocast_adapter_dtype=False)
-    _cast_trainable(adapted, trainable)
+    _cast_trainable(adapted, PRECISIONS[precision].trainable)
     return adapted
 
 

@@ -27,6 +27,7 @@ OTHER_THAN_DEFAULT = {
     ("lora", "keep_zeros"): "PEFT's config has no such field",
     ("lora", "merges"): "its three end states are three rows of the tables",
     ("lora_rite", "max_grad_norm"): "the optimizer clips",
+    ("perp", "parts"): "a list, which no signature should have",
     ("none", "trains"): "the only one that does not",
     ("sherl", "merges"): "nothing can be merged",
     # Several rows of one class.
