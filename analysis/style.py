@@ -42,6 +42,8 @@ METHODS = {
     "pruned": Style("pruned", GREY, "x", DASHED),
     "full": Style("full fine-tuning", BLACK, "s", DASH_DOT),
     "perp": Style("PERP", BLACK, "v", DOTTED),
+    "reconstruct": Style("Reconstruction", BLACK, "D", DASHED),
+    "reconstruct_lors": Style("Reconstruction, LoRS", VERMILLION, "D", DASHED),
     "lora": Style("LoRA", BLUE, "o"),
     "lors": Style("LoRS", VERMILLION, "*"),
     "sqft": Style("SQFT", ORANGE, "^"),

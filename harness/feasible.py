@@ -71,6 +71,10 @@ def check_fit(cfg: DictConfig, method: Method, shape: PretrainedConfig) -> None:
         raise BadInput(
             f"prune.when=after: method={method.name} leaves its adapter beside the weights; must be one that merges"
         )
+    if cfg.mode == "run" and method.reads_dense and OmegaConf.select(cfg, "prune.when") != "before":
+        raise BadInput(
+            f"method={method.name}: needs the dense model beside the pruned one: must have a pruner, prune.when=before"
+        )
     shown = f"model.path={cfg.model.path}" if cfg.mode == "run" else f"model={cfg.model.name}"
     positions = getattr(shape.get_text_config(), "max_position_embeddings", None)
     for key in ("train.sequence_length", "prune.sequence_length", "eval.perplexity.window"):

@@ -43,8 +43,9 @@ class Cost:
     saved: int
 
 
-# Every row is the published one, but for that of ScaleLoRA, whose paper has none. The two checkpointed methods are published with PyTorch's re-entrant
-# checkpoint, which costs one U more: see test_reentrant_checkpoints_cost_one_product_more.
+# Every row is the published one, but for that of ScaleLoRA, whose paper has none. The two checkpointed methods are
+# published with PyTorch's re-entrant checkpoint, which costs one U more: see
+# test_reentrant_checkpoints_cost_one_product_more.
 TABLE = {
     "none": Cost(U, U, 0),
     "lora": Cost(U + Z, U + 2 * Z, b * (n * d + n * r)),

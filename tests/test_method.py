@@ -29,6 +29,7 @@ OTHER_THAN_DEFAULT = {
     ("lora_rite", "max_grad_norm"): "the optimizer clips",
     ("perp", "parts"): "a list, which no signature should have",
     ("none", "trains"): "the only one that does not",
+    ("reconstruct_lors", "init"): "the gradient is one of the whole model",
     ("sherl", "merges"): "nothing can be merged",
     # Several rows of one class.
     ("spp_blockwise", "organisation"): "a row of its own",
