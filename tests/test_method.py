@@ -30,6 +30,7 @@ OTHER_THAN_DEFAULT = {
     ("perp", "parts"): "a list, which no signature should have",
     ("none", "trains"): "the only one that does not",
     ("reconstruct_lors", "init"): "the gradient is one of the whole model",
+    ("reconstruct_lors", "gradient"): "its masked product is paid for one block at a time",
     ("sherl", "merges"): "nothing can be merged",
     # Several rows of one class.
     ("spp_blockwise", "organisation"): "a row of its own",
