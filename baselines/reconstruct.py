@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 
@@ -201,7 +202,7 @@ class ReconstructMethod(Method):
         """
         plain = _without_wrapper(model)
         name, blocks = decoder_blocks(plain)
-        dense = copy.deepcopy(blocks) if self.dense is None else decoder_blocks(self.dense)[1]
+        dense = _without_adapters(blocks) if self.dense is None else decoder_blocks(self.dense)[1]
         dense = dense.requires_grad_(False).eval()
         if self.peft is None:
             blocks.requires_grad_(True)
@@ -236,6 +237,16 @@ class ReconstructMethod(Method):
     def rounds(self, model: nn.Module) -> int:
         """One for each block."""
         return len(decoder_blocks(model)[1])
+
+
+def _without_adapters(blocks: nn.ModuleList) -> nn.ModuleList:
+    """A copy of the blocks as they were before PEFT has wrapped them."""
+    copied = copy.deepcopy(blocks)
+    for name, part in list(copied.named_modules()):
+        if isinstance(part, BaseTunerLayer):
+            parent, _, own = name.rpartition(".")
+            setattr(copied.get_submodule(parent), own, part.get_base_layer())
+    return copied
 
 
 def _without_wrapper(model: nn.Module) -> PreTrainedModel:

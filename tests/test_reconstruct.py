@@ -10,6 +10,7 @@ import torch
 from callback_loop import with_callbacks
 from conftest import make_tiny_llama, recipe
 from contract import method_of, prune
+from peft.tuners.tuners_utils import BaseTunerLayer
 from single_layers import draw
 from test_train import TOKENIZER, fit, rows
 from torch import Tensor, nn
@@ -148,6 +149,20 @@ def test_every_block_has_its_share_of_the_steps_with_a_schedule_and_a_state_of_i
     assert zero_report(M, merged, "unstructured")["lost"] == 0
     assert torch.equal(merged.model.embed_tokens.weight, sparse().model.embed_tokens.weight)
     assert torch.equal(merged.model.norm.weight, sparse().model.norm.weight)
+
+
+def test_without_a_dense_model_the_blocks_without_their_adapters_stand_in_for_it():
+    chosen = method("reconstruct_lors")
+    chosen.dense = None
+    model = adapt(chosen, sparse())
+    plain = model.get_base_model()
+    (block,) = plain.teacher.held.values()
+    assert not any(isinstance(part, BaseTunerLayer) for part in block.modules())
+    assert chosen.objective(model, padded()) == 0
+    for name, parameter in model.named_parameters():
+        if "lors_B" in name:
+            parameter.data.normal_()
+    assert chosen.objective(model, padded()) > 0
 
 
 @pytest.mark.parametrize(("steps", "rounds"), [(9, 3), (10, 4), (7, 2), (2, 5), (1, 1)])
