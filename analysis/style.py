@@ -41,6 +41,9 @@ METHODS = {
     "dense": Style("dense", BLACK, "None", SOLID),
     "pruned": Style("pruned", GREY, "x", DASHED),
     "full": Style("full fine-tuning", BLACK, "s", DASH_DOT),
+    "perp": Style("PERP", BLACK, "v", DOTTED),
+    "reconstruct": Style("Reconstruction", BLACK, "D", DASHED),
+    "reconstruct_lors": Style("Reconstruction, LoRS", VERMILLION, "D", DASHED),
     "lora": Style("LoRA", BLUE, "o"),
     "lors": Style("LoRS", VERMILLION, "*"),
     "lors_plus": Style("LoRS, sampled gradient", VERMILLION, "P", DASHED),
@@ -67,6 +70,7 @@ METHODS = {
     # A factor on each weight or row, or single weights.
     "hira": Style("HiRA", WINE, "<"),
     "ia3": Style("(IA)³", WINE, "P", DASHED),
+    "scale_lora": Style("ScaleLoRA", WINE, "h", DOTTED),
     "shira": Style("SHiRA", OLIVE, "X"),
 }
 # What became of the adapter, where a method has more than one end.

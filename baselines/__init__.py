@@ -11,6 +11,7 @@ from baselines import (  # noqa: F401  (for their registration)
     masked_lora,
     mora,
     rm_lora,
+    scale_lora,
     sherl,
     sora,
     spp,

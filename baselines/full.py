@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from harness.method import Method
 from lors.blocks import decoder_linears
 
-__all__ = ["FullMethod", "mask_gradient"]
+__all__ = ["FullMethod", "hold_zeros", "mask_gradient"]
 
 
 class FullMethod(Method):
@@ -35,13 +35,22 @@ class FullMethod(Method):
             ValueError: The decoder has weights that are no linear layers (see ``lors.blocks``).
         """
         model.requires_grad_(True)
-        linears = decoder_linears(model)
-        pruned = {f"{name}.weight" for name in linears}
-        pruned |= {name.rpartition(".")[0] for name in linears}  # fused experts: one parameter for all of them
-        for name, parameter in model.named_parameters():
-            if name in pruned:
-                parameter.register_post_accumulate_grad_hook(mask_gradient)
+        hold_zeros(model)
         return model
+
+
+def hold_zeros(model: nn.Module) -> None:
+    """Mask every gradient that the weights of the decoder linears will get.
+
+    Raises:
+        ValueError: As `FullMethod.prepare`.
+    """
+    linears = decoder_linears(model)
+    pruned = {f"{name}.weight" for name in linears}
+    pruned |= {name.rpartition(".")[0] for name in linears}  # fused experts: one parameter for all of them
+    for name, parameter in model.named_parameters():
+        if name in pruned:
+            parameter.register_post_accumulate_grad_hook(mask_gradient)
 
 
 def mask_gradient(weight: nn.Parameter) -> None:

@@ -71,6 +71,10 @@ def check_fit(cfg: DictConfig, method: Method, shape: PretrainedConfig) -> None:
         raise BadInput(
             f"prune.when=after: method={method.name} leaves its adapter beside the weights; must be one that merges"
         )
+    if cfg.mode == "run" and method.reads_dense and OmegaConf.select(cfg, "prune.when") != "before":
+        raise BadInput(
+            f"method={method.name}: needs the dense model beside the pruned one: must have a pruner, prune.when=before"
+        )
     shown = f"model.path={cfg.model.path}" if cfg.mode == "run" else f"model={cfg.model.name}"
     positions = getattr(shape.get_text_config(), "max_position_embeddings", None)
     for key in ("train.sequence_length", "prune.sequence_length", "eval.perplexity.window"):
@@ -101,7 +105,7 @@ def check_fit(cfg: DictConfig, method: Method, shape: PretrainedConfig) -> None:
         width = shape.get_text_config().hidden_size * base_format(cfg).itemsize
         states = cfg.prune.samples * cfg.prune.sequence_length * width
         _refuse_above_free([(f"prune.samples={cfg.prune.samples}", states, "what they are at one layer")])
-    if method.peft is not None:
+    if method.trains:
         try:
             with experts_as_linears(model):
                 _check_adapter(method, model, linears)
@@ -133,6 +137,9 @@ def _check_adapter(method: Method, model: nn.Module, linears: Mapping[str, nn.Li
     Raises:
         ValueError: Rank, targets or end states do not fit; or whatever the tuner or the method raises.
     """
+    if method.peft is None:
+        method.prepare(model, None, 0)
+        return
     rank, config = getattr(method.peft, "r", None), tuner_config(method, model)
     for name, linear in linears.items():
         smaller = min(linear.in_features, linear.out_features)

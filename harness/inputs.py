@@ -105,6 +105,10 @@ def read_inputs(cfg: DictConfig, method: Method) -> Inputs:
     whole = f"for method={method.name}, whose steps need whole weights"
     if cfg.launch.shard and not can_shard(method):
         raise BadInput(f"launch.shard=true: must be false {whole}")
+    if cfg.launch.processes > 1 and type(method).objective is not Method.objective:
+        raise BadInput(
+            f"launch.processes={cfg.launch.processes}: must be 1 for method={method.name}, with its own loss"
+        )
     if cfg.mode == "simulate" and cfg.simulate.shards > 1 and not can_shard(method):
         raise BadInput(f"simulate.shards={cfg.simulate.shards}: must be 1 {whole}")
     shape = _read_shape(cfg, source)

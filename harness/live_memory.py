@@ -255,7 +255,7 @@ def training_step(
     with flops or nullcontext():
         for _ in range(micro_batches):
             live.phase = "forward"
-            loss = batch_loss(model, batch, micro_batches=micro_batches, penalty=method.penalty, autocast=autocast)
+            loss = batch_loss(model, batch, micro_batches=micro_batches, method=method, autocast=autocast)
             saved = live.forward_ends()
             live.phase = "backward"
             loss.backward()

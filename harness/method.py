@@ -53,6 +53,7 @@ __all__ = [
     "Precision",
     "adapt",
     "finish",
+    "round_at",
     "tuner_config",
     "wrap",
 ]
@@ -105,6 +106,10 @@ class Method:
     """Whether those rows are left out of the training, so that something can be chosen by them after it."""
     quantized_base = False
     """Whether the frozen weights are quantised; set for a run with ``prune.quantize``."""
+    reads_dense = False
+    """Whether it looks at the model as it was before the pruning."""
+    dense: PreTrainedModel | None = None
+    """That model, on the host, in the ``base`` format; set for a run (mode=run) of a method that ``reads_dense``."""
     prepares_shards = False
     """Whether ``prepare`` takes a model whose weights are shared out; it changes what is trained and nothing else."""
 
@@ -181,6 +186,16 @@ class Method:
         """A scalar that is added to the loss of every step; None: nothing is."""
         return None
 
+    def objective(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor | None:
+        """What a step minimises in place of the cross entropy, a scalar that the method computes by passes of its own;
+        None: the cross entropy. Several micro-batches share it as they share the penalty."""
+        return None
+
+    def rounds(self, model: nn.Module) -> int:
+        """In how many parts of nearly equal length (`round_at`) the training falls, each with the schedule of the
+        learning rate from its start."""
+        return 1
+
     def counts(self, model: nn.Module) -> dict[str, int]:
         """Numbers of parameters after the training that ``requires_grad`` does not tell, for ``parameters`` of the
         result: final ranks, everything that was trained over the run."""
@@ -190,6 +205,19 @@ class Method:
         """Context in which a step needs as much memory as any step of the method does, for methods whose callbacks
         change what a step does; None: every step needs the same."""
         return None
+
+
+def round_at(step: int, steps: int, rounds: int) -> tuple[int, int, int]:
+    """Number of the round that a step belongs to, its first step, and the first one after it.
+
+    Args:
+        step: From 0; one beyond the end belongs to the last round.
+        steps: Of the training; with fewer steps than rounds some rounds have none.
+        rounds: How many there are.
+    """
+    number = min(step, steps - 1) * rounds // steps
+    start, end = (-(-index * steps // rounds) for index in (number, number + 1))
+    return number, start, end
 
 
 class GradientInitialized(Method):
@@ -251,6 +279,8 @@ def prepare(
     with torch.autocast(device, torch.bfloat16, enabled=PRECISIONS[precision].autocast):
         adapted = method.prepare(adapted, batches, seed)
     _check_freezing(method, adapted)
+    if method.peft is None:  # what it trains is known only now
+        _cast_trainable(adapted, PRECISIONS[precision].trainable)
     return adapted
 
 
@@ -259,14 +289,13 @@ def wrap(method: Method, model: PreTrainedModel, seed: int = 0, *, precision: st
     model.requires_grad_(False)
     if not method.trains:
         return model
-    trainable = PRECISIONS[precision].trainable
     torch.manual_seed(seed)
     if method.peft is None:
-        return model.to(trainable)
+        return model
     # PEFT's default would make some adapters float32 and leave others in the format of the base weight.
     with experts_as_linears(model):
         adapted = get_peft_model(model, tuner_config(method, model), autocast_adapter_dtype=False)
-    _cast_trainable(adapted, trainable)
+    _cast_trainable(adapted, PRECISIONS[precision].trainable)
     return adapted
 
 

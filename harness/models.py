@@ -70,7 +70,7 @@ class Models:
         folder = from_first(lambda: sealed_once(self.cache / "pruned", self.pruned_key, self._pruned, save_quantized))
         return Source(str(folder), None, str(folder), folder, self.inputs.source.options)
 
-    def _dense(self, dtype: torch.dtype | str, device: torch.device | None = None) -> PreTrainedModel:
+    def dense(self, dtype: torch.dtype | str, device: torch.device | None = None) -> PreTrainedModel:
         """The model as it comes, on a device, by default that of the run; ``"auto"`` keeps the format of the file."""
         source = self.inputs.source
         options = {"dtype": dtype, "device": device or self.home, **source.options}
@@ -78,7 +78,7 @@ class Models:
 
     def _pruned(self) -> PreTrainedModel:
         # One block at a time is on the device, which may be too small for the model.
-        model = self._dense("auto", torch.device("cpu"))
+        model = self.dense("auto", torch.device("cpu"))
         with bfloat16_products(default_device(), model.dtype is torch.bfloat16):  # whatever the fine-tuning is in
             self.prune(model)
             if quantized_layout(self.cfg):
@@ -104,7 +104,7 @@ class Models:
         Returns:
             ``pruned`` and ``dense``: see `evaluate.evaluate`; either may be None.
         """
-        dense = partial(self._dense, self.dtype) if self._prunes_first else lambda: model
+        dense = partial(self.dense, self.dtype) if self._prunes_first else lambda: model
         loaders = {"dense": dense, "pruned": lambda: model}
         if self.cfg.prune.name != "none":
             scored = ["dense", "pruned"] if self._prunes_first else ["dense"]

@@ -13,14 +13,15 @@ Rate. With peak rate a, floor b, w warm-up steps and T steps, step t = 0 .. T - 
     t < w:   a (t + 1) / (w + 1)
     else:    b + (a - b) (1 + cos(pi (t - w) / (T - 1 - w))) / 2
 
-so that no step has rate 0, the peak follows the warm-up and the last step has exactly the floor.
+so that no step has rate 0, the peak follows the warm-up and the last step has exactly the floor. A training in several
+rounds (`Method.rounds`) has all of it in each.
 """
 
 from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,7 +34,7 @@ from torch.utils.data import Sampler
 
 from harness.data import IGNORED, Row
 from harness.deferred_head import DeferredHead
-from harness.method import Method
+from harness.method import Method, round_at
 from lors.randomness import modes_kept, random_state_kept
 
 __all__ = [
@@ -79,7 +80,7 @@ def batch_loss(
     batch: Mapping[str, Tensor],
     *,
     micro_batches: int = 1,
-    penalty: Callable[[nn.Module], Tensor | None] | None = None,
+    method: Method | None = None,
     autocast: bool = False,
 ) -> Tensor:
     """Loss of one of `micro_batches` equal micro-batches, as the Trainer computes it, for a step made outside
@@ -89,9 +90,12 @@ def batch_loss(
     """
     labels = batch["labels"]
     with torch.autocast(labels.device.type, torch.bfloat16, enabled=autocast):
+        own = method.objective(model, batch) if method else None
+        if own is not None:
+            return own / micro_batches
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
     loss = causal_lm_loss(logits, labels, micro_batches * target_count(labels), model.get_output_embeddings())
-    extra = penalty(model) if penalty else None
+    extra = method.penalty(model) if method else None
     return loss if extra is None else loss + extra / micro_batches
 
 
@@ -105,21 +109,24 @@ def gradient_clipping(train_cfg: Any, method: Method) -> float | None:
     return train_cfg.max_grad_norm if method.max_grad_norm is None else method.max_grad_norm or None
 
 
-def cosine_with_floor(optimizer: torch.optim.Optimizer, train_cfg: Any, steps: int) -> LambdaLR:
+def cosine_with_floor(optimizer: torch.optim.Optimizer, train_cfg: Any, steps: int, rounds: int = 1) -> LambdaLR:
     """The schedule of the module's text as a factor on the rate of every parameter group.
 
     Args:
         optimizer: Its groups may have different rates; each falls to the same fraction.
         train_cfg: ``learning_rate`` (a), ``minimum_learning_rate`` (b), ``warmup_steps`` (w).
-        steps: T.
+        steps: T, or the steps of all rounds.
+        rounds: How many rounds there are.
     """
     floor = train_cfg.minimum_learning_rate / train_cfg.learning_rate
     warmup = train_cfg.warmup_steps
 
     def factor(step: int) -> float:
+        _, start, end = round_at(step, steps, rounds)
+        step, last = step - start, end - start - 1
         if step < warmup:
             return (step + 1) / (warmup + 1)
-        progress = min(1.0, (step - warmup) / max(1, steps - 1 - warmup))
+        progress = min(1.0, (step - warmup) / max(1, last - warmup))
         return floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2
 
     return LambdaLR(optimizer, factor)

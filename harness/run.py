@@ -196,6 +196,8 @@ class Job:
             with self.phase("load"):
                 options = {"dtype": dtype, "device": home(cfg), **pruned.options}
                 model = load_weights(pruned.path, pruned.revision, shown=pruned.shown, **options)
+                if self.method.reads_dense:
+                    self.method.dense = models.dense(dtype, torch.device("cpu"))
         M = supports(model)
         if cfg.mode == "run":
             result |= starting_sparsity(cfg, M)

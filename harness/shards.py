@@ -32,7 +32,7 @@ __all__ += ["sharded", "spread"]
 def can_shard(method: Method) -> bool:
     """Whether the steps of a method are plain ones, if it makes any: nothing but autograd and AdamW touches a
     parameter."""
-    own = ("optimizer", "callbacks", "penalty", "largest_step")
+    own = ("optimizer", "callbacks", "penalty", "objective", "largest_step")
     return all(getattr(type(method), name) is getattr(Method, name) for name in own)
 
 

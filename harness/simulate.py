@@ -50,7 +50,7 @@ from harness.deferred_head import deferred_by
 from harness.fake_tensors import ReadsAsOne, count_experts, faked, on_meta
 from harness.flops import CountFlops
 from harness.live_memory import LiveTensors, Peak, step_counted, training_step
-from harness.method import PRECISIONS, Method, wrap
+from harness.method import Method, prepare, wrap
 from harness.module_trace import ModuleTrace, module_names, without_index
 from harness.quantized import hold_empty, quantized_layout
 from harness.recipe import enable_activation_checkpointing
@@ -121,7 +121,6 @@ def simulate(cfg: DictConfig, method: Method, shape: PretrainedConfig) -> dict[s
 
 def _model(cfg: DictConfig, method: Method, shape: PretrainedConfig, mode: FakeTensorMode) -> nn.Module:
     """The model on fake tensors, set up by the method, as a training begins with it."""
-    formats = PRECISIONS[cfg.train.precision]
     model = on_meta(shape, base_format(cfg))
     with torch.device("meta"):
         if quantized_layout(cfg):
@@ -133,9 +132,8 @@ def _model(cfg: DictConfig, method: Method, shape: PretrainedConfig, mode: FakeT
     places_as_parameters(model)
     model = faked(model, mode)
     # Outside of the mode what it draws has values, a choice of layers for example; the model stays as it is.
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=formats.autocast)
-    with autocast, ReadsAsOne(whole_numbers=True):
-        model = method.prepare(model, None, 0)
+    with ReadsAsOne(whole_numbers=True):
+        model = prepare(method, model, precision=cfg.train.precision)
     if cfg.train.activation_checkpointing:
         enable_activation_checkpointing(model)
     return model.train()

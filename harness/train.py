@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -142,7 +142,7 @@ def train(
             callbacks=[meter, *method.callbacks(), _Progress(), _Seal(), *trackers],
             recipe=train_cfg,
             meter=meter,
-            penalty=method.penalty,
+            method=method,
             steps_file=output_dir / "steps.jsonl",
         )
         trainer.remove_callback(PrinterCallback)
@@ -158,7 +158,7 @@ class MeasuredTrainer(Trainer):
         *,
         recipe: Any,
         meter: Meter,
-        penalty: Callable[[nn.Module], Tensor | None],
+        method: Method,
         steps_file: Path,
         **kwargs: Any,
     ) -> None:
@@ -166,7 +166,7 @@ class MeasuredTrainer(Trainer):
         self.history: list[dict[str, Any]] = []
         self._recipe = recipe
         self._meter = meter
-        self._penalty = penalty
+        self._method = method
         self._steps_file = steps_file
 
     def run(self, checkpoint: Path | None) -> list[dict[str, Any]]:
@@ -189,7 +189,8 @@ class MeasuredTrainer(Trainer):
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
         if self.lr_scheduler is None:
-            self.lr_scheduler = cosine_with_floor(optimizer or self.optimizer, self._recipe, num_training_steps)
+            rounds = self._method.rounds(self.model)
+            self.lr_scheduler = cosine_with_floor(optimizer or self.optimizer, self._recipe, num_training_steps, rounds)
         return self.lr_scheduler
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
@@ -200,11 +201,16 @@ class MeasuredTrainer(Trainer):
         self._meter.mark("backward")
         return loss
 
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Tensor:
-        # Accelerate puts autocast around the forward pass of what it prepares, which shards are not.
-        autocast = is_sharded(self.model) and self.args.bf16
-        with torch.autocast(self.args.device.type, torch.bfloat16, enabled=autocast):
-            loss = super().compute_loss(*args, **kwargs)
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16):
+            loss = self._method.objective(self.model, inputs)
+        if loss is not None:
+            loss = loss * _share(inputs["labels"], kwargs.get("num_items_in_batch"))
+        else:
+            # Accelerate puts autocast around the forward pass of what it prepares, which shards are not.
+            autocast = is_sharded(self.model) and self.args.bf16
+            with torch.autocast(self.args.device.type, torch.bfloat16, enabled=autocast):
+                loss = super().compute_loss(model, inputs, *args, **kwargs)
         self._meter.mark("forward")
         return loss
 
@@ -296,9 +302,9 @@ class MeasuredTrainer(Trainer):
         """Share of this micro-batch in the loss of the step; the penalty is shared out likewise."""
         targets = target_count(labels) if num_items_in_batch is None else num_items_in_batch
         loss = causal_lm_loss(outputs.logits, labels, targets, self.model.get_output_embeddings())
-        penalty = self._penalty(self.model)
+        penalty = self._method.penalty(self.model)
         if penalty is not None:
-            loss = loss + penalty * (target_count(labels) / targets)
+            loss = loss + penalty * _share(labels, targets)
         return loss
 
     def _restore_history(self, checkpoint: Path | None) -> None:
@@ -308,6 +314,11 @@ class MeasuredTrainer(Trainer):
             self.history = [{k: v for k, v in line.items() if k != "epoch"} for line in state.log_history]
         if is_first():
             write_text(self._steps_file, "".join(json.dumps(line) + "\n" for line in self.history))
+
+
+def _share(labels: Tensor, targets: Tensor | int | None) -> Tensor | float:
+    """The share of a micro-batch in a step of so many targets; None: it is all of the step."""
+    return 1.0 if targets is None else target_count(labels) / targets
 
 
 def _load(file: Path) -> Any:

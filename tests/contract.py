@@ -64,7 +64,7 @@ FORMS = [*OWN, *(f"{name} keep_zeros=false" for name in OWN if "keep_zeros" in c
 # Methods that start from another function than the pruned model, as published.
 ELSEWHERE = {"sherl"}
 # Methods that train a part of their layers at a time: a factor may have no gradient for a while.
-PARTIAL = {"xgblora"}
+PARTIAL = {"xgblora", "reconstruct_lors"}
 # Methods to which adapter.r and adapter.alpha do not apply: a booster is of rank 1, at a scale of its own.
 OWN_RANK, OWN_ALPHA = {"xgblora": 1}, {"xgblora": 2}
 

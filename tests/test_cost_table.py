@@ -43,8 +43,9 @@ class Cost:
     saved: int
 
 
-# Every row is the published one. The two checkpointed methods are published with PyTorch's re-entrant
-# checkpoint, which costs one U more: see test_reentrant_checkpoints_cost_one_product_more.
+# Every row is the published one, but for that of ScaleLoRA, whose paper has none. The two checkpointed methods are
+# published with PyTorch's re-entrant checkpoint, which costs one U more: see
+# test_reentrant_checkpoints_cost_one_product_more.
 TABLE = {
     "none": Cost(U, U, 0),
     "lora": Cost(U + Z, U + 2 * Z, b * (n * d + n * r)),
@@ -52,6 +53,7 @@ TABLE = {
     "spp": Cost(2 * U, 3 * U, b * (n * d + 2 * k * d)),
     "spp_gc": Cost(2 * U, 3 * U, b * n * d),
     "spp_blockwise": Cost(2 * U, 2 * U, b * (n * d + n * k)),
+    "scale_lora": Cost(U + V, 2 * U + 2 * V, b * (n * d + k * d)),
     "sqft": Cost(2 * U + V, 3 * U + 2 * V, b * (n * d + k * d) + k * d),
     "sqft_fused": Cost(U + V, 2 * U + 2 * V, b * (n * d + k * d) + k * d),
     "sqft_gc": Cost(U + V, 2 * U + 3 * V, b * n * d),

@@ -84,7 +84,7 @@ def test_the_attention_that_is_chosen_is_that_of_every_model(read, tmp_path: Pat
     cfg = resolve(compose_config("model=hf", f"model.path={inputs.source.path}", f"cache_root={tmp_path}/cache"))
     assert AutoModelForCausalLM.from_config(inputs.shape).config._attn_implementation == attention
     models = Models(cfg, inputs)
-    assert models._dense("auto").config._attn_implementation == attention
+    assert models.dense("auto").config._attn_implementation == attention
     assert models.dense_key != Models(cfg, read()).dense_key
 
 

@@ -27,7 +27,10 @@ OTHER_THAN_DEFAULT = {
     ("lora", "keep_zeros"): "PEFT's config has no such field",
     ("lora", "merges"): "its three end states are three rows of the tables",
     ("lora_rite", "max_grad_norm"): "the optimizer clips",
+    ("perp", "parts"): "a list, which no signature should have",
     ("none", "trains"): "the only one that does not",
+    ("reconstruct_lors", "init"): "the gradient is one of the whole model",
+    ("reconstruct_lors", "gradient"): "its masked product is paid for one block at a time",
     ("sherl", "merges"): "nothing can be merged",
     # Several rows of one class.
     ("lors_plus", "gradient"): "a row of its own",

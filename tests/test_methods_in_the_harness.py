@@ -3,10 +3,12 @@ with gradient accumulation, in every precision, and activation checkpointing cha
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from callback_loop import with_callbacks
-from conftest import recipe
+from conftest import make_tiny_llama, recipe
 from contract import method_of
 from test_train import assert_same_weights, fit, kill_at_the_last_checkpoint, without_times
 from transformers import TrainerCallback
@@ -14,6 +16,15 @@ from transformers import TrainerCallback
 from baselines.flat_lora import FlatLoraLinear
 from baselines.geolora import GeoLoraLinear
 from baselines.xgblora import XgbLoraLinear
+from harness.method import Method
+
+
+def with_dense(*of: str) -> Method:
+    """The method on its own, with a model to learn from that is not the one of `fit`."""
+    method = copy.copy(method_of(*of))
+    method.dense = make_tiny_llama(seed=1)
+    return method
+
 
 # The recipe has 7 steps of two micro-batches and a checkpoint after every second one.
 METHODS = {
@@ -25,6 +36,9 @@ METHODS = {
     "geolora": method_of("geolora", "method.peft.coefficient_steps=2", "method.peft.skipped_steps=0"),
     "sherl": method_of("sherl"),
     "sqft_nls": method_of("sqft_nls"),
+    # Block 1 from step 4 on: checkpoint 4 lies between the blocks, checkpoint 6 within the second.
+    "reconstruct": with_dense("reconstruct", "method.inputs=parallel"),
+    "reconstruct_lors": with_dense("reconstruct_lors"),
 }
 
 

@@ -299,7 +299,11 @@ def test_one_shifted_loss_for_training_and_measuring():
     batch = collator(TOKENIZER, "fixed", 10)(rows(5))
     own = batch_loss(model, batch)
     torch.testing.assert_close(own, model(**batch).loss)
-    torch.testing.assert_close(batch_loss(model, batch, micro_batches=2, penalty=lambda _: own) * 2, 2 * own)
+    method = full()
+    method.penalty = lambda _: own
+    torch.testing.assert_close(batch_loss(model, batch, micro_batches=2, method=method) * 2, 2 * own)
+    method.objective = lambda model, batch: 3 * own
+    torch.testing.assert_close(batch_loss(model, batch, micro_batches=2, method=method) * 2, 3 * own)
     half = causal_lm_loss(model(**batch).logits.bfloat16(), batch["labels"], target_count(batch["labels"]))
     assert half.dtype == torch.float32
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten_with_path, tree_leaves
 
-__all__ = ["Call", "check_walk", "hidden_of", "record"]
+__all__ = ["Call", "check_walk", "hidden_of", "in_place_of", "record"]
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a block gets besides the hidden states: args, kwargs
 Rest = tuple[Any, ...] | None  # what a block returns behind the hidden states; None: it returns these alone
@@ -34,7 +34,7 @@ def hidden_of(output: Tensor | tuple) -> Tensor:
 
 
 @contextmanager
-def _in_place_of(blocks: nn.ModuleList, stub: Callable[..., Any]) -> Iterator[None]:
+def in_place_of(blocks: nn.ModuleList, stub: Callable[..., Any]) -> Iterator[None]:
     """A call of block i is one of ``stub(i, forward, *args, **kwargs)`` with the block's own forward."""
     own = [vars(block).get("forward") for block in blocks]  # accelerate puts one there
     try:
@@ -81,7 +81,7 @@ def record(
         calls[i].append((_share(args, twin_args), shared))
         return x if rests[i] is None else (x, *rests[i])
 
-    with _in_place_of(blocks, note):
+    with in_place_of(blocks, note):
         for batch in tokens.split(max(1, BATCH_TOKENS // tokens.shape[1])):
             _forward(model, batch)
     return hidden, calls
@@ -123,7 +123,7 @@ def check_walk(model: nn.Module, blocks: nn.ModuleList, calibration: Tensor) -> 
         rests.append(tuple(map(_blank, output[1:])) if isinstance(output, tuple) else None)
         return output
 
-    with _in_place_of(blocks, watch):
+    with in_place_of(blocks, watch):
         _forward(model, tokens)
     if len(rests) != len(blocks):
         raise ValueError(f"block {len(rests)} of {refused}")
