@@ -11,18 +11,23 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from harness.errors import one_line
 from harness.files import remove
-from harness.sealed_folder import damage
+from harness.processes import from_first, gathered
+from harness.sealed_folder import damage, seal
 
-__all__ = ["drop_older", "newest_intact", "whole_or_gone"]
+__all__ = ["Seal", "checkpoint_after", "drop_older", "newest_intact", "whole_or_gone"]
 
 logger = logging.getLogger("lors")
 
+KEPT_CHECKPOINTS = 2  # the newest may be damaged by the kill that makes it needed
 NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 
 
@@ -72,3 +77,21 @@ def _newest_first(directory: Path) -> list[Path]:
     """Everything that has the name of a checkpoint."""
     steps = {path: NAME.fullmatch(path.name) for path in directory.glob("checkpoint-*")}
     return sorted((path for path in steps if steps[path]), key=lambda path: int(steps[path][1]), reverse=True)
+
+
+def checkpoint_after(args: TrainingArguments, state: TrainerState) -> Path:
+    """Folder of the checkpoint after the present step."""
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
+class Seal(TrainerCallback):
+    """Seals every checkpoint once all of its files are written; only then do older ones go."""
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        gathered(None)  # every process has written its random state
+        from_first(partial(self._seal, checkpoint_after(args, state)))
+
+    def _seal(self, checkpoint: Path) -> None:
+        with whole_or_gone(checkpoint):
+            seal(checkpoint)
+        drop_older(checkpoint.parent, KEPT_CHECKPOINTS)

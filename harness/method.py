@@ -33,11 +33,8 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND, AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainerCallback
 
-from harness.processes import share
-from lors import initialize
 from lors.blocks import decoder_linears
 from lors.experts import experts_as_linears, fuse_experts
 from lors.schedule import GradientSchedule
@@ -48,7 +45,6 @@ from lors.storage import CompressedLinear
 __all__ = [
     "PRECISIONS",
     "VARIANTS",
-    "GradientInitialized",
     "Method",
     "Precision",
     "adapt",
@@ -218,23 +214,6 @@ def round_at(step: int, steps: int, rounds: int) -> tuple[int, int, int]:
     number = min(step, steps - 1) * rounds // steps
     start, end = (-(-index * steps // rounds) for index in (number, number + 1))
     return number, start, end
-
-
-class GradientInitialized(Method):
-    """LoRS: A is taken from the gradient of the full weights, unless its config asks for another start."""
-
-    reads_rows = True
-
-    @property
-    def prepares_shards(self) -> bool:
-        """Not with compressed weights."""
-        return self.peft.storage == "dense" and not self.quantized_base
-
-    def prepare(self, model: nn.Module, batches: Iterable[Mapping[str, Tensor]] | None, seed: int) -> nn.Module:
-        """See `lors.initialize`."""
-        if batches is None or self.peft.init != "gradient":
-            return model
-        return initialize(model, tqdm(share(list(batches)), desc="init", unit="batch"), seed=seed)
 
 
 def adapt(

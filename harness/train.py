@@ -21,7 +21,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +37,13 @@ from transformers import (
     TrainingArguments,
 )
 
-from harness.checkpoints import drop_older, newest_intact, whole_or_gone
+from harness.checkpoints import Seal, checkpoint_after, newest_intact, whole_or_gone
 from harness.data import Collator, Row
 from harness.deferred_head import deferred_by
 from harness.files import write_text
 from harness.meter import Meter
 from harness.method import PRECISIONS, Method
-from harness.processes import count, from_first, gathered, is_first
+from harness.processes import count, from_first, is_first
 from harness.recipe import (
     InOneOrder,
     causal_lm_loss,
@@ -54,7 +53,6 @@ from harness.recipe import (
     gradient_clipping,
     target_count,
 )
-from harness.sealed_folder import seal
 from harness.shards import after_backward, is_sharded, optimizer_state, spread
 from lors.placement import full, write
 from lors.storage import CompressedLinear
@@ -63,7 +61,6 @@ __all__ = ["MeasuredTrainer", "NonFiniteLoss", "TrainOutcome", "train"]
 
 OPTIMIZER_NAME = "optimizer.pt"  # the Trainer's
 WEIGHTS, CALLBACK = "trained.pt", "callback-{}.pt"
-KEPT_CHECKPOINTS = 2  # the newest may be damaged by the kill that makes it needed
 
 
 class NonFiniteLoss(ArithmeticError):  # noqa: N818 - named for what happened
@@ -139,7 +136,7 @@ def train(
             data_collator=collator,
             train_dataset=filled_up(data, train_cfg.batch_size) if count() > 1 else data,
             optimizers=(method.optimizer(model, train_cfg), None),
-            callbacks=[meter, *method.callbacks(), _Progress(), _Seal(), *trackers],
+            callbacks=[meter, *method.callbacks(), _Progress(), Seal(), *trackers],
             recipe=train_cfg,
             meter=meter,
             method=method,
@@ -241,7 +238,7 @@ class MeasuredTrainer(Trainer):
         spread(self.optimizer)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        with whole_or_gone(_checkpoint_after(self.args, self.state)):
+        with whole_or_gone(checkpoint_after(self.args, self.state)):
             super()._save_checkpoint(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -341,24 +338,6 @@ def _trainer_changes_undone(model: nn.Module) -> Iterator[None]:
             vars(model).pop(name, None)
         if forward is not None:
             model.forward = forward
-
-
-def _checkpoint_after(args: TrainingArguments, state: TrainerState) -> Path:
-    """Folder of the checkpoint after the present step."""
-    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
-
-
-class _Seal(TrainerCallback):
-    """Seals every checkpoint once all of its files are written; only then do older ones go."""
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        gathered(None)  # every process has written its random state
-        from_first(partial(self._seal, _checkpoint_after(args, state)))
-
-    def _seal(self, checkpoint: Path) -> None:
-        with whole_or_gone(checkpoint):
-            seal(checkpoint)
-        drop_older(checkpoint.parent, KEPT_CHECKPOINTS)
 
 
 class _Progress(TrainerCallback):

@@ -190,7 +190,7 @@ def test_an_older_checkpoint_goes_when_the_new_one_is_sealed(tmp_path, monkeypat
         seen.append({entry.name for entry in path.parent.glob("checkpoint-*")})
         seal(path)
 
-    monkeypatch.setattr("harness.train.seal", watched)
+    monkeypatch.setattr("harness.checkpoints.seal", watched)
     fit(lora(), tmp_path, SHORT)
     assert seen[-1] == {"checkpoint-1", "checkpoint-2", "checkpoint-3"}
     assert {entry.name for entry in tmp_path.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-3"}

@@ -1,19 +1,16 @@
 """Scores of a model: prompts, averages, bad input; without a network and without a trace."""
 
-import contextlib
 import math
 import random
 import statistics
 from types import SimpleNamespace
 
-import datasets
 import pytest
 import torch
 from conftest import make_tiny_llama, make_tokenizer, sentence, write_rows
 
 from harness import evaluate as evaluate_module
 from harness import microworld
-from harness.corpora import texts
 from harness.errors import BadInput
 from harness.evaluate import MICROWORLD_TASKS, check_scoring, check_tasks, evaluate
 from harness.log_likelihood import PromptSharingLM
@@ -221,54 +218,6 @@ def test_a_task_without_accuracy_has_its_first_metric_and_no_part_in_the_average
         assert (average and average["tasks"]) == averaged
 
 
-PROBLEMS = [{"question": f"What is {n} plus 1?", "answer": f"{n} + 1 = {n + 1}\n#### {n + 1}"} for n in range(8)]
-
-
-def test_gsm8k_is_generated_and_its_strict_answer_counts(monkeypatch):
-    """As lm-eval has the task, with its five examples, on a model that says one thing and a data set of our own."""
-    splits = {"train": PROBLEMS[3:], "test": PROBLEMS[:4]}
-    monkeypatch.setattr(
-        datasets, "load_dataset", lambda **_: {name: datasets.Dataset.from_list(rows) for name, rows in splits.items()}
-    )
-    prompts = []
-
-    def generated(self, requests, **_):
-        prompts.extend(request.args[0] for request in requests)
-        return ["it is 1\n#### 1", "#### 2", "it is 3", "nothing"]
-
-    cfg = eval_cfg(["gsm8k"], limit=None)
-    check_tasks(cfg, TOKENIZER, VOCABULARY)
-    with monkeypatch.context() as patched:
-        patched.setattr(PromptSharingLM, "generate_until", generated)
-        score = evaluate(tiny(), TOKENIZER, cfg, None, progress=False)["tasks"]["gsm8k"]
-    assert all(prompt.count("Question:") == 6 and prompt.endswith("Answer:") for prompt in prompts)
-    assert (score["metric"], score["filter"], score["value"]) == ("exact_match", "strict-match", 0.5)
-    assert score["by_filter"] == {"strict-match": 0.5, "flexible-extract": 0.75}
-    assert score["stderr"] == pytest.approx(math.sqrt(0.25 / 3))
-    with pytest.raises(BadInput, match=r"eval.tasks=gsm8k: answers of up to 256 tokens; .* the 128 positions"):
-        check_scoring(tiny(), TOKENIZER, cfg)
-    roomy = tiny(max_position_embeddings=512)
-    check_scoring(roomy, TOKENIZER, cfg)
-    wordless = evaluate(roomy, TOKENIZER, cfg, None, progress=False)["tasks"]["gsm8k"]  # really generated
-    assert wordless["value"] == 0 and wordless["n"] == 4
-
-
-def test_stock_tasks_from_the_hub_score_as_from_a_folder(data_root, monkeypatch):
-    """lm-eval's own loading, of a data set of the Hub that is patched in."""
-    of_path = {"super_glue": "boolq", "openbookqa": "openbookqa", "allenai/openbookqa": "openbookqa"}
-
-    def load_dataset(path, name=None, **_):
-        task = of_path[path.rpartition("aps/")[2]]
-        return dict.fromkeys(("train", "validation", "test"), datasets.Dataset.from_list(items(task)))
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    tasks = ["boolq", "openbookqa"]
-    from_hub, from_folder = (
-        evaluate(tiny(), TOKENIZER, eval_cfg(tasks, root), None, progress=False) for root in (None, data_root)
-    )
-    assert from_hub == from_folder
-
-
 def test_items_that_can_be_half_right_are_not_listed():
     samples = [{"doc_id": 1, "acc": 1.0}, {"doc_id": 0, "acc": False}, {"doc_id": 2, "f1": 0.5}]
     assert evaluate_module._correct(samples) == {"correct": "01"}
@@ -348,48 +297,6 @@ def test_a_token_that_the_model_does_not_know_is_named(tmp_path):
     line = f"model.path: token {known} ('zebra') occurs in eval.tasks; "
     assert refused(eval_cfg(["rte"], tmp_path), tokenizer=grown).startswith(line)
     check(eval_cfg(["rte", "microworld_rte"], tmp_path, limit=4), tokenizer=grown)
-
-
-# ---- the Hub
-
-
-def test_what_is_scored_is_kept_and_what_is_trained_on_is_streamed(monkeypatch):
-    import datasets
-
-    streamed = {}
-
-    def load(name, config, *, streaming, **_):
-        streamed[name] = streaming
-        return iter([{"text": "a"}])
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    assert [list(texts(source)) for source in ("c4", "wikitext", "some/set:part")] == [["a"]] * 3
-    assert streamed == {"allenai/c4": True, "Salesforce/wikitext": False, "some/set": True}
-
-
-def test_code_from_the_hub_and_from_the_model_is_not_run(monkeypatch):
-    import evaluate as metrics
-
-    own = metrics.load
-    index = SimpleNamespace(task_index={"odd": 1})  # stands in for lm-eval's of ten thousand tasks
-    monkeypatch.setattr(evaluate_module, "_task_manager", lambda every: index)
-
-    def load(names):
-        metrics.load("rouge").compute()
-
-    def quiet(names):
-        with contextlib.suppress(AttributeError):  # as lm-eval itself does
-            metrics.load("rouge").compute()
-        return {"tasks": {}}
-
-    for index.load in (load, quiet):
-        line = "eval.tasks=odd: runs the code of a metric from the Hub (rouge), which is never run here"
-        assert refused(eval_cfg(["odd"])) == line
-    assert "eval.tasks: unknown task 'bolq'; must be a task of lm-eval, or one of micro" in refused(eval_cfg(["bolq"]))
-    index.load = lambda names: {"tasks": {"odd_2": SimpleNamespace(UNSAFE_CODE=True)}}
-    line = "eval.tasks=odd: odd_2 runs code that the model writes, which is never run here"
-    assert refused(eval_cfg(["odd"])) == line
-    assert metrics.load is own
 
 
 # ---- before the training

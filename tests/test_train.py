@@ -94,7 +94,7 @@ def kill_at_the_last_checkpoint(method, directory, monkeypatch, cfg=RECIPE):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("harness.train.seal", dying)
+        patch.setattr("harness.checkpoints.seal", dying)
         fit(method, directory, cfg)
 
 
