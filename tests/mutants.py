@@ -40,9 +40,11 @@ class Mutant(NamedTuple):
 
 MUTANTS = [
     # The library: gradients, merge, kernels, storage, initialisation, pruning.
-    Mutant("lors/functional.py", "if exact or full < thin:", "if exact or full > thin:", "functional"),
-    Mutant("lors/functional.py", "D.mul_(decode(weight) != 0)", "pass", "functional"),
-    Mutant("lors/functional.py", "gradient.to(dtype).mul_(scaling)", "gradient.to(dtype)", "functional"),
+    Mutant("lors/gradients.py", "r * height * width < wanted", "r * height * width > wanted", "functional"),
+    Mutant("lors/gradients.py", "mask_(P := G.t() @ X, weight)", "P = G.t() @ X", "functional"),
+    Mutant("lors/gradients.py", "gradient.to(dtype).mul_(scaling)", "gradient.to(dtype)", "functional"),
+    Mutant("lors/gradients.py", "root.square(), alpha=-1)", "root.square(), alpha=1)", "gradients"),
+    Mutant("lors/kernels/native.c", "W[j] != 0.0f);", "W[j] == 0.0f);", "kernels"),
     Mutant("lors/kernels/eager.py", "masked_(scratch, W.bool())", "scratch", "kernels"),
     Mutant("lors/kernels/native.c", "0x7fff + ((bits >> 16) & 1)", "0x8000", "kernels"),
     Mutant("lors/kernels/layout.py", "(-1, per_byte)) << shifts)", "(-1, per_byte)) << shifts.flip(0))", "kernels"),
@@ -52,6 +54,7 @@ MUTANTS = [
     Mutant("lors/pruning/wanda.py", "norms.to(exact).sqrt()", "norms.to(exact)", "pruners"),
     Mutant("lors/pruning/sparsegpt.py", "W[:, stop:] -= error", "W[:, stop:] += error", "sparsegpt"),
     Mutant("lors/pruning/walk.py", "sums[name].add_(part) if name in sums else part", "part", "prune_walk"),
+    Mutant("lors/pruning/owl.py", "sparsity - sparsity_range *", "sparsity + sparsity_range *", "owl"),
     # The methods: a sign, a scale or a transposition each.
     Mutant("baselines/spp.py", "* c.squeeze(1)).mul_(scaling)", "* c.squeeze(1))", "spp"),
     Mutant("baselines/sqft.py", "((B @ A) * (weight != 0))", "(B @ A)", "sqft contract"),
@@ -60,13 +63,21 @@ MUTANTS = [
     Mutant("baselines/geolora.py", "= (new_V.t() @ L).t()", "= -(new_V.t() @ L).t()", "geolora"),
     Mutant("baselines/lora_rite.py", "b1 * (M @ P.mT)", "b1 * (M @ P)", "lora_rite"),
     Mutant("baselines/gelora.py", "max(after - before, 0)", "max(before - after, 0)", "gelora"),
+    Mutant(
+        "baselines/scale_lora.py",
+        "self._product(name, weight.dtype).sub_(1)",
+        "self._product(name, weight.dtype)",
+        "scale_lora",
+    ),
+    Mutant("baselines/reconstruct.py", "output.to(precise) - target", "output.to(precise) + target", "reconstruct"),
     # The harness: what is trained, measured, scored, stored.
     Mutant("harness/recipe.py", 'reduction="sum") / targets', 'reduction="mean")', "train"),
     Mutant("harness/deferred_head.py", "dZ.new_full(y.shape, -1.0)", "dZ.new_full(y.shape, 0.0)", "deferred_head"),
     Mutant("harness/evaluate.py", "scores.pop(gold) - max(scores)", "scores.pop(gold) - min(scores)", "evaluate"),
     Mutant("harness/perplexity.py", "mean = math.fsum(loss * weight", "mean = math.fsum(loss", "evaluate"),
     Mutant("harness/perplexity.py", "z[:-1].float(), y[1:]", "z[1:].float(), y[:-1]", "log_likelihood"),
-    Mutant("harness/log_likelihood.py", "< lengths[:, None]", "<= lengths[:, None]", "log_likelihood"),
+    Mutant("harness/log_likelihood.py", "(parts[:, None, :] == 1)", "(parts[:, None, :] >= 1)", "log_likelihood"),
+    Mutant("harness/evaluate.py", "for key in reversed(metrics)", "for key in metrics", "hub_tasks"),
     Mutant("harness/identity.py", "or value != ABSENT[key]", "or True", "identity"),
     Mutant("harness/sealed_folder.py", "or found[name] != sealed[name]", "", "sealed_folder"),
     Mutant("harness/meter.py", "for step in self.steps if not step.warmup]", "for step in self.steps]", "meter"),
