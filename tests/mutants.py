@@ -44,7 +44,7 @@ MUTANTS = [
     Mutant("lors/gradients.py", "mask_(P := G.t() @ X, weight)", "P = G.t() @ X", "functional"),
     Mutant("lors/gradients.py", "gradient.to(dtype).mul_(scaling)", "gradient.to(dtype)", "functional"),
     Mutant("lors/gradients.py", "root.square(), alpha=-1)", "root.square(), alpha=1)", "gradients"),
-    Mutant("lors/kernels/native.c", "W[j] != 0.0f);", "W[j] == 0.0f);", "kernels"),
+    Mutant("lors/kernels/eager.py", "masked_(D[start:stop], M)", "masked_(D[start:stop], ~M)", "kernels"),
     Mutant("lors/kernels/eager.py", "masked_(scratch, W.bool())", "scratch", "kernels"),
     Mutant("lors/kernels/native.c", "0x7fff + ((bits >> 16) & 1)", "0x8000", "kernels"),
     Mutant("lors/kernels/layout.py", "(-1, per_byte)) << shifts)", "(-1, per_byte)) << shifts.flip(0))", "kernels"),
