@@ -77,7 +77,7 @@ MUTANTS = [
     Mutant("harness/perplexity.py", "mean = math.fsum(loss * weight", "mean = math.fsum(loss", "evaluate"),
     Mutant("harness/perplexity.py", "z[:-1].float(), y[1:]", "z[1:].float(), y[:-1]", "log_likelihood"),
     Mutant("harness/log_likelihood.py", "(parts[:, None, :] == 1)", "(parts[:, None, :] >= 1)", "log_likelihood"),
-    Mutant("harness/evaluate.py", "for key in reversed(metrics)", "for key in metrics", "hub_tasks"),
+    Mutant("harness/evaluate.py", "metrics[0])", "metrics[-1])", "hub_tasks"),
     Mutant("harness/identity.py", "or value != ABSENT[key]", "or True", "identity"),
     Mutant("harness/sealed_folder.py", "or found[name] != sealed[name]", "", "sealed_folder"),
     Mutant("harness/meter.py", "for step in self.steps if not step.warmup]", "for step in self.steps]", "meter"),
