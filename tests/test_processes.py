@@ -14,7 +14,7 @@ import pandas as pd
 import process_checks
 import pytest
 from conftest import compose_config
-from contract import TRAINED, R
+from contract import TRAINED, R, method_of
 from test_distributed import Results, pair, results  # noqa: F401  (fixtures)
 
 from harness.bench import processes
@@ -32,10 +32,15 @@ ROOT = Path(__file__).parents[1]
 EXACT = ("step", "lr", "tokens")
 
 
-def assert_same_steps(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+def assert_same_steps(found: list[dict[str, Any]], expected: list[dict[str, Any]], sampled: bool = False) -> None:
     assert [[line[name] for name in EXACT] for line in found] == [[line[name] for name in EXACT] for line in expected]
-    for name in ("loss", "grad_norm"):
-        assert [line[name] for line in found] == pytest.approx([line[name] for line in expected], rel=2e-3, abs=1e-5)
+    for name, rel in (("loss", 1e-2 if sampled else 2e-3), ("grad_norm", 0.5 if sampled else 2e-3)):
+        assert [line[name] for line in found] == pytest.approx([line[name] for line in expected], rel=rel, abs=1e-5)
+
+
+def is_sampled(name: str) -> bool:
+    """Whether tokens are drawn for the gradients: then each process draws among its own, and no two numbers agree."""
+    return getattr(method_of(name).peft, "gradient", None) == "sampled"
 
 
 # ---- a training
@@ -44,10 +49,10 @@ def assert_same_steps(found: list[dict[str, Any]], expected: list[dict[str, Any]
 @pytest.mark.parametrize("name", TRAINED)
 def test_two_processes_train_as_one(results: Results, name: str, tmp_path: Path) -> None:  # noqa: F811
     """Over epochs that end within a batch, with micro-batches of unequal numbers of targets."""
-    alone = process_checks.training(name, tmp_path)
+    alone, sampled = process_checks.training(name, tmp_path), is_sampled(name)
     for found in results(f"training of {name}"):
-        assert_same_steps(found["history"], alone["history"])
-        assert found["weights"] == pytest.approx(alone["weights"], rel=1e-4)
+        assert_same_steps(found["history"], alone["history"], sampled)
+        assert found["weights"] == pytest.approx(alone["weights"], rel=1e-2 if sampled else 1e-4)
 
 
 def test_a_training_of_two_processes_is_continued_by_one(results: Results, pair: Path, tmp_path: Path) -> None:  # noqa: F811
@@ -64,15 +69,15 @@ def test_a_training_of_two_processes_is_continued_by_one(results: Results, pair:
 @pytest.mark.parametrize("name", process_checks.SHARDED)
 def test_two_processes_that_share_the_weights_train_as_one(results: Results, name: str, tmp_path: Path) -> None:  # noqa: F811
     """FSDP2, and again from a checkpoint, in whose place one process would go on too."""
-    alone = process_checks.training(name, tmp_path)
+    alone, sampled = process_checks.training(name, tmp_path), is_sampled(name)
     for rank, found in enumerate(results(f"sharded training of {name}")):
         # Of a bare model only the first process has a use for the trained weights.
-        weights = found["before"] if rank and name == "full" else alone["weights"]
+        weights = found["before"] if rank and method_of(name).peft is None else alone["weights"]
         assert found["sharded"] and found["untouched"]
         assert found["share"] == pytest.approx(0.5, abs=0.05)
         for attempt in ("at once", "continued"):
-            assert_same_steps(found[attempt]["history"], alone["history"])
-            assert found[attempt]["weights"] == pytest.approx(weights, rel=1e-4)
+            assert_same_steps(found[attempt]["history"], alone["history"], sampled)
+            assert found[attempt]["weights"] == pytest.approx(weights, rel=1e-2 if sampled else 1e-4)
 
 
 def test_these_methods_can_be_sharded() -> None:
