@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from harness import processes
+from harness.artifacts import Artifacts
 from harness.bfloat16_products import bfloat16_products
 from harness.config import resolve
 from harness.deferred_head import deferred_by
@@ -35,7 +36,6 @@ from harness.errors import BadInput, one_line
 from harness.evaluate import check_scoring, evaluate
 from harness.files import check_writable
 from harness.flops import count_inference_flops
-from harness.folders import Folders
 from harness.inputs import Inputs, read_inputs
 from harness.live_memory import forward_memory
 from harness.log_file import logged
@@ -158,7 +158,7 @@ class Job:
 
     Attributes:
         result: The content of ``result.json`` as far as it is known.
-        folders: What the run leaves besides it.
+        artifacts: The folders that the run leaves besides it.
     """
 
     def __init__(
@@ -169,7 +169,7 @@ class Job:
         self.inputs = inputs
         self.store = store
         self.result = result
-        self.folders = Folders(cfg, store, inputs.tokenizer, result)
+        self.artifacts = Artifacts(cfg, store, inputs.tokenizer, result)
         self.phase = Phases(default_device())
         result["time"]["phases"] = self.phase.seconds
 
@@ -204,7 +204,7 @@ class Job:
         seen = {"config": self.store.key, "support": result["support"]}
         processes.agree(seen | {"model": checksum(model)} if processes.count() > 1 else {})
         if cfg.save_base:
-            self.folders.add_base(model)
+            self.artifacts.add_base(model)
         if cfg.mode == "run":
             check_scoring(placed(model, cfg), inputs.tokenizer, cfg.eval)
             if cfg.eval.baselines:
@@ -220,7 +220,7 @@ class Job:
             peaks = {name: result["memory"][name] for name in ("init_peak", "train_peak", "eval_peak", "reserved_peak")}
             of_all = gathered(peaks | {"process_rss_peak": process_rss_peak()})
             result["memory"]["by_process"] = of_all
-        from_first(self.folders.write_cards)
+        from_first(self.artifacts.write_cards)
 
     def _fine_tune(self, model: PreTrainedModel) -> nn.Module:
         """Initialise the adapter, measure one step apart, train; gives the trained model, whole."""
@@ -280,7 +280,7 @@ class Job:
         if (folder / "trackers").exists():
             result["artifacts"]["trackers"] = "trackers"
         if isinstance(adapted, PeftModel):
-            self.folders.add_adapter(adapted)
+            self.artifacts.add_adapter(adapted)
         return adapted
 
     def _set_up(self, model: PreTrainedModel, batches: list[Mapping[str, Tensor]]) -> nn.Module:
@@ -317,11 +317,11 @@ class Job:
             else:
                 model, found = finished()
                 if saved:
-                    from_first(partial(self.folders.save, model, saved))
+                    from_first(partial(self.artifacts.save, model, saved))
             model = placed(model, cfg)
             row |= {"end_state": variant, **found, "eval": None}
             if saved:
-                self.folders.note_merged(variant)
+                self.artifacts.note_merged(variant)
             if first:
                 result["flops"]["inference"] = count_inference_flops(model, inputs.longest)
                 if model.device.type == "cpu":
@@ -369,7 +369,7 @@ class Job:
 
         def make() -> tuple[str, dict[str, Any]]:
             model, found = finished()
-            return str(self.folders.save(model, name)), found
+            return str(self.artifacts.save(model, name)), found
 
         folder, found = from_first(make)
         options = {"dtype": base_format(self.cfg), "device": home(self.cfg), **self.inputs.source.options}
