@@ -69,19 +69,19 @@ def against_lora(groups: list[Group], mix: bool) -> Iterator[Drawn]:
         for quantity, (title, measure, sign, unit) in DISTANCES.items():
             samples = dict(enumerate(line.sample(measure) for line in lines))
             pairs = {place: reference_of(line, lines) for place, line in enumerate(lines)}
-            pairs = {a: b for a, b in pairs.items() if b not in (a, None) and samples[a].n and samples[b].n}
+            seeds = {a: samples[a].values.keys() & samples[b].values.keys() for a, b in pairs.items() if b is not None}
+            pairs = {a: b for a, b in pairs.items() if a != b and seeds.get(a)}
             name = f"{quantity}_against_lora_{slug(title_of(group))}"
             if not pairs:
-                yield name, "needs the scores of LoRA and of another method with the same settings"
+                yield name, "needs the scores of LoRA and of another method with the same settings and seeds"
                 continue
             drawn = [lines[place] for place in pairs]
             figure, axes, rows = _rows([line.label for line in drawn])
             for row, style, (a, b) in zip(rows, styles_of(drawn), pairs.items(), strict=True):
                 found = between(a, b, samples, {place: line.pool for place, line in enumerate(lines)})
                 error = found.error if found else paired_item_error(samples[a], samples[b])
-                seeds = samples[a].values.keys() & samples[b].values.keys()
-                distance = sign * np.mean([samples[a].values[seed] - samples[b].values[seed] for seed in seeds])
-                curve(axes, style, [distance], [row], error_x=[error])
+                distance = np.mean([samples[a].values[seed] - samples[b].values[seed] for seed in seeds[a]])
+                curve(axes, style, [sign * distance], [row], error_x=[error])
             axes.axvline(0, color=style_of("lora", "adapter").colour, zorder=1)
             axes.set_xlabel(f"better than LoRA by ({unit})")
             note = f"0 is LoRA with its adapter, not merged. Mean of {_seeds(drawn)}. Bar: standard error of the "

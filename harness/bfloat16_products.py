@@ -1,8 +1,8 @@
 """Matrix products of bfloat16 on a CPU that cannot make them: in float32, rounded to bfloat16.
 
-Where oneDNN has no bfloat16 (x86 without AVX-512, which most laptops lack) PyTorch multiplies in plain loops: a linear
-layer of 2048 x 2048 took 0.8 s forward and 32 s backward for 1,024 tokens, on a core that needs 0.1 s in float32. The
-numbers are those that the hardware would give: factors in bfloat16, sums in float32, one rounding.
+Where oneDNN has no bfloat16 (x86 without AVX-512, which most laptops lack) PyTorch multiplies in plain loops, far more
+slowly than in float32. The numbers here are those that the hardware would give: factors in bfloat16, sums in float32,
+one rounding.
 """
 
 from __future__ import annotations

@@ -140,6 +140,15 @@ def test_of_one_seed_the_bar_is_the_error_over_the_items(tmp_path):
     assert "Mean of 1 seed." in caption_of(figure)[1]
 
 
+def test_no_distance_between_runs_of_different_seeds(tmp_path):
+    """Of several methods those that share a seed with LoRA are drawn."""
+    write(tmp_path, result("lora", accuracy=0.7, sparsity=0.5, seed=0), result("lors", sparsity=0.5, seed=1))
+    name = "accuracy_against_lora_microworld_wanda_0.5"
+    assert "needs the scores of LoRA" in drawn("against_lora", tmp_path)[name]
+    write(tmp_path, result("spp", accuracy=0.8, sparsity=0.5, seed=0))
+    assert lines_in(drawn("against_lora", tmp_path)[name].axes[0])["SPP"][0] == [pytest.approx(10)]
+
+
 def test_what_was_pruned_after_its_fine_tuning_is_no_dense_control(tmp_path):
     last = result("lors", accuracy=0.5, config={"prune.when": "after"})
     write(tmp_path, last, result("lors"), result("lors", pruner="none", sparsity=0.0, accuracy=0.82))

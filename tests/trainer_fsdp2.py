@@ -1,4 +1,4 @@
-"""A LoRS training by the Trainer's own FSDP2, beside the same one unsharded; started by torchrun in `test_sharding`.
+"""A LoRS training by the Trainer's own FSDP2, started by torchrun in `test_sharding`, and the same one unsharded.
 
 Writes what it found as JSON into the file that is named.
 """
@@ -45,7 +45,7 @@ def train(folder: str, processes: int, **options) -> tuple[nn.Module, list[float
 
 
 def main(output: Path, processes: int) -> None:
-    """Sharded, then in the first process alone."""
+    """Shared out among the processes of torchrun."""
     with tempfile.TemporaryDirectory() as folder:
         model, losses = train(folder, processes, fsdp=True, fsdp_config={"version": 2})
         parameters = list(model.parameters())
