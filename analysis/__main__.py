@@ -3,7 +3,21 @@
 import argparse
 import sys
 
-from analysis import agreement, bench, claims, compare, margins, pack, plots, rates, report, simulated, tables, unpack
+from analysis import (
+    agreement,
+    bench,
+    claims,
+    compare,
+    gap,
+    margins,
+    pack,
+    plots,
+    rates,
+    report,
+    simulated,
+    tables,
+    unpack,
+)
 
 # A command is a module: the first line of its text is its help, `add_arguments(parser)` declares what it takes, and
 # `run(options)` returns the exit code. A ValueError is bad input: one line, exit code 2.
@@ -12,6 +26,7 @@ COMMANDS = {
     "bench": bench,
     "claims": claims,
     "compare": compare,
+    "gap": gap,
     "lr": rates,
     "margins": margins,
     "pack": pack,

@@ -51,7 +51,7 @@ from numpy.polynomial.legendre import leggauss
 from scipy import special, stats
 
 __all__ = ["ALPHA", "CONDITION", "Difference", "Sample", "best", "best_range", "between", "difference", "differences"]
-__all__ += ["p_value", "paired_item_error", "pareto_front", "pooled"]
+__all__ += ["holm", "p_value", "paired_item_error", "pareto_front", "pooled"]
 
 ALPHA = 0.05
 CONDITION = "conditional on one pruned checkpoint and on learning rates from one search seed"
@@ -186,11 +186,16 @@ def differences(samples: Mapping[Key, Sample], pools: Pools | None = None) -> di
     """All pairs of a table that can be compared, in the order of the rows, corrected by Holm; see `between`."""
     of_pairs = {(a, b): between(a, b, samples, pools) for a, b in combinations(samples, 2)}
     found = {pair: one for pair, one in of_pairs.items() if one is not None}
-    p, holm = 0.0, {}
-    for left, pair in enumerate(sorted(found, key=lambda pair: found[pair].p)):
-        p = max(p, min(1.0, (len(found) - left) * found[pair].p))
-        holm[pair] = p
-    return {pair: replace(one, holm=holm[pair]) for pair, one in found.items()}
+    corrected = holm([one.p for one in found.values()])
+    return {pair: replace(one, holm=p) for (pair, one), p in zip(found.items(), corrected, strict=True)}
+
+
+def holm(of_pairs: Sequence[float]) -> list[float]:
+    """p values corrected for all of them (Holm, Scandinavian Journal of Statistics 6, 1979), in their order."""
+    p, corrected = 0.0, [1.0] * len(of_pairs)
+    for rank, place in enumerate(np.argsort(of_pairs, kind="stable")):
+        corrected[place] = p = max(p, min(1.0, (len(of_pairs) - rank) * of_pairs[place]))
+    return corrected
 
 
 def best(samples: Mapping[Key, Sample], *, higher: bool, pools: Pools | None = None) -> Key | None:
