@@ -1,16 +1,19 @@
-"""Plots of cost: against sequence length and rank, and against accuracy with the methods that no other one beats."""
+"""Plots of cost: against sequence length and rank, and of accuracy against cost: the methods that no other one beats,
+and each method with more compute, data or memory."""
 
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
+from operator import itemgetter
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis.columns import memory_unit
-from analysis.figures import Label, curve, finish, label_at_the_right, new_figure
-from analysis.groups import Group, check_one_machine
+from analysis.figures import Label, curve, finish, label_at_the_right, new_figure, plain_ticks
+from analysis.groups import CHOICES, Group, check_one_machine, text_of, within
 from analysis.lines import Line, lines_of, told_apart
 from analysis.measures import ACCURACY, Measure, number
 from analysis.notes import settings as words_of
@@ -19,11 +22,21 @@ from analysis.quality_plots import Drawn, about_accuracy, about_seeds, of_runs, 
 from analysis.statistics import pareto_front
 from analysis.style import name_of, order_of
 
-__all__ = ["LENGTH", "RANK", "cost_against", "pareto"]
+__all__ = ["LENGTH", "RANK", "budget", "cost_against", "pareto"]
 
 LENGTH, RANK = "train.sequence_length", "adapter.r"
 HEADERS = {LENGTH: "sequence length (tokens)", RANK: "rank"}
 FRONT = "#BBBBBB"
+# What is varied for more of it, how much of it a run took, and what the axis says.
+BUDGETS = {
+    "compute": (
+        "train.steps",
+        Measure(lambda row: row.flops * row.config["train"]["steps"] / 1e12),
+        "training (TFLOP)",
+    ),
+    "data": ("data.limit", Measure(lambda row: row.config["data"]["limit"] or np.nan), "rows of training data"),
+    "memory": (RANK, Measure(lambda row: row.train_peak / 2**20), "memory (MiB)"),
+}
 
 
 def _cost(name: str, rows: pd.DataFrame) -> tuple[Measure, str]:
@@ -128,3 +141,57 @@ def pareto(name: str, groups: list[Group], mix: bool) -> Iterator[Drawn]:
         note = f"{about_seeds(lines)} {about_accuracy(group.runs)} Grey steps: no method that keeps the zeros is "
         note += "better at this cost or less. Hollow: masked again, or with zeros lost."
         yield plot, finish(figure, f"Accuracy against {label.partition(' (')[0]}: {title_of(group)}", note)
+
+
+def budget(name: str, groups: list[Group], mix: bool) -> Iterator[Drawn]:
+    """Accuracy of each method with more of one of `BUDGETS`, the recipe otherwise the same."""
+    key, measure, label = BUDGETS[name]
+    kind = f"accuracy_by_{name}"
+    figures: dict[str, list[Line]] = defaultdict(list)
+    for group in of_runs(groups):
+        for line in lines_of(group, controls=False):
+            settings = {**group.protocol, **line.choices}
+            if settings.get(key) is not None and line.end_state != "dense" and line.sample(ACCURACY).n:
+                figures[_shared(group, settings, key, "").removeprefix("run, ")].append(line)
+    drawn = 0
+    for shared, lines in sorted(figures.items()):
+        series: dict[tuple[str, str], list[Line]] = defaultdict(list)
+        for line in lines:
+            chosen = within(line.rows["values"].iloc[0], CHOICES)  # those of a line are among what its table has
+            series[line.label, text_of({name: chosen[name] for name in chosen if not _varied(name, key)})].append(line)
+        curves = [of_one for of_one in series.values() if len(of_one) > 1]
+        if curves:
+            drawn += 1
+            if not mix:
+                check_one_machine(pd.concat([line.rows for of_one in curves for line in of_one]))
+            figure = _budget_figure(curves, measure, label, key)
+            note = f"{about_seeds(line for of_one in curves for line in of_one)} {about_accuracy(curves[0][0].rows)}"
+            yield f"{kind}_{slug(shared)}", finish(figure, f"Accuracy by {name}: {shared}", note)
+    if not drawn:
+        yield kind, f"needs scored runs with two or more values of {key}"
+
+
+def _budget_figure(curves: list[list[Line]], measure: Measure, label: str, key: str) -> Figure:
+    figure, (axes,) = new_figure(height=2.8)
+    axes.set_xscale("log")
+    labels = []
+    first = [of_one[0] for of_one in curves]
+    first = [
+        replace(line, choices={name: line.choices[name] for name in line.choices if not _varied(name, key)})
+        for line in first
+    ]
+    first = [replace(line, label=f"{line.label}{told_apart(line, first)}") for line in first]
+    for style, of_one in zip(styles_of(first), curves, strict=True):
+        points = sorted(((line.sample(measure).mean, line.sample(ACCURACY)) for line in of_one), key=itemgetter(0))
+        x, gains = zip(*points, strict=True)
+        curve(axes, style, x, [gain.mean for gain in gains], [gain.std for gain in gains])
+        labels.append(Label(style.name, x[-1], gains[-1].mean, style.colour))
+    axes.set(xlabel=label, ylabel="average accuracy (%)")
+    plain_ticks(axes.xaxis)
+    label_at_the_right(axes, labels, letters=24)
+    return figure
+
+
+def _varied(name: str, key: str) -> bool:
+    """Whether a choice is the one that is varied, or goes with it, as alpha does with the rank."""
+    return name == key or (key == RANK and name.rpartition(".")[2] in ("r", "alpha", "lora_alpha"))

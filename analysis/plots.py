@@ -24,6 +24,9 @@ KINDS: dict[str, Callable[[list[Group], bool], Iterator[Drawn]]] = {
     "against_lora": quality_plots.against_lora,
     "pareto_memory": partial(cost_plots.pareto, "memory"),
     "pareto_time": partial(cost_plots.pareto, "time"),
+    "accuracy_by_compute": partial(cost_plots.budget, "compute"),
+    "accuracy_by_data": partial(cost_plots.budget, "data"),
+    "accuracy_by_memory": partial(cost_plots.budget, "memory"),
     "cost_by_sequence_length": partial(cost_plots.cost_against, cost_plots.LENGTH, cost_plots.RANK),
     "cost_by_rank": partial(cost_plots.cost_against, cost_plots.RANK, cost_plots.LENGTH),
 }

@@ -235,6 +235,39 @@ def test_files_are_one_column_wide_and_the_same_every_time(sweep, tmp_path, caps
 
 
 @pytest.fixture(scope="module")
+def budgets(tmp_path_factory):
+    """Two methods with more steps, more data, and larger ranks of a fixed scale alpha / r; SPP has one rank."""
+    folder = tmp_path_factory.mktemp("budgets")
+    for method, plus in (("lora", 0.0), ("spp", 0.01)):
+        for steps in (300, 600):
+            add(folder, method, 0.6 + steps / 1e4 + plus, **{"train.steps": steps})
+        for rows in (100, 400):
+            add(folder, method, 0.6 + rows / 1e4 + plus, **{"data.limit": rows})
+    for rank in (32, 64):
+        for_memory = {"adapter.r": rank, "method.peft.r": rank, "adapter.alpha": rank}
+        add(folder, "lora", 0.7, train_peak=(100 + rank) * MEBIBYTE, **for_memory)
+    return folder
+
+
+def add(folder, method, accuracy, train_peak=100 * MEBIBYTE, **config):
+    states = ("adapter", "remasked", "dense") if method == "lora" else ("merged",)
+    write(folder, result(method, accuracy=accuracy, train_peak=train_peak, states=states, config=config))
+
+
+def test_accuracy_by_compute_data_and_memory_has_a_curve_for_what_was_varied_alone(budgets):
+    lora = ("LoRA, with adapter", "LoRA, re-masked")
+    figures = {kind: drawn(f"accuracy_by_{kind}", budgets) for kind in ("compute", "data", "memory")}
+    (compute,), (data,), (memory,) = ([f for f in of.values() if not isinstance(f, str)] for of in figures.values())
+    points = ([0.3, 0.6], [63, 66])
+    assert lines_in(compute.axes[0]) == {**dict.fromkeys(lora, points), "SPP": (points[0], [64, 67])}
+    points = ([100, 400], [61, 64])
+    assert lines_in(data.axes[0]) == {**dict.fromkeys(lora, points), "SPP": (points[0], [62, 65])}
+    points = ([100, 132, 164], [63, 70, 70])
+    assert lines_in(memory.axes[0]) == dict.fromkeys(lora, points)
+    assert memory.axes[0].get_xlabel() == "memory (MiB)" and compute.axes[0].get_xlabel() == "training (TFLOP)"
+
+
+@pytest.fixture(scope="module")
 def long_names(tmp_path_factory):
     """Rows that differ in several options have names as wide as the figure."""
     folder = tmp_path_factory.mktemp("long")
@@ -246,11 +279,16 @@ def long_names(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", plots.KINDS)
-def test_everything_is_readable_inside_of_the_figure_and_no_label_is_on_another(sweep, efficiency, long_names, kind):
+def test_everything_is_readable_inside_of_the_figure_and_no_label_is_on_another(
+    sweep, efficiency, budgets, long_names, kind
+):
     from matplotlib.text import Text
 
     found = [
-        f for folder in (sweep, efficiency, long_names) for f in drawn(kind, folder).values() if not isinstance(f, str)
+        f
+        for folder in (sweep, efficiency, budgets, long_names)
+        for f in drawn(kind, folder).values()
+        if not isinstance(f, str)
     ]
     assert found
     for figure in (found[0], found[-1]):
