@@ -13,6 +13,9 @@ __all__ = ["COSTS", "SCORES", "Claim", "Side", "name_of", "read_claims"]
 
 CLAIMS = Path(__file__).parent / "published" / "claims.yaml"
 RELATIONS = {"at least": "≥", "at most": "≤", "equal": "="}
+# The options of LoRS as it was published, which go without saying.
+PUBLISHED = {"init": "gradient", "scaling": "rank_stabilized", "exact_gradient": False, "gradient": "straight_through"}
+PUBLISHED |= {"gradient_until": 1.0}
 # Scores, and the unit of their tolerance.
 SCORES = {"accuracy": (ACCURACY, "points"), "heldout_loss": (HELDOUT_LOSS, "nats")}
 # Of a cost: the columns of its low and high end. Its tolerance is a share of the other side.
@@ -86,8 +89,8 @@ class Claim(BaseModel):
 def name_of(side: Side) -> str:
     """A side in words: the method, its end state or pruner, and the options that set it apart."""
     options = [str(side[key]) for key in ("pruner", "end_state") if key in side]
-    options += ["init=kaiming"] if side.get("method.peft.init") == "kaiming" else []
-    options += ["keep_zeros=false"] if side.get("method.peft.keep_zeros") is False else []
+    names = {key: key.rpartition(".")[2] for key in side if key.startswith("method.peft.")}
+    options += [f"{name}={str(side[key]).lower()}" for key, name in names.items() if side[key] != PUBLISHED.get(name)]
     return side["method"] + (f"[{', '.join(options)}]" if options else "")
 
 

@@ -35,6 +35,7 @@ from analysis.groups import (
 )
 from analysis.results import CONTROLS, MACHINE
 from analysis.statistics import ALPHA, Sample, difference
+from harness.identity import ABSENT
 
 __all__ = ["FAILS", "HOLDS", "OPEN", "Evidence", "evidence", "prepared", "rows_of"]
 
@@ -99,8 +100,8 @@ def rows_of(claim: Claim, rows: pd.DataFrame) -> list[pd.DataFrame]:
 
 def _filtered(rows: pd.DataFrame, side: Side) -> pd.DataFrame:
     for key, wanted in side.items():
-        column = rows[key] if key in rows else rows["values"].map(lambda values, key=key: values.get(key))
-        rows = rows[column == wanted]
+        values = [of.get(key, ABSENT.get(key)) for of in rows["values"]]  # a result may be older than an option
+        rows = rows[(rows[key] if key in rows else pd.Series(values, rows.index, dtype=object)) == wanted]
     return rows if "end_state" in side else rows[rows.headline.astype(bool)]
 
 

@@ -185,12 +185,31 @@ def test_one_failing_cell_refutes_and_more_pairs_need_a_clearer_failure(tmp_path
 def test_the_claims_file_is_whole_and_covers_every_paper():
     known = read_claims()
     papers = " ".join(claim.paper for claim in known)
-    names = "LoRS SPP SQFT Wanda SparseGPT Flat-LoRA GeLoRA GeoLoRA LoRA-Mini LoRA-RITE MoRA RM-LoRA SHERL SoRA XGBLoRA"
+    names = "LoRS SPP SQFT Wanda SparseGPT Flat-LoRA GeLoRA GeoLoRA LoRA-Mini LoRA-RITE MoRA RM-LoRA SHERL SoRA XGBLoRA "
+    names += "PERP OWL"
     assert all(f"{name} (arXiv" in papers for name in names.split())
     by_id = {claim.id: claim.comparison for claim in known}
     assert by_id["lora-mini-size"] == "lora_mini[keep_zeros=false].trainable ≤ 0.05 × lora.trainable"
     assert by_id["sora-accuracy"] == "sora[adapter, keep_zeros=false].accuracy ≥ lora[adapter].accuracy"
+    assert by_id["ours-mask"] == "lors[init=kaiming, gradient=exact].accuracy ≥ lors[init=kaiming].accuracy"
     assert by_id["lors-memory-lora"] == "lors.train_peak ≤ lora.train_peak, within 2 %"
+
+
+def test_lors_as_published_has_no_mask_in_its_gradients_however_a_result_says_that(tmp_path):
+    """A result that is older than ``gradient`` has none of it, and ``exact_gradient`` says the same of older ones."""
+    straight, exact = "method.peft.gradient", "method.peft.exact_gradient"
+    runs = [
+        *seeds("lors", *LOW),
+        *seeds("lors", *LOW, sparsity=0.7, config={straight: "straight_through"}),
+        *seeds("lors", *HIGH, config={straight: "exact"}),
+        *seeds("lors", *HIGH, config={exact: True}),
+        *seeds("spp", *HIGH),
+        *seeds("spp", *HIGH, sparsity=0.7),
+    ]
+    write(tmp_path, *runs)
+    found = {finding.claim.id: finding for finding in claims.judge_all(load([tmp_path]))}["lors-accuracy-spp"]
+    assert found.verdict == WRONG and found.reason == "fails in 2 of 2"
+    assert {key for pair in found.evidence for key in pair.keys} == {run["key"] for run in [*runs[:6], *runs[12:]]}
 
 
 @pytest.mark.parametrize(
