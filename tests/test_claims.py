@@ -185,8 +185,8 @@ def test_one_failing_cell_refutes_and_more_pairs_need_a_clearer_failure(tmp_path
 def test_the_claims_file_is_whole_and_covers_every_paper():
     known = read_claims()
     papers = " ".join(claim.paper for claim in known)
-    names = "LoRS SPP SQFT Wanda SparseGPT Flat-LoRA GeLoRA GeoLoRA LoRA-Mini LoRA-RITE MoRA RM-LoRA SHERL SoRA XGBLoRA "
-    names += "PERP OWL"
+    names = "LoRS SPP SQFT Wanda SparseGPT Flat-LoRA GeLoRA GeoLoRA LoRA-Mini LoRA-RITE MoRA RM-LoRA SHERL SoRA XGBLoRA"
+    names += " PERP OWL"
     assert all(f"{name} (arXiv" in papers for name in names.split())
     by_id = {claim.id: claim.comparison for claim in known}
     assert by_id["lora-mini-size"] == "lora_mini[keep_zeros=false].trainable ≤ 0.05 × lora.trainable"
