@@ -178,7 +178,11 @@ def _check_quantization(config: dict[str, Any]) -> None:
     if mode == "simulate" and not trains:
         raise BadInput(f"{given} none with mode=simulate method={method['name']}, which simulates the pruning alone")
     if mode == "run" and prune["quantize"] == "gptq" and not needs_calibration(prune["name"]):
-        raise BadInput(f"{given} none or rtn with prune={prune['name']}, which has no calibration text")
+        raise BadInput(f"{given} none, rtn or nf4 with prune={prune['name']}, which has no calibration text")
+    if prune["quantize"] == "nf4" and prune["bits"] != 4:
+        raise BadInput(f"prune.bits={prune['bits']}: must be 4 with prune.quantize=nf4")
+    if prune["quantize"] == "nf4" and (method.get("peft") or {}).get("bits") is not None:
+        raise BadInput(f"{given} rtn or gptq with method.peft.bits, whose grid is one of whole numbers")
     if trains and method.get("peft") is None:
         raise BadInput(f"{given} none with method={method['name']}, which trains the weights themselves")
 

@@ -114,7 +114,7 @@ class Unpruned(Section):
     seed: Seed
     text: Text | None
     when: Literal["before", "after"] = "before"
-    quantize: Literal["none", "rtn", "gptq"] = "none"
+    quantize: Literal["none", "rtn", "gptq", "nf4"] = "none"
     bits: Literal[2, 4, 8] = 4
     group_size: Count = 64
 

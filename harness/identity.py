@@ -44,6 +44,7 @@ VERSIONS: Mapping[str, int] = {
     "prune.sparsegpt": 1,
     "quantize.rtn": 1,
     "quantize.gptq": 1,
+    "quantize.nf4": 1,
     "layerwise.owl": 1,
     "train": 1,
     "measure": 1,  # memory, FLOPs, time

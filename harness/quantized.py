@@ -7,7 +7,7 @@ from torch import nn
 
 from lors.blocks import decoder_linears
 from lors.experts import expert_names
-from lors.kernels import integer_layout
+from lors.kernels import integer_layout, nf4_layout
 from lors.kernels.layout import empty
 from lors.storage import hold
 
@@ -15,10 +15,12 @@ __all__ = ["hold_empty", "quantized_layout"]
 
 
 def quantized_layout(cfg: DictConfig) -> str:
-    """The integer layout of the weights of a run, such as ``int4/64``; empty if they are not quantised."""
-    if OmegaConf.select(cfg, "prune.quantize") in (None, "none"):
+    """The layout of the quantised weights of a run, such as ``int4/64`` or ``nf4/64``; empty if they are not."""
+    quantizer = OmegaConf.select(cfg, "prune.quantize")
+    if quantizer in (None, "none"):
         return ""
-    return integer_layout(cfg.prune.bits, cfg.prune.group_size)
+    group = cfg.prune.group_size
+    return nf4_layout(group) if quantizer == "nf4" else integer_layout(cfg.prune.bits, group)
 
 
 def hold_empty(model: nn.Module, layout: str) -> None:

@@ -61,10 +61,10 @@ def blank_result(cfg: DictConfig, key: str, stages: Mapping[str, int], device: t
 
 def _pruner(cfg: DictConfig) -> str:
     """Name of the pruner, of what gave the blocks their sparsities, and of what has quantised the weights:
-    ``wanda-owl-int4g64-gptq``."""
-    layout = quantized_layout(cfg).replace("/", "g")
-    parts = [cfg.prune.name, OmegaConf.select(cfg, "prune.layerwise")]
-    return "-".join(part for part in (*parts, *([layout, cfg.prune.quantize] if layout else [])) if part)
+    ``wanda-owl-int4g64-gptq``, ``wanda-nf4g64``."""
+    layout, quantizer = quantized_layout(cfg).replace("/", "g"), OmegaConf.select(cfg, "prune.quantize")
+    parts = [cfg.prune.name, OmegaConf.select(cfg, "prune.layerwise"), layout]
+    return "-".join(part for part in (*parts, quantizer if layout and quantizer != "nf4" else "") if part)
 
 
 def count_parameters(model: nn.Module) -> dict[str, int | float | None]:

@@ -188,7 +188,8 @@ class Job:
             with self.phase("load"):
                 model = random_model(inputs.shape, dtype, cfg.sparsity, cfg.pattern, cfg.seed, home(cfg))
                 if quantized_layout(cfg):  # whatever finds the numbers, a step costs the same
-                    quantize_model(model, "rtn", bits=cfg.prune.bits, group=cfg.prune.group_size)
+                    cheapest = "nf4" if cfg.prune.quantize == "nf4" else "rtn"
+                    quantize_model(model, cheapest, bits=cfg.prune.bits, group=cfg.prune.group_size)
         else:
             models = Models(cfg, inputs)
             with self.phase("prune"):

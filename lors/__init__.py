@@ -4,6 +4,7 @@ Importing this package registers LoRS with PEFT, which cannot load an adapter of
 and peft, nothing else.
 """
 
+from lors.bitsandbytes_nf4 import take_nf4
 from lors.compressed_file import save_compressed
 from lors.compressed_reader import load_compressed
 from lors.functional import masked_linear
@@ -16,4 +17,4 @@ from lors.tuner import LorsConfig, LorsLinear, LorsModel, compress
 
 __version__ = "0.1.0"
 __all__ = ["LorsConfig", "LorsLinear", "LorsModel", "check", "compress", "initialize", "load_compressed"]
-__all__ += ["load_quantized", "masked_linear", "prune", "quantize", "save_compressed", "save_quantized"]
+__all__ += ["load_quantized", "masked_linear", "prune", "quantize", "save_compressed", "save_quantized", "take_nf4"]

@@ -71,7 +71,8 @@ def linear_fault(layer: nn.Module) -> str | None:
     kind = type(weight.data)
     if not weight.is_floating_point() or (kind is not Tensor and not issubclass(kind, DTensor | FakeTensor)):
         held = weight.dtype if kind is Tensor else kind.__name__
-        return f"is quantised ({held}): allowed are floating-point nn.Linear layers"
+        advice = "; lors.take_nf4 takes NF4 of bitsandbytes" if type(layer).__name__ == "Linear4bit" else ""
+        return f"is quantised ({held}): allowed are floating-point nn.Linear layers{advice}"
     if not _is_own_forward(layer):
         return "has a forward function that somebody has put in place of its own: restore that first"
     if type(layer).forward is not nn.Linear.forward and not _computes_linear(type(layer)):

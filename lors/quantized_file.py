@@ -1,7 +1,7 @@
 """Quantised weights in a folder of transformers: ``quantization.safetensors`` beside the dense weights.
 
-The folder has the dense weights, as any reader takes them, and in the second file the codes, scales and zero points of
-every quantised layer (``lors.kernels.integers``). The grid cannot be read off the dense weights: it may be wider than
+The folder has the dense weights, as any reader takes them, and in the second file the codes and scales of every
+quantised layer, and its zero points but for NF4. The grid cannot be read off the dense weights: it may be wider than
 they are.
 """
 
@@ -18,13 +18,12 @@ from transformers import PreTrainedModel
 
 from lors.blocks import decoder_linears
 from lors.kernels import PackedWeight, decode
-from lors.kernels.layout import empty
-from lors.storage import dense_state_dict, hold, is_quantized
+from lors.kernels.layout import empty, kind_of
+from lors.storage import PARTS, dense_state_dict, hold, is_quantized
 
 __all__ = ["FILE", "load_quantized", "save_quantized"]
 
 FILE = "quantization.safetensors"
-PARTS = ("scales", "codes", "zeros")
 ROUNDING = 2**-6  # what casts of a scale and of a weight to another format can be apart
 
 
@@ -42,7 +41,7 @@ def save_quantized(model: PreTrainedModel, folder: str | os.PathLike) -> None:
     tensors = {
         f"{name}.{part}": tensor.detach().contiguous()
         for name, layer in layers.items()
-        for part, tensor in zip(PARTS, layer.packed.parts, strict=True)
+        for part, tensor in zip(PARTS[kind_of(layer.layout)], layer.packed.parts, strict=True)
     }
     layouts = {name: layer.layout for name, layer in layers.items()}
     save_file(tensors, Path(folder) / FILE, {"layouts": json.dumps(layouts)})
@@ -67,14 +66,15 @@ def load_quantized(model: PreTrainedModel, folder: str | os.PathLike) -> PreTrai
         layouts = json.loads((stored.metadata() or {}).get("layouts", "{}"))
         for name, layout in layouts.items():
             linear = linears.get(name)
-            names = {f"{name}.{part}" for part in PARTS}
+            kept = PARTS.get(kind_of(layout), ())
+            names = {f"{name}.{part}" for part in kept}
             shape = None if linear is None else (linear.out_features, linear.in_features)
             like = None if shape is None else empty(layout, shape, linear.weight.dtype, 0, "meta").parts
-            parts = [stored.get_tensor(f"{name}.{part}") for part in PARTS] if names <= set(stored.keys()) else []
+            parts = [stored.get_tensor(f"{name}.{part}") for part in kept] if names <= set(stored.keys()) else []
             fits = like is not None and [part.shape for part in parts] == [part.shape for part in like]
             if fits:
-                scales, codes, zeros = (part.to(linear.weight.device) for part in parts)
-                held[name] = PackedWeight(layout, (scales.to(linear.weight.dtype), codes, zeros), shape)
+                scales, *others = (part.to(linear.weight.device) for part in parts)
+                held[name] = PackedWeight(layout, (scales.to(linear.weight.dtype), *others), shape)
                 fits = torch.allclose(decode(held[name]), linear.weight, rtol=ROUNDING, atol=0)
             if not fits:
                 raise ValueError(f"{file}: does not belong to the model beside it ({name})")

@@ -14,8 +14,8 @@ n:m         values and indices, in the smallest n:m pattern that the weight foll
 auto        the smallest of these
 ==========  =================================================================================================
 
-A weight that has been quantised (``lors.kernels.integers``) is kept as codes with their grid by the same class:
-``hold`` puts any packed weight into a layer.
+A weight that has been quantised (``lors.kernels.integers``, ``lors.kernels.nf4``) is kept as codes with their grid by
+the same class: ``hold`` puts any packed weight into a layer.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from torch.distributed.tensor import DTensor
 
 from lors.functional import frozen_linear
 from lors.kernels import BITMAP, DENSE, PackedWeight, decode, pack
-from lors.kernels.integers import parse_integers
-from lors.kernels.layout import GROUPS, empty, values_at
+from lors.kernels.layout import GROUPED, GROUPS, INTEGERS, NF4, empty, is_quantizing, kind_of, values_at
 from lors.placement import full, whole
 from lors.sparsity import UNSTRUCTURED, resolve_sparsity
 
 __all__ = [
+    "PARTS",
     "STORAGES",
     "CompressedLinear",
     "best_layout",
@@ -50,11 +50,14 @@ __all__ = [
     "places_as_parameters",
 ]
 
-GROUPED = "n:m"
 STORAGES = (DENSE, BITMAP, GROUPED, "auto")
 # Names of a layout's tensors in the state of a layer.
-INTEGERS = "integers"
-PARTS = {BITMAP: ("values", "bits", "offsets"), GROUPED: ("values", "codes"), INTEGERS: ("scales", "codes", "zeros")}
+PARTS = {
+    BITMAP: ("values", "bits", "offsets"),
+    GROUPED: ("values", "codes"),
+    INTEGERS: ("scales", "codes", "zeros"),
+    NF4: ("scales", "codes"),
+}
 
 
 class _Decoded(Tensor):
@@ -85,7 +88,7 @@ class CompressedLinear(nn.Linear):
     loaded: it is packed again.
 
     Attributes:
-        layout: ``bitmap``, the n:m pattern, or an integer layout.
+        layout: ``bitmap``, the n:m pattern, or one that quantises.
     """
 
     computes_linear = True  # see lors.blocks.linear_fault
@@ -95,7 +98,7 @@ class CompressedLinear(nn.Linear):
 
     @property
     def _part_names(self) -> tuple[str, ...]:
-        return PARTS[BITMAP if self.layout == BITMAP else INTEGERS if parse_integers(self.layout) else GROUPED]
+        return PARTS[kind_of(self.layout)]
 
     @property
     def stored(self) -> Tensor:
@@ -255,7 +258,7 @@ def hold(linear: nn.Linear, packed: PackedWeight) -> None:
 
 def is_quantized(linear: nn.Module) -> bool:
     """Whether the weight of a layer is kept quantised."""
-    return isinstance(linear, CompressedLinear) and parse_integers(linear.layout) is not None
+    return isinstance(linear, CompressedLinear) and is_quantizing(linear.layout)
 
 
 def decompress_linear(linear: nn.Linear) -> nn.Linear:

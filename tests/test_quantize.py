@@ -87,7 +87,9 @@ def test_a_model_is_quantised_block_by_block_and_computes_with_its_new_weights(q
 def test_what_cannot_be_quantised_is_refused_before_anything_is_changed():
     model = make_tiny_llama()
     for quantizer, options, message in (
-        ("nf4", {}, "quantizer='nf4': allowed are rtn, gptq"),
+        ("fp4", {}, "quantizer='fp4': allowed are rtn, gptq, nf4"),
+        ("nf4", {"bits": 2}, "bits=2: must be 4 with quantizer='nf4'"),
+        ("nf4", {"group": 0}, "group=0: must be a whole number >= 1"),
         ("rtn", {"bits": 3}, "bits=3: must be one of 2, 4, 8"),
         ("rtn", {"damping": 0.1}, "damping is not an option of rtn: allowed are none"),
         ("gptq", {}, "calibration: got None"),

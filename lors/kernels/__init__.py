@@ -7,6 +7,7 @@ what has run.
 
 from lors.kernels.integers import BITS, integer_layout
 from lors.kernels.layout import BITMAP, DENSE, PackedWeight, pack
+from lors.kernels.nf4 import nf4_layout
 from lors.kernels.ops import IMPLEMENTATIONS, decode, forced, implementation, mask_, merge, merge_on_grid
 from lors.kernels.sparse_product import AUTO, PRODUCTS, SEMI_STRUCTURED, product
 from lors.kernels.usage import in_use
@@ -28,6 +29,7 @@ __all__ = [
     "mask_",
     "merge",
     "merge_on_grid",
+    "nf4_layout",
     "pack",
     "product",
 ]

@@ -20,7 +20,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-__all__ = ["BITS", "codes_of", "grid_of", "integer_layout", "numbers_of", "on_grid", "pack_codes", "parse_integers"]
+__all__ = [
+    "BITS",
+    "codes_of",
+    "grid_of",
+    "groups_of",
+    "integer_layout",
+    "numbers_of",
+    "on_grid",
+    "pack_codes",
+    "parse_integers",
+]
 __all__ += ["unpack_codes"]
 
 BITS = (2, 4, 8)
@@ -49,7 +59,7 @@ def parse_integers(layout: str) -> tuple[int, int] | None:
 def grid_of(weight: Tensor, layout: str, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """Scales S, in ``dtype`` (that of the weight), and zero points z, uint8, of a weight (out x in): out x groups."""
     bits, group = parse_integers(layout)
-    groups = _groups(weight.to(torch.promote_types(weight.dtype, torch.float32)), group)
+    groups = groups_of(weight.to(torch.promote_types(weight.dtype, torch.float32)), group)
     low, high = groups.amin(-1).clamp_(max=0), groups.amax(-1).clamp_(min=0)
     top = 2**bits - 1
     scales = ((high - low) / top).bfloat16().to(dtype or weight.dtype)
@@ -61,7 +71,7 @@ def grid_of(weight: Tensor, layout: str, dtype: torch.dtype | None = None) -> tu
 def codes_of(weight: Tensor, scales: Tensor, zeros: Tensor, layout: str) -> Tensor:
     """q of a weight (out x in), in its type or float32; ``scales`` and ``zeros`` as ``grid_of`` gives them."""
     (bits, group), width = parse_integers(layout), weight.shape[1]
-    groups = _groups(weight.to(torch.promote_types(weight.dtype, torch.float32)), group)
+    groups = groups_of(weight.to(torch.promote_types(weight.dtype, torch.float32)), group)
     S, z = (part.to(groups.dtype).unsqueeze(-1) for part in (scales, zeros))
     return (groups / S).round_().add_(z).clamp_(0, 2**bits - 1).flatten(1)[:, :width]
 
@@ -73,14 +83,14 @@ def on_grid(weight: Tensor, scales: Tensor, zeros: Tensor, layout: str) -> Tenso
 
 def numbers_of(codes: Tensor, scales: Tensor, zeros: Tensor, layout: str) -> Tensor:
     """S (q - z) of codes q (out x in), in their type, with one rounding."""
-    groups = _groups(codes, parse_integers(layout)[1])
+    groups = groups_of(codes, parse_integers(layout)[1])
     S, z = (part.to(codes.dtype).unsqueeze(-1) for part in (scales, zeros))
     return (groups - z).mul_(S).flatten(1)[:, : codes.shape[1]]
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """Codes (out x in) as bytes, out x ceil(in bits / 8), the first code of a byte in its lowest bits."""
-    fields = _groups(codes.to(torch.int16), 8 // bits) << torch.arange(0, 8, bits, device=codes.device)
+    fields = groups_of(codes.to(torch.int16), 8 // bits) << torch.arange(0, 8, bits, device=codes.device)
     return fields.sum(-1).to(torch.uint8)
 
 
@@ -93,7 +103,7 @@ def unpack_codes(packed: Tensor, bits: int, width: int, dtype: torch.dtype) -> T
     return fields.flatten(1)[:, :width]
 
 
-def _groups(values: Tensor, group: int) -> Tensor:
+def groups_of(values: Tensor, group: int) -> Tensor:
     """Rows (out x in) cut into groups, out x groups x group; the last one filled up with zeros."""
     missing = -values.shape[1] % group
     return (pad(values, (0, missing)) if missing else values).unflatten(1, (-1, group))

@@ -9,6 +9,7 @@ dense      W [out, in]                                                          
 bitmap     values [z], bits [out, in/8], offsets [out + 1]                      b z + out in/8 + 8 (out + 1)
 n:m        values [out, in n/m], codes [out, in n/m * i/8], i bits per index    (b + i/8) out in n/m
 int4/64    scales [out, in/64], codes [out, in 4/8], zeros [out, in/64]         (4/8 + (b + 1)/64) out in
+nf4/64     scales [out, in/64], codes [out, in/2]                               (1/2 + b/64) out in
 =========  ===================================================================  ================================
 
 ``bitmap`` takes any pattern: bit k of byte j of a row says whether weight 8 j + k is stored, and ``offsets``
@@ -16,8 +17,8 @@ says where the values of a row begin. ``n:m`` keeps n values of every m weights 
 with its place in the group, i = 1, 2, 4, 4 bits for m = 2, 4, 8, 16, the first in the lowest bits; a group with
 fewer than n non-zeros is filled up with zeros. In bfloat16 a half-sparse bitmap and 2:4 are both 9/16 of dense.
 
-``int4/64`` has 4 bits (or 2, or 8) for each weight and a grid for every 64 of them, see ``integers.py``: to pack a
-weight in this layout quantises it. Zeros have codes like all others.
+``int4/64`` has 4 bits (or 2, or 8) for each weight and a grid for every 64 of them, see ``integers.py``, ``nf4/64`` the
+sixteen numbers of ``nf4.py``: to pack a weight in these layouts quantises it. Zeros have codes like all others.
 
 What comes back of the other packed weights is W bit for bit, infinities and every NaN included, with one exception:
 every zero comes back as +0.0. Pruning by a product with a mask leaves -0.0 for half of what it prunes, so keeping the
@@ -35,16 +36,22 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lors.kernels.integers import codes_of, grid_of, numbers_of, pack_codes, parse_integers, unpack_codes
+from lors.kernels.nf4 import pack_nf4, parse_nf4, unpack_nf4
 from lors.sparsity import parse_pattern
 
 __all__ = [
     "BITMAP",
     "DENSE",
+    "GROUPED",
     "GROUPS",
+    "INTEGERS",
+    "NF4",
     "PackedWeight",
     "bits_of",
     "empty",
     "group_shape",
+    "is_quantizing",
+    "kind_of",
     "masked_",
     "pack",
     "row_blocks",
@@ -54,6 +61,7 @@ __all__ = [
 
 DENSE = "dense"
 BITMAP = "bitmap"
+GROUPED, INTEGERS, NF4 = "n:m", "integers", "nf4"  # kinds of layouts
 # Size m of a group -> bits of an index. Indices of 3 bits would lie across bytes.
 GROUPS = {2: 1, 4: 2, 8: 4, 16: 4}
 # Elements that are worked on at a time: on a CPU they stay in its outer caches (2 MiB in float32), elsewhere they
@@ -66,7 +74,7 @@ class PackedWeight(NamedTuple):
     """A pruned weight W (out x in) in one of the layouts of the module's text.
 
     Attributes:
-        layout: ``dense``, ``bitmap``, the n:m pattern itself, such as ``2:4``, or ``int4/64``.
+        layout: ``dense``, ``bitmap``, the n:m pattern itself, such as ``2:4``, ``int4/64`` or ``nf4/64``.
         parts: The tensors of the layout, the values first, or the scales.
         shape: (out, in).
     """
@@ -84,6 +92,18 @@ class PackedWeight(NamedTuple):
     def nbytes(self) -> int:
         """Bytes of all parts together."""
         return sum(part.nbytes for part in self.parts)
+
+
+def kind_of(layout: str) -> str:
+    """``dense``, ``bitmap``, ``n:m``, ``integers`` or ``nf4``."""
+    if layout in (DENSE, BITMAP):
+        return layout
+    return INTEGERS if parse_integers(layout) else NF4 if parse_nf4(layout) else GROUPED
+
+
+def is_quantizing(layout: str) -> bool:
+    """Whether the layout stores codes of few bits."""
+    return kind_of(layout) in (INTEGERS, NF4)
 
 
 def row_blocks(shape: tuple[int, int], device: torch.device) -> Iterator[tuple[int, int]]:
@@ -112,10 +132,11 @@ def empty(
     elif layout == BITMAP:
         bits, offsets = part(height, -(-width // 8)), part(height + 1, dtype=torch.int64)
         parts = (part(nonzeros, dtype=dtype), bits, offsets)
-    elif parse_integers(layout):
-        bits, group = parse_integers(layout)
+    elif is_quantizing(layout):
+        bits, group = parse_integers(layout) or (4, parse_nf4(layout))
         groups = -(-width // group)
         parts = (part(height, groups, dtype=dtype), part(height, -(-width * bits // 8)), part(height, groups))
+        parts = parts if kind_of(layout) == INTEGERS else parts[:2]
     else:
         n, m, bits = group_shape(layout)
         kept = width // m * n  # of a row
@@ -124,7 +145,7 @@ def empty(
 
 
 def pack(weight: Tensor, layout: str) -> PackedWeight:
-    """Pack a weight (out x in); in an integer layout the nearest points of its own grid.
+    """Pack a weight (out x in); in a layout that quantises the numbers nearest to it.
 
     Raises:
         ValueError: An n:m layout whose groups do not divide the rows, or with a group of more than n non-zeros.
@@ -133,30 +154,25 @@ def pack(weight: Tensor, layout: str) -> PackedWeight:
     if layout == DENSE:
         return PackedWeight(DENSE, (weight,), shape)
     blocks = [weight[start:stop] for start, stop in row_blocks(shape, weight.device)]
-    integers = parse_integers(layout) is not None
-    packer = _pack_bitmap if layout == BITMAP else _pack_integers if integers else _pack_groups
-    return PackedWeight(layout, packer(blocks, layout), shape)
+    return PackedWeight(layout, FORMS[kind_of(layout)][0](blocks, layout), shape)
 
 
 def rows(packed: PackedWeight, start: int, stop: int) -> Tensor:
     """Rows [start, stop) of W, dense; a view if the layout is dense."""
     if packed.layout == DENSE:
         return packed.parts[0][start:stop]
-    integers = parse_integers(packed.layout) is not None
-    return (_rows_of_bitmap if packed.layout == BITMAP else _rows_of_integers if integers else _rows_of_groups)(
-        packed, start, stop
-    )
+    return FORMS[kind_of(packed.layout)][1](packed, start, stop)
 
 
 def values_at(packed: PackedWeight, weight: Tensor) -> Tensor:
     """The values of another weight (out x in) at the places that a packed one stores, in the shape of its values.
 
-    A zero among them is +0.0, as in ``pack``. Of an integer layout the packed codes on the grid of the packed one.
+    A zero among them is +0.0, as in ``pack``. Of a quantised one the packed codes on its grid.
 
     Raises:
         ValueError: The other weight does not lie on that grid.
     """
-    if parse_integers(packed.layout):
+    if is_quantizing(packed.layout):
         return _codes_at(packed, weight)
     blocks = []
     for start, stop in row_blocks(packed.shape, weight.device):
@@ -255,20 +271,40 @@ def _rows_of_integers(packed: PackedWeight, start: int, stop: int) -> Tensor:
     return numbers_of(q, scales, zeros, packed.layout)
 
 
+def _pack_nf4(blocks: list[Tensor], layout: str) -> tuple[Tensor, ...]:
+    scales, codes = zip(*(pack_nf4(W, layout) for W in blocks), strict=True)
+    return torch.cat(scales), torch.cat(codes)
+
+
+def _rows_of_nf4(packed: PackedWeight, start: int, stop: int) -> Tensor:
+    scales, codes = (part[start:stop] for part in packed.parts)
+    return unpack_nf4(scales, codes, packed.layout, packed.shape[1])
+
+
 def _codes_at(packed: PackedWeight, weight: Tensor) -> Tensor:
-    (bits, _), (scales, _, zeros) = parse_integers(packed.layout), packed.parts
-    blocks = []
+    integers, blocks = parse_integers(packed.layout), []
     for start, stop in row_blocks(packed.shape, weight.device):
-        W, S, z = weight[start:stop], scales[start:stop], zeros[start:stop]
-        codes = pack_codes(codes_of(W, S, z, packed.layout), bits)
-        own = PackedWeight(packed.layout, (S, codes, z), tuple(W.shape))
-        if not torch.equal(_rows_of_integers(own, 0, stop - start), W):
-            raise ValueError(
-                f"the weight does not lie on the {packed.layout} grid of the packed one: train the adapter with "
-                f"bits={bits}, or leave it beside the weight"
-            )
+        W, (scales, _, *zeros) = weight[start:stop], (part[start:stop] for part in packed.parts)
+        if integers:
+            codes = pack_codes(codes_of(W, scales, *zeros, packed.layout), integers[0])
+        else:
+            _, codes = pack_nf4(W, packed.layout, scales)
+        own = PackedWeight(packed.layout, (scales, codes, *zeros), tuple(W.shape))
+        if not torch.equal(rows(own, 0, stop - start), W):
+            train = f"train the adapter with bits={integers[0]}, or " if integers else ""
+            on = f"on the {packed.layout} grid of the packed one"
+            raise ValueError(f"the weight does not lie {on}: {train}leave it beside the weight")
         blocks.append(codes)
     return torch.cat(blocks)
+
+
+# How a weight is packed, and how rows of it are unpacked.
+FORMS = {
+    BITMAP: (_pack_bitmap, _rows_of_bitmap),
+    GROUPED: (_pack_groups, _rows_of_groups),
+    INTEGERS: (_pack_integers, _rows_of_integers),
+    NF4: (_pack_nf4, _rows_of_nf4),
+}
 
 
 def bits_of(values: Tensor) -> Tensor:

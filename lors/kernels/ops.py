@@ -15,7 +15,7 @@ triton      ``gpu.py``: one kernel that reads W and writes T                CUDA
 
 A compilation takes a second or more, hence the bound: a small model never compiles. What is in C or Triton has to pass
 ``check.py`` on the machine that it is to run on. The environment variable ``LORS_KERNELS`` or ``forced`` chooses
-otherwise, and Triton then without a check. Integer layouts, and the merge on a grid, are eager always.
+otherwise, and Triton then without a check. Quantised weights, and the merge on a grid, are eager always.
 """
 
 from __future__ import annotations
@@ -32,8 +32,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from lors.kernels import check, compiled, eager, native, usage
-from lors.kernels.integers import parse_integers
-from lors.kernels.layout import PackedWeight
+from lors.kernels.layout import PackedWeight, is_quantizing
 
 __all__ = ["COMPILE_FROM", "IMPLEMENTATIONS", "decode", "forced", "implementation", "library", "mask_", "merge"]
 __all__ += ["merge_on_grid"]
@@ -67,9 +66,9 @@ def merge_on_grid(weight: PackedWeight, A: Tensor, B: Tensor, scaling: float, gr
     is that of W if W is in this layout, else one that spans W.
 
     Raises:
-        ValueError: W is in another integer layout.
+        ValueError: W is in another layout that quantises.
     """
-    if parse_integers(weight.layout) and weight.layout != grid:
+    if is_quantizing(weight.layout) and weight.layout != grid:
         raise ValueError(f"grid={grid!r}: must be that of the weight, {weight.layout!r}")
     return torch.ops.lors.merge_on_grid(list(weight.parts), weight.layout, A, B, scaling, grid, dtype)
 
@@ -169,7 +168,7 @@ def _merge(weight: list[Tensor], layout: str, A: Tensor, B: Tensor, scaling: flo
     # What the sums are made in is decided here, not by autocast.
     with torch.no_grad(), torch.autocast(A.device.type, enabled=False):
         chosen = implementation(A.device, A.shape[1] * B.shape[0], packed.dtype, A.dtype, B.dtype, dtype)
-        chosen = "eager" if parse_integers(layout) else chosen
+        chosen = "eager" if is_quantizing(layout) else chosen
         T = _module(chosen).merge(packed, A, B, scaling, dtype)
     # Where nothing can be compiled, the compiled merge has become the eager one.
     usage.ran("merge", "eager" if chosen == "compiled" and compiled.unavailable() else chosen)
@@ -191,7 +190,7 @@ def _merge_on_grid(
 def _decode(weight: list[Tensor], layout: str, rows: int, columns: int) -> Tensor:
     packed = PackedWeight(layout, tuple(weight), (rows, columns))
     chosen = implementation(weight[0].device, rows * columns, packed.dtype)
-    chosen = "eager" if parse_integers(layout) else chosen
+    chosen = "eager" if is_quantizing(layout) else chosen
     usage.ran("decode", "eager" if chosen == "compiled" else chosen)  # of which only the merge is compiled
     return _module(chosen).decode(packed)
 
@@ -199,7 +198,7 @@ def _decode(weight: list[Tensor], layout: str, rows: int, columns: int) -> Tenso
 @torch.library.impl(library, "mask_", "CompositeExplicitAutograd")
 def _mask_(D: Tensor, weight: list[Tensor], layout: str) -> Tensor:
     packed = PackedWeight(layout, tuple(weight), tuple(D.shape))
-    takes_native = D.device.type == "cpu" and D.is_contiguous() and not parse_integers(layout)
+    takes_native = D.device.type == "cpu" and D.is_contiguous() and not is_quantizing(layout)
     in_c = takes_native and implementation(D.device, D.numel(), packed.dtype, D.dtype) == "native"
     usage.ran("mask", "native" if in_c else "eager")
     return (native if in_c else eager).mask_(D, packed)

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lors.blocks import block_linears, decoder_blocks, decoder_linears
 from lors.experts import ExpertLinears, expert_names, experts_as_linears
-from lors.kernels import PackedWeight, integer_layout
+from lors.kernels import PackedWeight, integer_layout, nf4_layout
 from lors.pruning.block_calls import Call, check_walk, hidden_of, record
 from lors.pruning.calibration import tokens_for
 from lors.pruning.magnitude import prune_magnitude
@@ -49,6 +49,7 @@ PRUNERS: dict[str, tuple[Callable[..., Tensor], Callable[[Tensor], Tensor] | Non
 QUANTIZERS: dict[str, tuple[Callable[..., PackedWeight], Callable[[Tensor], Tensor] | None]] = {
     "rtn": (quantize_rtn, None),
     "gptq": (quantize_gptq, gram_matrix),
+    "nf4": (quantize_rtn, None),
 }
 
 Rule = Callable[..., Tensor | PackedWeight]
@@ -143,10 +144,10 @@ def quantize_model(
 
     Args:
         model: As for ``prune_model``, pruned or not, without fused experts.
-        quantizer: ``rtn`` or ``gptq``.
-        bits: 2, 4 or 8.
-        group: So many weights of a row have one scale and one zero point.
-        calibration, tokenizer, device: As there; rtn looks at no data.
+        quantizer: ``rtn`` or ``gptq`` on a grid of whole numbers, or ``nf4``: the nearest of the numbers of QLoRA.
+        bits: 2, 4 or 8; nf4 has 4.
+        group: So many weights of a row have one scale, and one zero point but for nf4.
+        calibration, tokenizer, device: As there; rtn and nf4 look at no data.
         **options: ``block_size`` and ``damping`` of gptq.
 
     Raises:
@@ -156,7 +157,9 @@ def quantize_model(
         raise ValueError(f"quantizer={quantizer!r}: allowed are {', '.join(QUANTIZERS)}")
     rule, statistic = QUANTIZERS[quantizer]
     _check_options(quantizer, rule, options)
-    layout = integer_layout(bits, group)
+    if quantizer == "nf4" and bits != 4:
+        raise ValueError(f"bits={bits!r}: must be 4 with quantizer='nf4'")
+    layout = nf4_layout(group) if quantizer == "nf4" else integer_layout(bits, group)
     _check_model(model, UNSTRUCTURED)
     if any(expert_names(part) for part in model.modules()):
         raise ValueError(f"{type(model).__name__} has fused experts: allowed are models without")
