@@ -58,6 +58,7 @@ METHODS = {
     "gelora": Style("GeLoRA", SKY, "s"),
     "geolora": Style("GeoLoRA", SKY, "p", DASHED),
     "sora": Style("SoRA", SKY, "h", DOTTED),
+    "salr": Style("SALR", SKY, "*", DASH_DOT),
     # Another optimizer or penalty for the same factors.
     "lora_rite": Style("LoRA-RITE", PURPLE, ">"),
     "flat_lora": Style("Flat-LoRA", PURPLE, "X", DASHED),
