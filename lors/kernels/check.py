@@ -69,8 +69,9 @@ def triton_passes(device: torch.device, *types: torch.dtype) -> bool:
 def same_numbers(candidate: ModuleType, device: torch.device, *types: torch.dtype) -> None:
     """Compare a small merge of every layout with the eager one; of two types (W, D) a masking, of one a decoding.
 
-    The factors are whole numbers of up to 12 bits: their sums are exact in float32 and not in TF32, so nothing but the
-    last rounding of T may differ, by one unit. W has zeros of either sign, T none but +0.0.
+    The factors are whole numbers of up to 11 bits, exact in TF32 too; their sums are exact in float32 alone. So nothing
+    but the last rounding of T may differ, by one unit, whatever the user lets torch multiply in. W has zeros of either
+    sign, T none but +0.0.
 
     Raises:
         RuntimeError: Something else comes out.
