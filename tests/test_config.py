@@ -102,5 +102,5 @@ def test_there_are_not_more_processes_than_gpus(composed, monkeypatch: pytest.Mo
         monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
         resolve(cfg)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(BadInput, match="^launch.processes=2: must be at most 1, the GPUs of this machine"):
+    with pytest.raises(BadInput, match=r"^launch\.processes=2: must be at most 1, the GPUs of this machine"):
         resolve(cfg)
