@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -214,6 +215,12 @@ def _check_processes(config: dict[str, Any]) -> None:
     started = CHILD in os.environ or "WORLD_SIZE" in os.environ or not config["launch"]["arguments"]
     if started and asked != count():
         raise BadInput(f"launch.processes={asked}: must be {count()}, the processes that there are (WORLD_SIZE)")
+    gpus = torch.cuda.device_count()
+    if 0 < gpus < int(os.environ.get("LOCAL_WORLD_SIZE", asked)):
+        raise BadInput(
+            f"launch.processes={asked}: must be at most {gpus}, the GPUs of this machine; CUDA_VISIBLE_DEVICES= hides "
+            "them"
+        )
 
 
 def _user_cache() -> str:

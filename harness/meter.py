@@ -203,6 +203,7 @@ class Phases:
         peak, device = CudaPeak(), self._device
         if device.type == "cuda":
             torch.cuda.synchronize(device)
+            torch.cuda.empty_cache()  # what earlier phases have left there counts as reserved
             torch.cuda.reset_peak_memory_stats(device)
         yield peak
         if device.type == "cuda":

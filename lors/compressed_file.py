@@ -90,8 +90,8 @@ def save_compressed(model: PreTrainedModel, folder: str | os.PathLike) -> None:
 def semi_structured(values: Tensor, codes: Tensor) -> Tensor:
     """The tensors of a 2:4 weight as torch's semi-structured tensor (CUTLASS), without the dense weight in between.
 
-    It is what ``torch.sparse.to_sparse_semi_structured`` makes of the dense weight. It can be made anywhere; a product
-    with it needs a CUDA device of capability 8.0 or later.
+    It can be made anywhere; torch's kernels for a product with it run on capability 8.x alone (Ampere, Ada). On Hopper
+    and later ``torch.sparse.to_sparse_semi_structured`` of the dense weight is what works: cuSPARSELt's own format.
 
     Args:
         values: ``[out, in / 2]``, float16 or bfloat16; 32 divides out, 64 divides in.

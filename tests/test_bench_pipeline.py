@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pandas as pd
 import pytest
 import torch
@@ -82,3 +85,17 @@ def test_bad_input_is_one_line(tmp_path, capsys, arguments, message) -> None:
     assert pipeline.main([*arguments, "--output", str(tmp_path), f"cache_root={tmp_path}"]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: {message}") and error.count("\n") == 1
+
+
+def test_the_time_of_a_kernel_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a GPU the profiler gives operators and kernels; the time of an operator is that of its kernels."""
+    of = torch.autograd.DeviceType
+    found = [("aten::mm", of.CPU, 3.0), ("aten::add", of.CPU, 1.0), ("gemm", of.CUDA, 3.0), ("add", of.CUDA, 1.0)]
+    events = [SimpleNamespace(key=key, device_type=on, self_device_time_total=t, count=2) for key, on, t in found]
+    profiler = nullcontext(SimpleNamespace(key_averages=lambda: events))
+    monkeypatch.setattr(torch.profiler, "profile", lambda: profiler)
+    monkeypatch.setattr(pipeline, "default_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(pipeline, "_setting", lambda *_: None)
+    monkeypatch.setitem(pipeline.PARTS, "prune", ((lambda setting: None,), "sample", ()))
+    shares = {row["operator"]: row["share"] for row in pipeline.profile("prune", None)}
+    assert shares == {"aten::mm": 0.75, "aten::add": 0.25}

@@ -83,6 +83,8 @@ def test_the_converter_gives_the_tensor_of_torch(dtype: torch.dtype) -> None:
 
 @pytest.mark.gpu
 def test_the_converted_tensor_multiplies_as_that_of_torch() -> None:
+    if torch.cuda.get_device_capability()[0] != 8:
+        pytest.skip("torch's CUTLASS kernels are for capability 8.x")
     W, x = two_four(torch.bfloat16).cuda(), torch.randn(32, 128, dtype=torch.bfloat16, device="cuda")
     y = torch.nn.functional.linear(x, semi_structured(*pack(W, "2:4").parts))
     torch.testing.assert_close(y, torch.nn.functional.linear(x, W))

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from harness.config import resolve
+from harness.errors import BadInput
 
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"
@@ -90,3 +91,16 @@ def test_nothing_in_conf_depends_on_the_machine() -> None:
     for file in CONF.rglob("*.yaml"):
         values = re.sub(r"#.*", "", file.read_text())
         assert "oc.env" not in values and os.path.expanduser("~") not in values, file
+
+
+def test_there_are_not_more_processes_than_gpus(composed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process without one would only say that a device ordinal is invalid."""
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    cfg = composed("launch=torchrun", "launch.processes=2")
+    for gpus in (0, 2):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        resolve(cfg)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(BadInput, match=r"^launch\.processes=2: must be at most 1, the GPUs of this machine"):
+        resolve(cfg)

@@ -10,6 +10,7 @@ import torch
 from contract import ROWS, batch, pruned
 from peft import get_peft_model
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import Trainer, TrainingArguments
 
 import lors
@@ -182,3 +183,16 @@ def test_float16_does_not_overflow_where_few_tokens_carry_everything() -> None:
     W, A, B = (tensor.half() for tensor in problem()[2:])
     for _ in range(50):
         assert all(part.isfinite().all() for part in factor_gradients(G, X, dense(W), A.float(), B.float(), 1.0, 0.01))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_nothing_waits_for_a_device(dtype: torch.dtype, share: float) -> None:
+    """As in test_kernels; on fake tensors, which have no numbers."""
+    with FakeTensorMode() as mode:
+        G, X, W, A, B = map(mode.from_tensor, problem(dtype=dtype))
+        found = factor_gradients(G, X, dense(W), A.float(), B.float(), SCALE, share)
+    assert [(gradient.shape, gradient.dtype) for gradient in found] == [
+        (A.shape, torch.float32),
+        (B.shape, torch.float32),
+    ]

@@ -231,6 +231,22 @@ def test_a_mask_of_a_transposed_matrix_and_of_a_large_one() -> None:
     assert torch.equal(D, (W != 0).float())
 
 
+@pytest.mark.parametrize("kind", ["dense", "bitmap", "2:4", "int4/64"])
+def test_nothing_waits_for_a_device(kind: str) -> None:
+    """To read a number of a tensor is to wait for a GPU, and breaks a captured graph; a fake tensor has none."""
+    W, A, B = problem(96, 128, 4, torch.bfloat16, "2:4")
+    packed, grid = pack(W, kind), kind if "/" in kind else "int4/64"
+    with FakeTensorMode() as mode:
+        fake = packed._replace(parts=tuple(map(mode.from_tensor, packed.parts)))
+        A, B, D = map(mode.from_tensor, (A, B, W))
+        try:
+            merged = eager.merge(fake, A, B, SCALING, W.dtype), eager.merge_on_grid(fake, A, B, SCALING, grid, W.dtype)
+            assert {tensor.shape for tensor in (*merged, eager.decode(fake))} == {W.shape}
+            assert eager.mask_(D, fake).shape == (96,)
+        finally:
+            layout._fields.cache_clear()
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiled_merge_is_float64_rounded_once_and_new_shapes_do_not_compile_again() -> None:
     merge_in_bfloat16 = partial(compiled.merge, scaling=SCALING, dtype=torch.bfloat16)

@@ -197,6 +197,26 @@ def test_a_cpu_has_no_allocator_peak():
     assert (peak.allocated, peak.reserved) == (None, None)
 
 
+def test_memory_that_an_earlier_phase_has_left_in_the_cache_is_not_reserved_by_the_next(monkeypatch) -> None:
+    """As the allocator of CUDA counts: what is freed stays reserved until it is given back."""
+    reserved = {"now": 0, "peak": 0}
+    stand_ins = {
+        "synchronize": lambda _: None,
+        "empty_cache": lambda: reserved.update(now=0),
+        "reset_peak_memory_stats": lambda _: reserved.update(peak=reserved["now"]),
+        "max_memory_allocated": lambda _: 0,
+        "max_memory_reserved": lambda _: reserved["peak"],
+    }
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    phase = Phases(torch.device("cuda"))
+    with phase("init"):
+        reserved.update(now=80, peak=80)
+    with phase("train") as peak:
+        reserved.update(now=30, peak=max(30, reserved["peak"]))
+    assert peak.reserved == 30
+
+
 @pytest.mark.gpu
 def test_cuda_peaks_are_reset_between_phases():
     device = torch.device("cuda", 0)

@@ -142,6 +142,21 @@ def test_every_batch_runs_twice_through_a_block_and_once_through_the_last_withou
     assert "prune (wanda):   0%|          | 0/25 " in shown and "25/25" in shown and "block 3/3" in shown
 
 
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="since torch 2.9")
+def test_tf32_that_was_chosen_by_its_newer_name_is_off_meanwhile_and_on_again():
+    """The older name cannot be read then."""
+    products = torch.backends.cuda.matmul
+    before, during, model = products.fp32_precision, set(), build("llama")
+    model.model.layers[0].register_forward_hook(lambda *_: during.add(products.fp32_precision))
+    products.fp32_precision = "tf32"
+    try:
+        prune_model(model, "wanda", sparsity=0.5, pattern="unstructured", calibration=tokens())
+        assert during == {"ieee"} and products.fp32_precision == "tf32"
+    finally:
+        products.fp32_precision = before
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
 @pytest.mark.parametrize("pruner", ["wanda", "sparsegpt"])
 @pytest.mark.parametrize("name", WALKED)
 def test_the_size_of_a_batch_changes_nothing(name, pruner, monkeypatch):

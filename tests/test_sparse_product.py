@@ -49,7 +49,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 def scripted_times(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Milliseconds that the next measurements take, the sparse product before the dense one."""
     script: list[float] = []
-    monkeypatch.setattr(sparse_product, "milliseconds", lambda call, device: script.pop(0))
+    monkeypatch.setattr(sparse_product, "milliseconds", lambda device, *calls: [script.pop(0) for _ in calls])
     return script
 
 
@@ -92,7 +92,7 @@ def test_the_faster_product_is_chosen_once_for_each_shape(stand_in, scripted_tim
 
 @pytest.mark.parametrize("kind", [RuntimeError, AssertionError])
 def test_kernels_that_fail_are_not_faster(kind, stand_in, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(call: object, device: torch.device) -> float:
+    def fail(device: torch.device, *calls: object) -> list[float]:
         raise kind("not supported on this architecture\nin three places")
 
     monkeypatch.setattr(sparse_product, "milliseconds", fail)
@@ -116,6 +116,23 @@ def test_one_operator_with_the_flops_of_the_dense_product(stand_in) -> None:
         assert product(x[:0], T, None, "2:4").shape == (0, 5, 128)
     assert counter.get_total_flops() == 2 * 15 * 64 * 128
     assert len(stand_in) == 1  # an empty input needs no kernel
+
+
+def test_the_kernels_get_rows_and_give_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As cuSPARSELt reads what it is given, and as torch 2.11 gives what it has made."""
+
+    def kernels(X: Tensor, T: Tensor, bias: Tensor | None) -> Tensor:
+        memory = X.as_strided(X.shape, (X.shape[1], 1))
+        return linear(memory, T, bias).t().contiguous().t()
+
+    monkeypatch.setattr(sparse_product, "linear", kernels)
+    monkeypatch.setattr(sparse_product, "to_sparse_semi_structured", lambda T: T)
+    monkeypatch.setattr(sparse_product, "runs", lambda T: True)
+    T, x = problem()["weight"], problem(width=96)["x"][0]
+    for part in (x[:, 16:80], x[:1, 16:80].expand(5, -1), x[:, :64].t().contiguous().t()):
+        y = product(part, T, None, "2:4")
+        torch.testing.assert_close(y, linear(part, T))
+        assert y.is_contiguous()
 
 
 def test_without_the_kernels_auto_is_dense_and_the_pattern_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

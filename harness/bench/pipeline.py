@@ -160,7 +160,8 @@ def profile(part: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     with torch.profiler.profile() as profiler:
         sides[0](setting)
     time = "self_device_time_total" if default_device().type == "cuda" else "self_cpu_time_total"
-    operators = profiler.key_averages()
+    # Not the kernels of a GPU, whose time is that of the operators too.
+    operators = [o for o in profiler.key_averages() if o.device_type == torch.autograd.DeviceType.CPU]
     times = {operator.key: getattr(operator, time) for operator in operators}
     total = sum(times.values())
     most = sorted(operators, key=lambda operator: -times[operator.key])[:PROFILED]

@@ -198,14 +198,15 @@ def _pack_bitmap(blocks: list[Tensor], layout: str) -> tuple[Tensor, ...]:
 
 
 def _rows_of_bitmap(packed: PackedWeight, start: int, stop: int) -> Tensor:
-    """The k-th set bit of the block belongs to the k-th value of the block."""
+    """The k-th set bit of the block belongs to the k-th value from the offset of its first row, which is not read here:
+    that would wait for a GPU."""
     values, _, offsets = packed.parts
     M = _support_of_bitmap(packed, start, stop)
-    block = values[int(offsets[start]) : int(offsets[stop])]
-    if not len(block):
+    if not len(values):
         return values.new_zeros(M.shape)
-    index = M.flatten().cumsum(0, dtype=torch.int32).sub_(1).clamp_(min=0)
-    return masked_(block.index_select(0, index).view(M.shape), M)
+    number = torch.int32 if len(values) < 2**31 else torch.int64
+    index = M.flatten().cumsum(0, dtype=number).add_(offsets[start] - 1).clamp_(min=0)
+    return masked_(values.index_select(0, index).view(M.shape), M)
 
 
 def _support_of_bitmap(packed: PackedWeight, start: int, stop: int) -> Tensor:

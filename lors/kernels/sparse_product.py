@@ -94,7 +94,9 @@ def _flops(x: list[int], T: list[int], *_: object, **__: object) -> int:
 
 
 def _sparse(X: Tensor, T: Tensor, bias: Tensor | None) -> Tensor:
-    return linear(X, to_sparse_semi_structured(T), bias)
+    """cuSPARSELt takes the rows of X to lie one behind the other, whatever its strides say, and torch before 2.13 gives
+    the transpose of what it makes."""
+    return linear(X.contiguous(), to_sparse_semi_structured(T), bias).contiguous()
 
 
 def _is_faster(X: Tensor, T: Tensor, bias: Tensor | None) -> bool:
@@ -107,8 +109,8 @@ def _is_faster(X: Tensor, T: Tensor, bias: Tensor | None) -> bool:
         if capturing(T.device):
             return False
         try:
-            sparse = milliseconds(lambda: _sparse(X, T, bias), T.device)
-            _faster[key] = sparse < milliseconds(lambda: linear(X, T, bias), T.device)
+            sparse, plain = milliseconds(T.device, lambda: _sparse(X, T, bias), lambda: linear(X, T, bias))
+            _faster[key] = sparse < plain
         except Exception as error:  # not built for this device or these shapes: what is raised has no common type
             _faster[key] = False
             reason = str(error).strip().partition("\n")[0]

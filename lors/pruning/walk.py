@@ -332,14 +332,23 @@ def _moved(block: nn.Module, device: torch.device | str | None) -> Iterator[None
 @contextmanager
 def _measuring(model: nn.Module) -> Iterator[None]:
     """No dropout and no TF32 in float32 products; both as they were afterwards."""
-    precision = torch.get_float32_matmul_precision()
+    # Since torch 2.9 each backend has a precision of its own, and the older name cannot be read where one was set.
+    backends = [getattr(backend, "matmul", None) for backend in (torch.backends.cuda, torch.backends.mkldnn)]
+    own = [(backend, backend.fp32_precision) for backend in backends if hasattr(backend, "fp32_precision")]
+    try:
+        precision = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        precision = None
     torch.set_float32_matmul_precision("highest")
     try:
         with modes_kept(model):
             model.eval()
             yield
     finally:
-        torch.set_float32_matmul_precision(precision)
+        if precision is not None:
+            torch.set_float32_matmul_precision(precision)
+        for backend, value in own:
+            backend.fp32_precision = value
 
 
 def _check_options(name: str, rule: Rule, options: dict[str, Any]) -> None:
