@@ -83,9 +83,9 @@ def wrapped(monkeypatch: pytest.MonkeyPatch, name: str, change: Callable[[Tensor
     layouts: list[str] = []
     kernel = getattr(gpu, name)
 
-    def changed(weight: PackedWeight, *arguments: object) -> Tensor:
-        layouts.append(weight.layout)
-        return change(kernel(weight, *arguments), weight.layout)
+    def changed(*arguments: object) -> Tensor:
+        layouts.append(next(each for each in arguments if isinstance(each, PackedWeight)).layout)
+        return change(kernel(*arguments), layouts[-1])
 
     monkeypatch.setattr(gpu, name, changed)
     return layouts
@@ -94,10 +94,14 @@ def wrapped(monkeypatch: pytest.MonkeyPatch, name: str, change: Callable[[Tensor
 @on_triton
 @pytest.mark.parametrize(
     "types",
-    [*((each,) * 4 for each in TYPES), MERGE, (torch.bfloat16, torch.float16, torch.float32, torch.float16), TYPES[:1]],
+    [
+        *((each,) * 4 for each in TYPES),
+        *(MERGE, (torch.bfloat16, torch.float16, torch.float32, torch.float16)),
+        *(TYPES[1:], TYPES[:1]),
+    ],
 )
 def test_correct_kernels_are_taken_and_checked_once(times, types, monkeypatch: pytest.MonkeyPatch) -> None:
-    layouts = wrapped(monkeypatch, "merge" if len(types) > 1 else "decode", lambda T, layout: T)
+    layouts = wrapped(monkeypatch, {4: "merge", 2: "mask_", 1: "decode"}[len(types)], lambda T, layout: T)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in range(2):
@@ -215,8 +219,8 @@ def test_this_gpu_passes_for_all_types(monkeypatch: pytest.MonkeyPatch) -> None:
         warnings.simplefilter("error")
         for W, factors, T in product(TYPES, repeat=3):
             assert implementation(CHECKED_ON, 2**22, W, factors, factors, T) == "triton"
-        for W in TYPES:
-            assert implementation(CHECKED_ON, 2**22, W) == "triton"
+        for types in (*product(TYPES, repeat=2), *product(TYPES)):
+            assert implementation(CHECKED_ON, 2**22, *types) == "triton"
 
 
 @pytest.mark.gpu
@@ -249,9 +253,11 @@ for layout, N, M, BITS in ((0, 1, 1, 1), (1, 1, 1, 1), (2, 2, 4, 2)):
         ("bf16", "bf16", "tf32", 1),
         ("bf16", "fp32", "tf32x3", 1),
         ("fp32", "fp32", "ieee", 2),
+        ("bf16", "bf16", "ieee", gpu.MASK),
     ):
         places = "u8" if layout else kind
         tensors = {"T": kind, "values": kind, "places": places, "offsets": "i64", "A": factor, "B": factor}
+        tensors["counts"] = "i32" if steps == gpu.MASK else places
         numbers = dict.fromkeys(("height", "width", "r", "row_stride", "pitch"), "i32") | {"scaling": "fp32"}
         fixed = tiles | {"LAYOUT": layout, "N": N, "M": M, "BITS": BITS, "STEPS": steps, "PRECISION": precision}
         types = {name: "*" + dtype for name, dtype in tensors.items()} | numbers
@@ -267,4 +273,4 @@ def test_the_kernels_build_for_a_gpu() -> None:
     """To machine code for compute capability 9.0 (H100, H200)."""
     result = run(["-c", BUILD])
     assert result.returncode == 0, result.stderr[-4000:]
-    assert len(result.stdout.split()) == 9
+    assert len(result.stdout.split()) == 12

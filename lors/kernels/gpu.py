@@ -1,4 +1,5 @@
-"""The merge as one Triton kernel: every element of W is read once, decoded, summed and written once as T.
+"""The merge as one Triton kernel: every element of W is read once, decoded, summed and written once as T; and the mask,
+which reads T too.
 
 A program makes a tile of ``ROWS`` x ``SPAN`` elements of T, ``COLUMNS`` at a time. The thin product is summed in
 float32, ``RANKS`` ranks at a time. On the matrix units factors of 16 bits are exact in TF32, float32 factors take
@@ -22,7 +23,9 @@ from torch import Tensor
 
 from lors.kernels.layout import BITMAP, DENSE, PackedWeight, group_shape
 
-__all__ = ["decode", "merge"]
+__all__ = ["decode", "mask_", "merge"]
+
+MASK = -1  # in place of a number of steps
 
 ROWS, COLUMNS, SPAN, RANKS = 32, 128, 1024, 16
 
@@ -107,6 +110,7 @@ def _merge_kernel(
     offsets,
     A,
     B,
+    counts,  # of the mask: non-zero weights by row
     scaling,
     height,
     width,
@@ -117,7 +121,7 @@ def _merge_kernel(
     N: tl.constexpr,
     M: tl.constexpr,
     BITS: tl.constexpr,
-    STEPS: tl.constexpr,  # over the ranks; 0 only decodes
+    STEPS: tl.constexpr,  # over the ranks; 0 only decodes, -1 masks T
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -127,6 +131,7 @@ def _merge_kernel(
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     first = tl.program_id(1) * SPAN
     inside_rows = rows < height
+    number_of_weights = tl.zeros([ROWS], tl.int32)
     if LAYOUT == 1:
         begin = tl.load(offsets + rows, mask=inside_rows, other=0)
         begin += _bits_before(places, rows, inside_rows, pitch, first // 8, SPAN // 8, ROWS)
@@ -144,11 +149,18 @@ def _merge_kernel(
                 begin += tl.sum(bit, axis=1)
             else:
                 W = _grouped_tile(values, places, rows, columns, inside, row_stride, pitch, ROWS, COLUMNS, N, M, BITS)
+            target = T + rows[:, None] * width + columns[None, :]
             if STEPS > 0:
                 update = _product(A, B, rows, columns, height, width, r, ROWS, COLUMNS, RANKS, STEPS, PRECISION)
                 exact = W.to(tl.float32)
                 W = tl.where(exact != 0.0, exact + scaling * update, 0.0)
-            tl.store(T + rows[:, None] * width + columns[None, :], W.to(T.dtype.element_ty), mask=inside)
+            if STEPS < 0:
+                kept = W.to(tl.float32) != 0.0
+                number_of_weights += tl.sum(kept.to(tl.int32), axis=1)
+                W = tl.where(kept, tl.load(target, mask=inside, other=0.0), 0.0)
+            tl.store(target, W.to(T.dtype.element_ty), mask=inside)
+    if STEPS < 0:
+        tl.atomic_add(counts + rows, number_of_weights, mask=inside_rows)
 
 
 def merge(weight: PackedWeight, A: Tensor, B: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
@@ -169,8 +181,24 @@ def decode(weight: PackedWeight) -> Tensor:
     return W
 
 
-def _launch(weight: PackedWeight, T: Tensor, A: Tensor, B: Tensor, scaling: float, steps: int, precision: str) -> None:
-    """Fill T with so many steps over the ranks; 0 only decodes."""
+def mask_(D: Tensor, weight: PackedWeight) -> Tensor:
+    """As ``eager.mask_``, for a contiguous D."""
+    counts = torch.zeros(len(D), dtype=torch.int32, device=D.device)  # of whole numbers any order has one sum
+    _launch(weight, D, D, D, 0.0, MASK, "ieee", counts)
+    return counts.float()
+
+
+def _launch(
+    weight: PackedWeight,
+    T: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    steps: int,
+    precision: str,
+    counts: Tensor | None = None,
+) -> None:
+    """Fill T with so many steps over the ranks; 0 only decodes, ``MASK`` masks it and counts."""
     height, width = weight.shape
     values, places, offsets = (*(part.contiguous() for part in weight.parts), *weight.parts[:1] * 2)[:3]
     if not T.numel():
@@ -186,6 +214,7 @@ def _launch(weight: PackedWeight, T: Tensor, A: Tensor, B: Tensor, scaling: floa
             offsets,
             A,
             B,
+            places if counts is None else counts,
             float(scaling),
             height,
             width,

@@ -198,10 +198,12 @@ def _decode(weight: list[Tensor], layout: str, rows: int, columns: int) -> Tenso
 @torch.library.impl(library, "mask_", "CompositeExplicitAutograd")
 def _mask_(D: Tensor, weight: list[Tensor], layout: str) -> Tensor:
     packed = PackedWeight(layout, tuple(weight), tuple(D.shape))
-    takes_native = D.device.type == "cpu" and D.is_contiguous() and not is_quantizing(layout)
-    in_c = takes_native and implementation(D.device, D.numel(), packed.dtype, D.dtype) == "native"
-    usage.ran("mask", "native" if in_c else "eager")
-    return (native if in_c else eager).mask_(D, packed)
+    chosen = "eager"
+    if D.is_contiguous() and not is_quantizing(layout):
+        chosen = implementation(D.device, D.numel(), packed.dtype, D.dtype)
+        chosen = "eager" if chosen == "compiled" else chosen
+    usage.ran("mask", chosen)
+    return _module(chosen).mask_(D, packed)
 
 
 def _module(name: str) -> ModuleType:
