@@ -35,6 +35,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from harness import microworld
 from harness.data import Row, check_token_ids
 from harness.errors import BadInput, one_line
+from harness.hub import commit_in, fault
 from harness.perplexity import held_out_perplexity, perplexity, perplexity_windows
 from harness.processes import is_first
 from harness.stock_tasks import ZERO_SHOT, local_items
@@ -46,6 +47,8 @@ MICROWORLD_TASKS = {f"microworld_{task}": task for task in microworld.TASKS}
 MICROWORLD_FOLDER = Path(microworld.__file__).parent / "tasks"
 MARGIN_DIGITS = 4  # of an item, in nats
 BOOTSTRAP = 1000  # draws for the standard error of a metric that is no mean; that of a mean is exact
+# Data sets of tasks that this process has loaded from the Hub: all models of a run are scored on the same items.
+FROM_HUB: dict[str, Any] = {}
 FEWSHOT_SEED = 1234  # lm-eval's default; for tasks that bring examples, which none of the seven does
 
 
@@ -125,7 +128,8 @@ def evaluate(
         held_out: Rows of instructions whose answers' perplexity is measured, see `data.held_out_rows`.
 
     Returns:
-        ``tasks``: name -> {metric, value, stderr, n, version, and where the task has them acc_norm,
+        ``tasks``: name -> {metric, value, stderr, n, version, commit (of its data set, if it comes from the Hub), and
+            where the task has them acc_norm,
             acc_norm_stderr, and correct: a text of "1" (by `acc`) and "0", one for each item in the task's order; and
             margin, margin_stderr and margins: by how much the right answer is likelier than the best wrong one};
         ``average``: {metric: acc, value, stderr, tasks (the averaged names)} or None without a task that has `acc`;
@@ -201,7 +205,7 @@ def _load_tasks(eval_cfg: Any) -> dict[str, Any]:
             if not refused:
                 works = "without a network a copy of the data set in the cache of datasets works"
                 works += ", for the seven tasks of the papers eval.data_root=FOLDER too"
-                raise BadInput(f"{shown}: cannot be loaded ({one_line(error)}); {works}") from error
+                raise BadInput(f"{shown}: cannot be loaded ({fault(error) or one_line(error)}); {works}") from error
     if refused:  # some tasks fail without their metric, some would only later
         raise BadInput(f"{shown}: runs the code of a metric from the Hub ({refused[0]}), which is never run here")
     for name, task in loaded["tasks"].items():
@@ -210,6 +214,8 @@ def _load_tasks(eval_cfg: Any) -> dict[str, Any]:
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
+        if name not in MICROWORLD_TASKS and eval_cfg.data_root is None:
+            FROM_HUB[name] = task.dataset
     return loaded
 
 
@@ -226,6 +232,8 @@ def _specification(name: str, eval_cfg: Any) -> dict[str, Any]:
     elif name in ZERO_SHOT and eval_cfg.data_root is not None:
         split = ZERO_SHOT[name].split
         items = local_items(eval_cfg.data_root, name)
+    elif name in FROM_HUB:
+        return {"task": name, "custom_dataset": lambda **_: FROM_HUB[name]}
     else:
         return {"task": name}
     splits = dict.fromkeys(("training_split", "validation_split", "test_split"), split)  # no other is looked for then
@@ -272,6 +280,8 @@ def _score(scores: dict[str, Any], name: str, task: Any) -> dict[str, Any]:
         "n": scores["n-samples"][name]["effective"],
         "version": scores["versions"][name],
     }
+    commit = commit_in(next(iter(task.dataset.values()))) if isinstance(task.dataset, dict) else None
+    score |= {"commit": commit} if commit else {}
     if "acc_norm" in of_name:
         normed = of_name["acc_norm"]
         error = values.get(normed.replace("acc_norm", "acc_norm_stderr"))
