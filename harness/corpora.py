@@ -206,8 +206,8 @@ def _hub_rows(
     shown, revision = parted(source)
     try:
         commit = commit_of(name, revision, "dataset")
-        options = {"split": split, "streaming": not whole, "revision": commit, "trust_remote_code": False}
-        yield from datasets.load_dataset(name, config, **options)
+        options = {"split": split, "streaming": not whole, "revision": commit}
+        yield from datasets.load_dataset(name, config, **options, trust_remote_code=False)
     except Exception as error:  # of any of five libraries
         said = one_line(error)
         if said.startswith(("Bad split", "Unknown split")) and has_splits(source) and key == "data.path":

@@ -41,7 +41,7 @@ from harness.processes import is_first
 from harness.stock_tasks import ZERO_SHOT, local_items
 from lors.randomness import modes_kept, random_state_kept
 
-__all__ = ["ZERO_SHOT", "check_scoring", "check_tasks", "evaluate"]
+__all__ = ["ZERO_SHOT", "check_scoring", "check_tasks", "commits_of_tasks", "evaluate"]
 
 MICROWORLD_TASKS = {f"microworld_{task}": task for task in microworld.TASKS}
 MICROWORLD_FOLDER = Path(microworld.__file__).parent / "tasks"
@@ -86,6 +86,12 @@ def _task_tokens(eval_cfg: Any, tokenizer: Tokenizer) -> Iterator[int]:
             # Prompt, then prompt and answer, as they are encoded.
             for text in accumulate(part for part in request.args if isinstance(part, str)):
                 yield from tokenizer.encode(text, add_special_tokens=False, verbose=False)
+
+
+def commits_of_tasks(names: Sequence[str]) -> dict[str, str]:
+    """The commits of the data sets of those of the tasks that this process has loaded from the Hub."""
+    commits = {name: commit_in(next(iter(FROM_HUB[name].values()))) for name in names if FROM_HUB.get(name)}
+    return {name: commit for name, commit in commits.items() if commit is not None}
 
 
 def check_scoring(model: PreTrainedModel, tokenizer: Tokenizer, eval_cfg: Any) -> None:
@@ -214,7 +220,8 @@ def _load_tasks(eval_cfg: Any) -> dict[str, Any]:
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
-        if name not in MICROWORLD_TASKS and eval_cfg.data_root is None:
+        in_folder = name in ZERO_SHOT and eval_cfg.data_root is not None
+        if type(task).__name__ == "ConfigurableTask" and name not in MICROWORLD_TASKS and not in_folder:
             FROM_HUB[name] = task.dataset
     return loaded
 
@@ -280,8 +287,7 @@ def _score(scores: dict[str, Any], name: str, task: Any) -> dict[str, Any]:
         "n": scores["n-samples"][name]["effective"],
         "version": scores["versions"][name],
     }
-    commit = commit_in(next(iter(task.dataset.values()))) if isinstance(task.dataset, dict) else None
-    score |= {"commit": commit} if commit else {}
+    score |= {"commit": commit} if (commit := commits_of_tasks([name]).get(name)) else {}
     if "acc_norm" in of_name:
         normed = of_name["acc_norm"]
         error = values.get(normed.replace("acc_norm", "acc_norm_stderr"))

@@ -289,7 +289,8 @@ def _from_pretrained(kind: type, source: Source, wanted: str) -> Any:
 
 def _unusable(source: Source, error: Exception, wanted: str) -> BadInput:
     if source.folder is not None:
-        return BadInput(f"{source.shown}: the folder has no usable {wanted} ({reason(error)})")
+        found = "its weights cannot be read" if wanted == "weights" else f"the folder has no usable {wanted}"
+        return BadInput(f"{source.shown}: {found} ({reason(error)})")
     words = fault(error)
     if words == NO_REVISION:
         return BadInput(f"model.revision={source.revision}: {source.path} on the Hub: {words}")

@@ -177,8 +177,11 @@ def test_a_snapshot_is_what_the_hub_has(hub, command, results, tmp_path) -> None
     assert names <= made and not made - names - {"provenance.json", "manifest.json"}
     assert len(lines(root / "alpaca_gpt4/train.jsonl")) == 3 and len(lines(root / "c4/train.jsonl")) == 40
     with hub.away():
-        said = command("snapshot", *overrides)
-        assert said[0] == 0 and said[1].count("whole; ") == 6
+        code, printed = command("snapshot", *overrides)
+        assert code == 0 and printed.count("whole; ") == 6
+        for more in ("data.limit=4", "eval.held_out=1"):
+            code, printed = command("snapshot", *overrides, more, "--verify")
+            assert code == 2 and "train.jsonl is missing or too short" in printed
         from_snapshot = results(*overrides, cache=tmp_path)
     assert from_snapshot["key"] != from_hub["key"]
     for score in from_hub["eval"]["tasks"].values():
