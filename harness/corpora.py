@@ -11,7 +11,6 @@ code is.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import reprlib
 from collections.abc import Iterable, Iterator
@@ -24,9 +23,9 @@ from pydantic_core import from_json
 
 from harness import microworld
 from harness.errors import BadInput, one_line
-from harness.hub import WELL_KNOWN, commit_of, fault, parted
+from harness.hub import WELL_KNOWN, commit_of, fault, parted, quiet
 
-__all__ = ["has_splits", "instructions", "is_on_hub", "quiet", "read_rows", "texts", "wikitext_rows"]
+__all__ = ["has_splits", "instructions", "is_on_hub", "read_rows", "texts", "wikitext_rows"]
 
 JSON_SUFFIXES = (".json", ".jsonl")
 FILE_SUFFIXES = (*JSON_SUFFIXES, ".txt", ".raw", ".md")
@@ -188,12 +187,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(dict(pairs)) < len(pairs):
         raise ValueError(f"an object with a name twice, among {reprlib.repr(sorted(name for name, _ in pairs))}")
     return dict(pairs)
-
-
-def quiet() -> None:
-    """Leave it to the one error to say that the Hub cannot be reached; no notices of lm-eval."""
-    for name in ("huggingface_hub", "lm_eval"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _hub_rows(

@@ -35,7 +35,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from harness import microworld
 from harness.data import Row, check_token_ids
 from harness.errors import BadInput, one_line
-from harness.hub import commit_in, fault
+from harness.hub import commit_in, fault, knock
 from harness.perplexity import held_out_perplexity, perplexity, perplexity_windows
 from harness.processes import is_first
 from harness.stock_tasks import ZERO_SHOT, local_items
@@ -242,6 +242,7 @@ def _specification(name: str, eval_cfg: Any) -> dict[str, Any]:
     elif name in FROM_HUB:
         return {"task": name, "custom_dataset": lambda **_: FROM_HUB[name]}
     else:
+        knock()
         return {"task": name}
     splits = dict.fromkeys(("training_split", "validation_split", "test_split"), split)  # no other is looked for then
     return {"task": name, **splits, "custom_dataset": lambda **_: {split: datasets.Dataset.from_list(items)}}

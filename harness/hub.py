@@ -6,6 +6,7 @@ commit, before its key is made, and reads that one.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -22,11 +23,12 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
     RevisionResolutionError,
 )
+from huggingface_hub.utils import get_session
 
 from harness.errors import BadInput
 
-__all__ = ["NO_REVISION", "UNREACHABLE", "WELL_KNOWN", "commit_in", "commit_of", "fault", "files_of", "parted"]
-__all__ += ["pinned"]
+__all__ = ["NO_REVISION", "UNREACHABLE", "WELL_KNOWN", "commit_in", "commit_of", "fault", "files_of", "knock"]
+__all__ += ["parted", "pinned", "quiet"]
 
 # transformers asks a service to make a pull request with safetensors for a repository that has none, in a thread of its
 # own beside the training that is measured. Nobody asked for either.
@@ -52,6 +54,22 @@ CUT = ("TransportError", "ChunkedEncodingError")
 
 
 @cache
+def knock() -> None:
+    """Turn this process to the caches alone if the Hub cannot be reached, as HF_HUB_OFFLINE=1 does.
+
+    The libraries knock again for every file, several times and with pauses, which takes minutes.
+    """
+    if constants.is_offline_mode():
+        return
+    try:
+        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception:  # of the HTTP library, which is another one in every other version
+        import datasets
+
+        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = datasets.config.HF_DATASETS_OFFLINE = True
+
+
+@cache
 def commit_of(name: str, revision: str | None, kind: str) -> str | None:
     """The commit that a branch or a tag is now.
 
@@ -67,12 +85,20 @@ def commit_of(name: str, revision: str | None, kind: str) -> str | None:
     Raises:
         RevisionNotFoundError: The repository has no such revision.
     """
+    knock()
+    quiet()
     try:
         return HfApi().resolve_revision(name, revision=revision, repo_type=kind).resolved
     except RevisionNotFoundError:
         raise
     except (HfHubHTTPError, RevisionResolutionError, OSError, ValueError):
         return None
+
+
+def quiet() -> None:
+    """Leave it to the one error to say that the Hub cannot be reached; no notices of lm-eval."""
+    for name in ("huggingface_hub", "lm_eval"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def parted(source: str) -> tuple[str, str | None]:

@@ -19,7 +19,6 @@ from transformers.utils import cached_file
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from harness.config_schema import needs_calibration
-from harness.corpora import quiet
 from harness.data import (
     Batch,
     Collator,
@@ -33,7 +32,7 @@ from harness.data import (
 from harness.errors import BadInput, one_line
 from harness.evaluate import check_tasks
 from harness.feasible import check_fit, check_memory, reason
-from harness.hub import NO_REVISION, UNREACHABLE, fault, files_of
+from harness.hub import NO_REVISION, UNREACHABLE, fault, files_of, quiet
 from harness.identity import digest, local_path, with_fingerprints
 from harness.method import Method
 from harness.method_from_config import build_method

@@ -29,9 +29,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from harness.blocks import expand
 from harness.config import resolve
-from harness.corpora import quiet
 from harness.errors import BadInput, one_line
 from harness.files import remove, write_json
+from harness.hub import quiet
 from harness.identity import local_path
 from harness.sealed_folder import MANIFEST, damage, seal
 from harness.snapshot_data import Rows, make_rows, rows_of

@@ -187,9 +187,10 @@ def test_a_snapshot_is_what_the_hub_has(hub, command, results, tmp_path) -> None
     for score in from_hub["eval"]["tasks"].values():
         score.pop("commit")
     assert from_snapshot["eval"] == from_hub["eval"] and from_snapshot["loss"] == from_hub["loss"]
-    commits = {key: made.get("commit") or made["commits"] for key, made in from_snapshot["provenance"].items()}
-    assert commits["model.path"] == from_hub["provenance"]["model.path"]["revision"]
-    assert commits["data.path"] == {"train.jsonl": from_hub["provenance"]["data.path"]["revision"]}
+    made, read = from_snapshot["provenance"], from_hub["provenance"]
+    assert made["model.path"]["commit"] == read["model.path"]["revision"]
+    assert made["data.path"]["commits"] == {"train.jsonl": read["data.path"]["revision"]}
+    assert made["eval.perplexity.text"] == {"source": "wikitext"}, "which is that of the snapshot"
 
 
 NO_MODEL = "no such folder or snapshot, and the Hub gave no usable"
@@ -232,6 +233,6 @@ def test_a_connection_that_is_lost_is_one_line_and_the_download_goes_on(hub, com
     assert code == 2 and printed == f"error: model.path=org/slow: {lost}\n"
     assert command(*overrides)[0] == 0
     with hub.away():
-        code, printed = command(*PLAIN, "model.path=org/adapter", f"runs_root={tmp_path}", f"cache_root={tmp_path}")
+        code, printed = command(*PLAIN, "model.path=org/unread", f"runs_root={tmp_path}", f"cache_root={tmp_path}")
         assert code == 2 and f"{NO_MODEL} config.json: it cannot be reached" in printed
         assert "; python -m harness.snapshot, with the overrides" in printed
