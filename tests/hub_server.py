@@ -59,8 +59,11 @@ class Hub(ThreadingHTTPServer):
             self.start()
 
     def add(self, name: str, folder: Path, revision: str = "main") -> str:
-        """Serve a folder as a revision of a repository; returns the commit."""
-        self.repositories.setdefault(name, {})[revision] = folder
+        """Serve a folder as a revision of a repository, and what was there before as its commit; returns the commit."""
+        revisions = self.repositories.setdefault(name, {})
+        if revision in revisions:
+            revisions[commit_of(revision, revisions[revision])] = revisions[revision]
+        revisions[revision] = folder
         return commit_of(revision, folder)
 
 

@@ -134,7 +134,7 @@ def test_everything_by_name_then_out_of_the_caches_then_as_pushed(hub, results, 
     before = len(hub.asked)
     first = results(*FULL, cache=tmp_path)
     asked = hub.asked[before:]
-    commits = {name: commit_of(*next(iter(revisions.items()))) for name, revisions in hub.repositories.items()}
+    commits = {name: commit_of("main", revisions["main"]) for name, revisions in hub.repositories.items()}
     assert first["provenance"] == {
         "model.path": {"source": "org/tiny", "revision": commits["models/org/tiny"]},
         "data.path": {"source": "vicgalle/alpaca-gpt4", "revision": commits["datasets/vicgalle/alpaca-gpt4"]},
