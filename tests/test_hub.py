@@ -156,6 +156,7 @@ def test_everything_by_name_then_out_of_the_caches_then_as_pushed(hub, results, 
     assert pinned["key"] == first["key"]
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_known_by_its_commits(hub, command, tmp_path) -> None:
     overrides = [*PLAIN, "model.path=org/pushed", f"runs_root={tmp_path}", f"cache_root={tmp_path}"]
     assert command(*overrides)[0] == 0
@@ -166,6 +167,7 @@ def test_a_finished_run_is_known_by_its_commits(hub, command, tmp_path) -> None:
         assert "not repeated" in command(*overrides)[1]
 
 
+@pytest.mark.slow
 def test_a_snapshot_is_what_the_hub_has(hub, command, results, tmp_path) -> None:
     overrides = [*FULL, "model.path=org/bin", "data.limit=3", f"cache_root={tmp_path}"]
     from_hub = results(*FULL, "model.path=org/bin", "data.limit=3")
