@@ -3,14 +3,14 @@
 Local files are read here, not by `datasets`, so that a malformed line is reported with its file and number and nothing
 is copied into a cache. Formats: ``.json`` (a list of objects), JSON lines under any name, and any other file as one
 document of plain text. JSON is strict: no NaN, no name twice in an object, no half of a surrogate pair. A name that is
-no file and has at most one slash is taken for a Hub name, ``owner/name`` or ``owner/name:config``; from there only the
-rows that are asked for are downloaded, and no code is.
+no file and has at most one slash is taken for a Hub name, ``owner/name`` or ``owner/name:config``, of the newest commit
+or with ``@`` and a branch, tag or commit behind it; from there only the rows that are asked for are downloaded, and no
+code is.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import reprlib
 from collections.abc import Iterable, Iterator
@@ -23,17 +23,13 @@ from pydantic_core import from_json
 
 from harness import microworld
 from harness.errors import BadInput, one_line
+from harness.hub import WELL_KNOWN, commit_of, fault, parted, quiet
 
-__all__ = ["WELL_KNOWN", "has_splits", "instructions", "is_on_hub", "quiet", "read_rows", "texts", "wikitext_rows"]
+__all__ = ["has_splits", "instructions", "is_on_hub", "read_rows", "texts", "wikitext_rows"]
 
 JSON_SUFFIXES = (".json", ".jsonl")
 FILE_SUFFIXES = (*JSON_SUFFIXES, ".txt", ".raw", ".md")
 MICROWORLD = "microworld"
-# Short names for the corpora of the papers: Hub name, config, split, and whether all of it is downloaded and kept.
-WELL_KNOWN = {
-    "c4": ("allenai/c4", "en", "train", False),
-    "wikitext": ("Salesforce/wikitext", "wikitext-2-raw-v1", "test", True),
-}
 
 
 def read_rows(
@@ -53,7 +49,7 @@ def read_rows(
     if _is_local(path):
         rows = _json_rows(path, key)
     else:
-        name, _, config = path.partition(":")
+        name, _, config = parted(path)[0].partition(":")
         rows = _hub_rows(name, config or None, split, False, path, key)
     return islice(rows, limit)
 
@@ -80,7 +76,7 @@ def texts(source: str, *, split: str = "train", limit: int | None = None, key: s
             raise BadInput(f"{key}={source}: not text (it holds a null character)")
         yield text
     else:
-        known = WELL_KNOWN.get(source)
+        known = WELL_KNOWN.get(parted(source)[0])
         rows = _hub_rows(*known, source, key) if known else read_rows(source, split=split, key=key)
         for number, row in enumerate(islice(rows, limit), start=1):
             column = "page" if "page" in row and "text" not in row else "text"  # `page` in document-level WikiText
@@ -132,7 +128,7 @@ def require_text(row: dict[str, Any], column: str, number: int, source: str, key
 
 def has_splits(source: str) -> bool:
     """Whether a source is a data set of the Hub whose split can be chosen: no file, and no short name."""
-    return is_on_hub(source) and source not in WELL_KNOWN
+    return is_on_hub(source) and parted(source)[0] not in WELL_KNOWN
 
 
 def is_on_hub(source: str) -> bool:
@@ -193,11 +189,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def quiet() -> None:
-    """Leave it to the one error to say that the Hub cannot be reached."""
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-
-
 def _hub_rows(
     name: str, config: str | None, split: str, whole: bool, source: str, key: str
 ) -> Iterator[dict[str, Any]]:
@@ -205,10 +196,14 @@ def _hub_rows(
     import datasets
 
     quiet()
+    shown, revision = parted(source)
     try:
-        yield from datasets.load_dataset(name, config, split=split, streaming=not whole, trust_remote_code=False)
+        commit = commit_of(name, revision, "dataset")
+        options = {"split": split, "streaming": not whole, "revision": commit}
+        yield from datasets.load_dataset(name, config, **options, trust_remote_code=False)
     except Exception as error:  # of any of five libraries
-        raise BadInput(
-            f"{key}={source}: no such file, and split {split!r} of the data set {name} could not be read from the Hub "
-            f"or the cache of datasets ({one_line(error)})"
-        ) from error
+        said = one_line(error)
+        if said.startswith(("Bad split", "Unknown split")) and has_splits(source) and key == "data.path":
+            raise BadInput(f"data.split={split}: the data set {shown} has no such split ({said})") from error
+        reason = fault(error) or said
+        raise BadInput(f"{key}={shown}: no such file, and the data set on the Hub cannot be read: {reason}") from error

@@ -35,17 +35,20 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from harness import microworld
 from harness.data import Row, check_token_ids
 from harness.errors import BadInput, one_line
+from harness.hub import commit_in, fault, knock
 from harness.perplexity import held_out_perplexity, perplexity, perplexity_windows
 from harness.processes import is_first
 from harness.stock_tasks import ZERO_SHOT, local_items
 from lors.randomness import modes_kept, random_state_kept
 
-__all__ = ["ZERO_SHOT", "check_scoring", "check_tasks", "evaluate"]
+__all__ = ["ZERO_SHOT", "check_scoring", "check_tasks", "commits_of_tasks", "evaluate"]
 
 MICROWORLD_TASKS = {f"microworld_{task}": task for task in microworld.TASKS}
 MICROWORLD_FOLDER = Path(microworld.__file__).parent / "tasks"
 MARGIN_DIGITS = 4  # of an item, in nats
 BOOTSTRAP = 1000  # draws for the standard error of a metric that is no mean; that of a mean is exact
+# Data sets of tasks that this process has loaded from the Hub: all models of a run are scored on the same items.
+FROM_HUB: dict[str, Any] = {}
 FEWSHOT_SEED = 1234  # lm-eval's default; for tasks that bring examples, which none of the seven does
 
 
@@ -83,6 +86,12 @@ def _task_tokens(eval_cfg: Any, tokenizer: Tokenizer) -> Iterator[int]:
             # Prompt, then prompt and answer, as they are encoded.
             for text in accumulate(part for part in request.args if isinstance(part, str)):
                 yield from tokenizer.encode(text, add_special_tokens=False, verbose=False)
+
+
+def commits_of_tasks(names: Sequence[str]) -> dict[str, str]:
+    """The commits of the data sets of those of the tasks that this process has loaded from the Hub."""
+    commits = {name: commit_in(next(iter(FROM_HUB[name].values()))) for name in names if FROM_HUB.get(name)}
+    return {name: commit for name, commit in commits.items() if commit is not None}
 
 
 def check_scoring(model: PreTrainedModel, tokenizer: Tokenizer, eval_cfg: Any) -> None:
@@ -125,7 +134,8 @@ def evaluate(
         held_out: Rows of instructions whose answers' perplexity is measured, see `data.held_out_rows`.
 
     Returns:
-        ``tasks``: name -> {metric, value, stderr, n, version, and where the task has them acc_norm,
+        ``tasks``: name -> {metric, value, stderr, n, version, commit (of its data set, if it comes from the Hub), and
+            where the task has them acc_norm,
             acc_norm_stderr, and correct: a text of "1" (by `acc`) and "0", one for each item in the task's order; and
             margin, margin_stderr and margins: by how much the right answer is likelier than the best wrong one};
         ``average``: {metric: acc, value, stderr, tasks (the averaged names)} or None without a task that has `acc`;
@@ -201,7 +211,7 @@ def _load_tasks(eval_cfg: Any) -> dict[str, Any]:
             if not refused:
                 works = "without a network a copy of the data set in the cache of datasets works"
                 works += ", for the seven tasks of the papers eval.data_root=FOLDER too"
-                raise BadInput(f"{shown}: cannot be loaded ({one_line(error)}); {works}") from error
+                raise BadInput(f"{shown}: cannot be loaded ({fault(error) or one_line(error)}); {works}") from error
     if refused:  # some tasks fail without their metric, some would only later
         raise BadInput(f"{shown}: runs the code of a metric from the Hub ({refused[0]}), which is never run here")
     for name, task in loaded["tasks"].items():
@@ -210,6 +220,9 @@ def _load_tasks(eval_cfg: Any) -> dict[str, Any]:
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
+        in_folder = name in ZERO_SHOT and eval_cfg.data_root is not None
+        if type(task).__name__ == "ConfigurableTask" and name not in MICROWORLD_TASKS and not in_folder:
+            FROM_HUB[name] = task.dataset
     return loaded
 
 
@@ -226,7 +239,10 @@ def _specification(name: str, eval_cfg: Any) -> dict[str, Any]:
     elif name in ZERO_SHOT and eval_cfg.data_root is not None:
         split = ZERO_SHOT[name].split
         items = local_items(eval_cfg.data_root, name)
+    elif name in FROM_HUB:
+        return {"task": name, "custom_dataset": lambda **_: FROM_HUB[name]}
     else:
+        knock()
         return {"task": name}
     splits = dict.fromkeys(("training_split", "validation_split", "test_split"), split)  # no other is looked for then
     return {"task": name, **splits, "custom_dataset": lambda **_: {split: datasets.Dataset.from_list(items)}}
@@ -272,6 +288,7 @@ def _score(scores: dict[str, Any], name: str, task: Any) -> dict[str, Any]:
         "n": scores["n-samples"][name]["effective"],
         "version": scores["versions"][name],
     }
+    score |= {"commit": commit} if (commit := commits_of_tasks([name]).get(name)) else {}
     if "acc_norm" in of_name:
         normed = of_name["acc_norm"]
         error = values.get(normed.replace("acc_norm", "acc_norm_stderr"))

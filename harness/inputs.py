@@ -5,7 +5,6 @@ Whatever is wrong with it ends here, as one line (``BadInput``).
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +15,10 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.utils import cached_file
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from harness.config_schema import needs_calibration
-from harness.corpora import quiet
 from harness.data import (
     Batch,
     Collator,
@@ -33,6 +32,7 @@ from harness.data import (
 from harness.errors import BadInput, one_line
 from harness.evaluate import check_tasks
 from harness.feasible import check_fit, check_memory, reason
+from harness.hub import NO_REVISION, UNREACHABLE, fault, files_of, quiet
 from harness.identity import digest, local_path, with_fingerprints
 from harness.method import Method
 from harness.method_from_config import build_method
@@ -44,6 +44,8 @@ __all__ = ["Inputs", "Source", "check_inputs", "read_inputs"]
 
 WEIGHTS = ("*.safetensors", "*.bin")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+# What `cached_file` is to say of a file that cannot be had: nothing.
+LENIENT = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")}
 CACHES = ("devices", "pruned", "scores", "tokens")
 
 
@@ -258,16 +260,17 @@ def _read_tokenizer(source: Source, shape: PretrainedConfig, pad_token: str | No
 def _check_weights(source: Source) -> None:
     """Names and shapes of the weights, against config.json; nothing is loaded."""
     path, shown = source.path, source.shown
-    if os.path.exists(os.path.join(path, "adapter_config.json")):  # transformers would load what it points to
-        raise BadInput(f"{shown}: must be a whole model; adapter_config.json says it is an adapter")
     disable_progress_bar()
     try:
+        if cached_file(path, "adapter_config.json", revision=source.revision, **LENIENT):
+            # transformers would load what it points to
+            raise BadInput(f"{shown}: must be a whole model; adapter_config.json says it is an adapter")
         model = load_weights(path, source.revision, shown=shown, device_map="meta")
-        check_files(Path(path), model, shown)
+        check_files(source.folder or files_of(path, source.revision), model, shown)
     except BadInput:
         raise
     except Exception as error:  # each file format has errors of its own
-        raise BadInput(f"{shown}: its weights cannot be read ({reason(error)})") from error
+        raise _unusable(source, error, "weights") from error
     finally:
         enable_progress_bar()
 
@@ -280,6 +283,16 @@ def _from_pretrained(kind: type, source: Source, wanted: str) -> Any:
     try:
         return kind.from_pretrained(path, revision=source.revision, trust_remote_code=False)
     except Exception as error:  # what a damaged file raises is up to its format
-        place = "the folder has" if source.folder else "no such folder or snapshot, and the Hub gave"
-        remedy = "" if source.folder else f"; {REMEDY}"
-        raise BadInput(f"{source.shown}: {place} no usable {wanted} ({reason(error)}){remedy}") from error
+        raise _unusable(source, error, wanted) from error
+
+
+def _unusable(source: Source, error: Exception, wanted: str) -> BadInput:
+    if source.folder is not None:
+        found = "its weights cannot be read" if wanted == "weights" else f"the folder has no usable {wanted}"
+        return BadInput(f"{source.shown}: {found} ({reason(error)})")
+    words = fault(error)
+    if words == NO_REVISION:
+        return BadInput(f"model.revision={source.revision}: {source.path} on the Hub: {words}")
+    remedy = f"; {REMEDY}" if words == UNREACHABLE else ""
+    why = words or reason(error)
+    return BadInput(f"{source.shown}: no such folder or snapshot, and the Hub gave no usable {wanted}: {why}{remedy}")

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from huggingface_hub import ModelCardData, try_to_load_from_cache
+from huggingface_hub import ModelCardData
 from omegaconf import DictConfig, OmegaConf
 from peft import PeftConfig
 
@@ -77,11 +77,7 @@ def base_of(cfg: DictConfig) -> Base:
         return Base(HERE, origin=origin)
     if of_user:
         return Base(cfg.model.path)
-    revision = made.get("revision")
-    if revision is None:  # of the files that were just read: <cache>/snapshots/<commit>/config.json
-        file = try_to_load_from_cache(source, "config.json")
-        revision = Path(file).parent.name if isinstance(file, str) else None
-    return Base(source, revision, origin)
+    return Base(source, made.get("revision"), origin)
 
 
 def write_card(

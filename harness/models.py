@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from harness.bfloat16_products import bfloat16_products
 from harness.environment import default_device
-from harness.evaluate import evaluate
+from harness.evaluate import commits_of_tasks, evaluate
 from harness.identity import digest, version_of
 from harness.inputs import Inputs, Source
 from harness.processes import from_first
@@ -117,12 +117,16 @@ class Models:
         config."""
         fingerprinted = self.inputs.fingerprinted["eval"]
         settings = {key: value for key, value in fingerprinted.items() if key not in ("name", "baselines")}
+        commits = commits_of_tasks(self.cfg.eval.tasks)
+        text = provenance(self.cfg).get("eval.perplexity.text", {})
+        commits |= {"text": text["revision"]} if text.get("source") == "wikitext" and text.get("revision") else {}
         key = digest(
             {
                 "stages": {stage: version_of(stage) for stage in ("evaluate", "microworld")},
                 "model": self.dense_key if which == "dense" else self.pruned_key,
                 "eval": settings | ({"held_out": digest(self.inputs.held_out)} if self.inputs.held_out else {}),
                 "dtype": str(self.dtype),
+                **({"commits": commits} if commits else {}),
                 "device": default_device().type,
                 "versions": [version(name) for name in ("torch", "transformers", "lm_eval")],
             }

@@ -29,9 +29,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from harness.blocks import expand
 from harness.config import resolve
-from harness.corpora import quiet
 from harness.errors import BadInput, one_line
 from harness.files import remove, write_json
+from harness.hub import quiet
 from harness.identity import local_path
 from harness.sealed_folder import MANIFEST, damage, seal
 from harness.snapshot_data import Rows, make_rows, rows_of
@@ -122,7 +122,8 @@ def _ensure(place: Path, files: dict[str, Rows], expected: dict[str, Any], make:
             shutil.copyfile(place / name, unfinished / name)
         before, made = made, expected | make(unfinished)
         for name in others:
-            made["rows"][name], made["limit"][name] = before["rows"][name], before["limit"][name]
+            for part in ("rows", "limit", "commits"):
+                made[part][name] = before.get(part, {}).get(name)
         write_json(unfinished / PROVENANCE, made)
         seal(unfinished)
         remove(place)
@@ -139,7 +140,8 @@ def _ends_before(made: dict[str, Any], name: str, rows: Rows) -> bool:
 
 def _described(made: dict[str, Any]) -> str:
     rows = [f"{count} rows in {name}" for name, count in made.get("rows", {}).items()]
-    return ", ".join(str(part) for part in (made["source"], made.get("revision"), made.get("values"), *rows) if part)
+    parts = (*(made.get(name) for name in ("source", "revision", "commit", "values")), *rows)
+    return ", ".join(str(part) for part in parts if part)
 
 
 if __name__ == "__main__":

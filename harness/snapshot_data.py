@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from harness.corpora import instructions, texts
 from harness.data import CALIBRATION_POOL
 from harness.errors import BadInput, one_line
+from harness.hub import commit_in, fault, parted, pinned
 from harness.sources import file_of, origin, texts_of
 from harness.stock_tasks import ZERO_SHOT, local_files, local_items
 
@@ -69,19 +70,23 @@ def _items(task: str, file: Path | None) -> Iterable[dict[str, Any]]:
     split, folder, _ = ZERO_SHOT[task]
     try:
         manager = tasks.TaskManager(include_defaults=False, include_path=Path(tasks.__file__).parent / folder)
-        return list(manager.load([task])["tasks"][task].dataset[split])
+        return manager.load([task])["tasks"][task].dataset[split]
     except Exception as error:  # of any of five libraries
-        raise BadInput(f"eval.tasks={task}: cannot be read from the Hub ({one_line(error)})") from error
+        raise BadInput(f"eval.tasks={task}: cannot be read from the Hub ({fault(error) or one_line(error)})") from error
 
 
 def make_rows(files: dict[str, Rows], copied: Path | None, folder: Path) -> dict[str, Any]:
     """Write the files of a snapshot, or copy them, and return what its provenance says of them."""
+    commits = dict.fromkeys(files)
     for name, rows in files.items():
         if copied is not None:
             shutil.copyfile(copied / name, folder / name)
         else:
+            found = rows.read(None)
             with (folder / name).open("w", encoding="utf-8") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows.read(None))
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in found)
+            commits[name] = parted(pinned(rows.source, "data.path"))[1] if "/" in rows.source else commit_in(found)
     # Read back as a run does it.
     counts = {name: rows.count(folder / name) for name, rows in files.items()}
-    return {"rows": counts, "limit": {name: None if copied else rows.limit for name, rows in files.items()}}
+    limits = {name: None if copied else rows.limit for name, rows in files.items()}
+    return {"rows": counts, "limit": limits, "commits": commits}

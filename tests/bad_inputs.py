@@ -272,7 +272,7 @@ FILES = [
         ("data.path=/no/such.jsonl", "data.path=/no/such.jsonl: no such file"),
         ("data=text data.path=/no/such.txt", "data.path=/no/such.txt: no such file"),
         ("prune.text=/no/such.jsonl", "prune.text=/no/such.jsonl: no such file"),
-        ("prune.text=null", "prune.text=c4: no such file", "could not be read from the Hub"),
+        ("prune.text=null", "prune.text=c4: no such file", "the data set on the Hub cannot be read"),
         ("eval.perplexity.text=/no/such.txt", "eval.perplexity.text=/no/such.txt: no such file"),
         ("eval.data_root=/no/such", "eval.data_root=/no/such/rte/validation.jsonl: no such file"),
         ("eval.tasks=[boolq]", "eval.data_root={sources}/boolq/validation.jsonl: no such file"),

@@ -173,14 +173,6 @@ def test_which_base_an_adapter_names(composed, monkeypatch, overrides, source, b
     assert base_of(composed("model=hf", "model.path=my/folder", "cache_root=/cache", *overrides)) == base
 
 
-def test_the_revision_of_the_hub_is_that_of_the_files_that_were_read(composed, monkeypatch) -> None:
-    monkeypatch.setattr("harness.model_card.provenance", lambda _: {"model.path": {"source": "org/pruned"}})
-    file = "/cache/models--org--pruned/snapshots/0123abc/config.json"
-    monkeypatch.setattr("harness.model_card.try_to_load_from_cache", lambda *_: file)
-    cfg = composed("model=hf", "model.path=org/pruned", "prune=none")
-    assert base_of(cfg) == Base("org/pruned", "0123abc", "org/pruned")
-
-
 def test_a_card_of_a_model_of_the_hub_links_it(folder: Path, tmp_path: Path) -> None:
     result, peft = json.loads((folder / "result.json").read_text()), PeftConfig.from_pretrained(folder / "adapter")
     write_card(tmp_path, "adapter", result, Base("org/pruned", "abc", "org/pruned"), dtype="bfloat16", peft=peft)

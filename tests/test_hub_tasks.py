@@ -1,4 +1,4 @@
-"""Tasks and texts of the Hub, without a network: data sets of our own stand in for it, and no code of it runs."""
+"""Tasks of lm-eval beside the seven: data sets of our own stand in for the Hub, and no code of it runs."""
 
 import contextlib
 import math
@@ -6,19 +6,9 @@ from types import SimpleNamespace
 
 import datasets
 import pytest
-from test_evaluate import (  # noqa: F401 (a fixture)
-    TOKENIZER,
-    VOCABULARY,
-    data_root,
-    eval_cfg,
-    items,
-    refused,
-    text_cfg,
-    tiny,
-)
+from test_evaluate import TOKENIZER, VOCABULARY, eval_cfg, refused, tiny
 
 from harness import evaluate as evaluate_module
-from harness.corpora import texts
 from harness.errors import BadInput
 from harness.evaluate import check_scoring, check_tasks, evaluate
 from harness.log_likelihood import PromptSharingLM
@@ -53,36 +43,6 @@ def test_gsm8k_is_generated_and_its_strict_answer_counts(monkeypatch):
     check_scoring(roomy, TOKENIZER, cfg)
     wordless = evaluate(roomy, TOKENIZER, cfg, None, progress=False)["tasks"]["gsm8k"]  # really generated
     assert wordless["value"] == 0 and wordless["n"] == 4
-
-
-def test_stock_tasks_from_the_hub_score_as_from_a_folder(data_root, monkeypatch):  # noqa: F811
-    """lm-eval's own loading, of a data set of the Hub that is patched in."""
-    of_path = {"super_glue": "boolq", "openbookqa": "openbookqa", "allenai/openbookqa": "openbookqa"}
-
-    def load_dataset(path, name=None, **_):
-        task = of_path[path.rpartition("aps/")[2]]
-        return dict.fromkeys(("train", "validation", "test"), datasets.Dataset.from_list(items(task)))
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    tasks = ["boolq", "openbookqa"]
-    from_hub, from_folder = (
-        evaluate(tiny(), TOKENIZER, eval_cfg(tasks, root), None, progress=False) for root in (None, data_root)
-    )
-    assert from_hub == from_folder
-
-
-def test_what_is_scored_is_kept_and_what_is_trained_on_is_streamed(monkeypatch):
-    import datasets
-
-    streamed = {}
-
-    def load(name, config, *, streaming, **_):
-        streamed[name] = streaming
-        return iter([{"text": "a"}])
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    assert [list(texts(source)) for source in ("c4", "wikitext", "some/set:part")] == [["a"]] * 3
-    assert streamed == {"allenai/c4": True, "Salesforce/wikitext": False, "some/set": True}
 
 
 def test_code_from_the_hub_and_from_the_model_is_not_run(monkeypatch):

@@ -10,7 +10,6 @@ import sys
 import zipfile
 from pathlib import Path
 
-import datasets
 import gguf
 import numpy
 import pytest
@@ -21,7 +20,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from harness import snapshot, snapshot_models
 from harness.config import resolve
-from harness.corpora import texts, wikitext_rows
 from harness.errors import BadInput
 from harness.identity import fingerprint, run_key
 from harness.sealed_folder import damage
@@ -305,39 +303,6 @@ def test_names_of_folders() -> None:
     assert file_of("owner/name:config", "test") == "name_config/test.jsonl"
 
 
-def test_rows_of_the_hub_are_written_as_runs_read_them(source: Path, tmp_path: Path, monkeypatch) -> None:
-    """By the same loader; only as many as are read."""
-    wikitext = ["", " = A title = \n", "", " Some text . \n"]
-    on_hub = {
-        "vicgalle/alpaca-gpt4": [
-            {"instruction": sentence(i), "input": "", "output": "x", "text": "y"} for i in range(9)
-        ],
-        "allenai/c4": [{"text": sentence(i), "url": "u"} for i in range(9)],
-        "Salesforce/wikitext": [{"text": row} for row in wikitext],
-        "nyu-mll/glue": [json.loads(line) for line in (source / "rte/validation.jsonl").read_text().splitlines()],
-    }
-
-    def load(path: str, name: str | None = None, split: str | None = None, **_: object) -> object:
-        rows = datasets.Dataset.from_list(on_hub[path])
-        return rows if split else datasets.DatasetDict({"train": rows, "validation": rows})
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    monkeypatch.setattr(snapshot, "make_model", lambda *_: {})
-    arguments = [*REAL[:3], "eval.tasks=[rte]", f"cache_root={tmp_path}"]
-    assert snapshot.main([*arguments, "data.limit=3", "eval.held_out=1"]) == 0
-    root, cfg = tmp_path / "snapshots", resolve(compose_config(*arguments))
-    assert [len((root / file).read_text().splitlines()) for file in ("alpaca_gpt4/train.jsonl", "c4/train.jsonl")] == [
-        4,
-        9,
-    ]
-    assert wikitext_rows(texts(str(root / "wikitext/test.jsonl"))) == wikitext
-    assert cfg.eval.data_root == str(root) and (root / "rte/validation.jsonl").exists()
-    # More rows are asked for than are there.
-    assert snapshot.main([*arguments, "--verify"]) == 2
-    assert snapshot.main(arguments) == 0
-    assert len((root / "alpaca_gpt4/train.jsonl").read_text().splitlines()) == 9
-
-
 def test_a_split_is_added_to_those_that_are_there(source: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(snapshot, "make_model", lambda *_: {})
     shutil.copy(source / "alpaca_gpt4/train.jsonl", source / "alpaca_gpt4/test.jsonl")
@@ -348,21 +313,3 @@ def test_a_split_is_added_to_those_that_are_there(source: Path, tmp_path: Path, 
     assert damage(folder) is None
     assert json.loads((folder / "provenance.json").read_text())["rows"] == {"test.jsonl": 4, "train.jsonl": 4}
     assert (folder / "train.jsonl").exists() and (folder / "test.jsonl").exists()
-
-
-def test_the_hub_gives_the_files_of_a_model_and_no_code(tiny_checkpoint: Path, tmp_path: Path, monkeypatch) -> None:
-    asked = {}
-
-    def download(path: str, *, local_dir: Path, **options: object) -> None:
-        asked.update(options, path=path)
-        shutil.copytree(tiny_checkpoint, local_dir, dirs_exist_ok=True)
-        (local_dir / ".cache/huggingface").mkdir(parents=True)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert snapshot.main([*TINY, f"cache_root={tmp_path}"]) == 0
-    assert asked["path"] == "HuggingFaceTB/SmolLM2-135M-Instruct" and asked["revision"].startswith("12fd25f")
-    assert not any(name.endswith((".py", ".bin")) for name in asked["allow_patterns"])
-    folder = tmp_path / "snapshots/models/smollm2_135m"
-    assert not (folder / ".cache").exists()
-    cfg = resolve(compose_config(*TINY, f"cache_root={tmp_path}"))
-    assert cfg.model.path == str(folder) and "values" not in provenance(cfg)["model.path"]
