@@ -129,6 +129,7 @@ def results(command: Command, tmp_path_factory: pytest.TempPathFactory) -> Calla
     return execute
 
 
+@pytest.mark.slow
 def test_everything_by_name_then_out_of_the_caches_then_as_pushed(hub, results, tmp_path) -> None:
     """The commit that was read makes the key and is in the result; nothing is asked for twice in a run."""
     before = len(hub.asked)
