@@ -24,10 +24,10 @@ from analysis.claim_file import COSTS, SCORES, Claim, Side
 from analysis.groups import (
     CHOICES,
     IGNORED,
-    IGNORED_WITHOUT_DATA,
     OF_CONTROLS,
     Values,
     configs,
+    ignored_without_data,
     repeats_shared,
     text_of,
     within,
@@ -85,7 +85,7 @@ def prepared(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _protocol(values: Values, mode: str) -> dict[str, str]:
-    kept = without(values, IGNORED + CHOICES + (IGNORED_WITHOUT_DATA if mode != "run" else ()))
+    kept = without(values, IGNORED + CHOICES + (ignored_without_data(values) if mode != "run" else ()))
     return {part: text_of(within(kept, (part,))) for part in SHARED}
 
 

@@ -20,10 +20,10 @@ from typing import Any
 import pandas as pd
 
 from analysis.results import CONTROLS, MACHINE, is_dense, machine_of
-from harness.identity import ABSENT, idle_options
+from harness.identity import ABSENT, PLACE_OF_MODEL, idle_options
 
 __all__ = ["AXES", "CHOICES", "IGNORED", "OF_CONTROLS", "Group", "check_one_machine", "configs", "flat", "groups_of"]
-__all__ += ["repeats_shared", "sortable", "text_of", "varying", "within", "without"]
+__all__ += ["ignored_without_data", "repeats_shared", "sortable", "text_of", "varying", "within", "without"]
 
 AXES = ("mode", "model", "pruner", "pattern", "sparsity", "label")
 # Config values that say where and how a job runs, that are an axis, or that another value says already.
@@ -35,7 +35,7 @@ IGNORED = (
     *("train.checkpoint_every", "train.report_to", "train.steps_by_mode", "train.tuned", "method.merges"),
 )
 # On random weights and tokens, without scores, these say nothing.
-IGNORED_WITHOUT_DATA = ("data", "eval", "prune", "model.path", "model.revision")
+IGNORED_WITHOUT_DATA = ("data", "eval", "prune")
 CHOICES = (
     *("adapter", "method", "train.learning_rate", "train.minimum_learning_rate", "train.warmup_steps"),
     *("train.weight_decay", "train.betas", "train.max_grad_norm", *MACHINE),
@@ -209,8 +209,14 @@ def _values(row: pd.Series, config: Values) -> Values:
     if row.method in CONTROLS:
         config = within(config, OF_CONTROLS[row.method])
     elif row["mode"] != "run":
-        config = without(config, IGNORED_WITHOUT_DATA)
+        config = without(config, ignored_without_data(config))
     return config | {name: row[name] for name in MACHINE}
+
+
+def ignored_without_data(config: Values) -> tuple[str, ...]:
+    """What says nothing of a run on random weights; where the model is says its shape, if nothing else does."""
+    has_shape = any(below(key, ("model.shape",)) and value is not None for key, value in config.items())
+    return IGNORED_WITHOUT_DATA + (PLACE_OF_MODEL if has_shape else ())
 
 
 def flat(config: Values, prefix: str = "") -> dict[str, Any]:

@@ -93,8 +93,10 @@ NOT_IN_KEY += ("train.report_to",)
 NOT_IN_KEY += ("data_root", "model.wheel")
 # The rates of all methods and the steps of all modes; train.learning_rate and train.steps are those that count.
 NOT_IN_KEY += ("train.tuned", "train.steps_by_mode")
-# Outside of mode=run there are no tokens and no weights but random ones, and no scores.
-NOT_IN_PROFILE_KEY = ("data", "eval", "model.path", "model.revision")
+# Outside of mode=run there are no tokens and no weights but random ones, and no scores; where the model is matters then
+# only if its shape is read from there.
+NOT_IN_PROFILE_KEY = ("data", "eval")
+PLACE_OF_MODEL = ("model.path", "model.revision")
 # Without a pruner these say what is expected of the model, which is measured.
 NOT_IN_UNPRUNED_KEY = ("sparsity", "pattern")
 CLASS = "_target_"  # which class Hydra builds
@@ -120,7 +122,7 @@ def run_key(cfg: DictConfig) -> str:
         config["processes"] = processes  # each draws among its own rows
     ignored = list(NOT_IN_KEY)
     if mode != "run":
-        ignored += NOT_IN_PROFILE_KEY
+        ignored += NOT_IN_PROFILE_KEY + (() if config["model"]["shape"] is None else PLACE_OF_MODEL)
     elif pruner == "none":
         ignored += NOT_IN_UNPRUNED_KEY
     if mode != "simulate":
@@ -157,11 +159,11 @@ def with_fingerprints(cfg: DictConfig) -> dict[str, Any]:
     config = OmegaConf.to_container(cfg, resolve=True)
     for name in SOURCES:
         path = local_path(OmegaConf.select(cfg, name))
-        if path is not None and not (cfg.mode != "run" and name in NOT_IN_PROFILE_KEY):
+        if path is not None and (cfg.mode == "run" or (name == "model.path" and cfg.model.shape is None)):
             section, last = place_in(config, name)
             try:
                 files = local_files(config["eval"]) if name == "eval.data_root" else None
-                section[last] = fingerprint(path, files)
+                section[last] = fingerprint(path, files if cfg.mode == "run" else ["config.json"])
             except OSError as error:
                 raise BadInput(f"{name}={section[last]}: cannot be read ({one_line(error)})") from error
     return config

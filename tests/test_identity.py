@@ -248,3 +248,20 @@ def test_idle_options_do_not_count_and_processes_do_where_each_draws(composed) -
     sampled, two = "method.peft.gradient=sampled", ("launch=torchrun", "launch.processes=2")
     assert len({key(), key(sampled), key(sampled, "method.peft.gradient_share=0.5"), key(sampled, *two)}) == 4
     assert key(*two) == key()
+
+
+def test_without_a_shape_in_the_config_that_of_the_folder_is_in_the_key_of_a_profile(tmp_path: Path) -> None:
+    """Two folders of one name are two models; what else lies in them is not read."""
+
+    def of(place: str, layers: int, mode: str, **others: str) -> str:
+        folder = tmp_path / place / "model"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(f'{{"num_hidden_layers": {layers}}}')
+        for name, text in others.items():
+            (folder / name).write_text(text)
+        return key("model=hf", f"model.path={folder}", f"mode={mode}")
+
+    for mode in ("profile", "simulate"):
+        assert of("a", 2, mode) == of("b", 2, mode, weights="some") != of("c", 3, mode)
+        shaped = ("model=tinyllama_1b", f"mode={mode}")
+        assert key(*shaped) == key(*shaped, f"model.path={tmp_path}/c/model")
