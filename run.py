@@ -12,6 +12,7 @@ value.
 from __future__ import annotations
 
 import difflib
+import gc
 import os
 import re
 import subprocess
@@ -92,6 +93,8 @@ def run_here(cfg: DictConfig) -> int:
     from harness.store import Busy
     from harness.sweep import BUSY
 
+    if not gc.get_freeze_count():  # what the imports have made is no garbage; several times in a run it was looked at
+        gc.freeze()
     try:
         result = execute(cfg, since=since())
     except BadInput as error:
