@@ -117,6 +117,18 @@ def trained(method: Method, model: PreTrainedModel, precision: str = "float32") 
     return adapted.eval()
 
 
+def ready(name: str) -> nn.Module:
+    """The small pruned model after two steps of a method, the same at every call; so are random numbers after it."""
+    model, state = _ready(name)
+    torch.set_rng_state(state)
+    return copy.deepcopy(model)
+
+
+@functools.cache
+def _ready(name: str) -> tuple[nn.Module, Tensor]:
+    return trained(method_of(name), pruned()), torch.get_rng_state()
+
+
 def adapted_layer(name: str, linear: nn.Linear, *overrides: str) -> nn.Module:
     """A linear layer with an adapter whose parameters are not those of its start."""
     config = copy.deepcopy(method_of(name, "adapter.targets=[q_proj]", *overrides).peft)
