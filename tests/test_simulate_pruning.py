@@ -18,7 +18,8 @@ from lors.pruning import block_calls, prune_model
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 5, "vocab_size": 100}
 SAMPLES, LENGTH = 12, 24
-RULES = [("wanda", "unstructured"), ("wanda", "2:4"), ("sparsegpt", "unstructured"), ("sparsegpt", "2:4")]
+RULES = [("wanda", "unstructured"), ("sparsegpt", "2:4")]
+RULES += [pytest.param(*rule, marks=pytest.mark.slow) for rule in (("wanda", "2:4"), ("sparsegpt", "unstructured"))]
 
 
 @pytest.fixture
