@@ -11,7 +11,9 @@ value.
 
 from __future__ import annotations
 
+import atexit
 import difflib
+import gc
 import os
 import re
 import subprocess
@@ -92,6 +94,9 @@ def run_here(cfg: DictConfig) -> int:
     from harness.store import Busy
     from harness.sweep import BUSY
 
+    if not gc.get_freeze_count():  # what the imports have made is no garbage; several times in a run it was looked at
+        gc.freeze()
+        atexit.register(gc.unfreeze)  # for libraries that take themselves down at the end
     try:
         result = execute(cfg, since=since())
     except BadInput as error:

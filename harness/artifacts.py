@@ -43,7 +43,7 @@ class Artifacts:
         config = adapted.peft_config[adapted.active_adapter]
 
         def write() -> None:
-            base = base_of(self.cfg)
+            base = base_of(self.cfg, self.result["provenance"])
             with self.store.artifact(ADAPTER) as folder:
                 adapted.save_pretrained(folder)
                 file = folder / "adapter_config.json"
@@ -79,4 +79,5 @@ class Artifacts:
 
     def _write_card(self, kind: str, folder: Path, **details: Any) -> None:
         dtype = str(base_format(self.cfg)).removeprefix("torch.")
-        write_card(folder, kind, self.result, base_of(self.cfg), dtype=dtype, **details)
+        base = base_of(self.cfg, self.result["provenance"])
+        write_card(folder, kind, self.result, base, dtype=dtype, **details)

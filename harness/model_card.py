@@ -14,7 +14,6 @@ from omegaconf import DictConfig, OmegaConf
 from peft import PeftConfig
 
 from harness.files import write_text
-from harness.sources import provenance
 from harness.summary import scores, sections
 
 __all__ = ["ADAPTER", "BASE", "MERGED", "Base", "base_of", "write_card"]
@@ -61,13 +60,13 @@ class Base(NamedTuple):
     origin: str | None = None
 
 
-def base_of(cfg: DictConfig) -> Base:
-    """Where the base of the adapter of a run can be had; never a folder of a cache.
+def base_of(cfg: DictConfig, provenance: Mapping[str, Any] | None) -> Base:
+    """Where the base of the adapter of a run of this provenance can be had; never a folder of a cache.
 
     What the run has pruned itself, or made at random, and what comes with the bench, is nowhere but in ``base/`` beside
     the adapter (``save_base``).
     """
-    made = (provenance(cfg) or {}).get("model.path", {"source": None})
+    made = (provenance or {}).get("model.path", {"source": None})
     source = made["source"]
     of_user = source == "a folder"
     origin = None if of_user or source == "microworld" else source

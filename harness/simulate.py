@@ -36,7 +36,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -169,6 +169,7 @@ def _gathered(model: nn.Module, names: Mapping[nn.Module, str]) -> Callable[[str
     head = model.get_output_embeddings().weight.nbytes
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
+    @cache
     def whole(phase: str, module: str) -> int:
         if phase not in ("forward", "backward"):
             return 0

@@ -24,7 +24,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from harness.blocks import expand
+from harness.blocks import composing_once, expand
 
 __all__ = ["SINCE", "BlockSweeper", "as_list", "expand", "is_local"]
 
@@ -63,8 +63,10 @@ class BlockSweeper(Sweeper):
                 no file.
             SystemExit: A job did not end well.
         """
-        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
-        composed = [(job, self._compose(job)) for job in expand(parser, self.params, self.blocks, arguments)]
+        loader = self.hydra_context.config_loader
+        parser = OverridesParser.create(config_loader=loader)
+        compose = composing_once(self._compose, loader.list_groups(""))
+        composed = [(job, compose(job)) for job in expand(parser, self.params, self.blocks, arguments)]
         if "HF_HUB_OFFLINE" not in os.environ and all(is_local(cfg) for _, cfg in composed):
             os.environ["HF_HUB_OFFLINE"] = "1"  # read when the libraries are imported
 

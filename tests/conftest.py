@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import os
+import re
 import socket
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,10 +21,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from harness.blocks import composing_once
+
+CONF = Path(__file__).parents[1] / "conf"
 WORDS = "the a cat dog bird fish tree house river stone red blue green big old sees likes has is not yes".split()
 
 
@@ -90,10 +96,37 @@ def write_rows(file: Path, rows: list[dict]) -> Path:
     return file
 
 
+@cache
+def composed_by_hydra(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", overrides=list(overrides))
+
+
+@cache
+def common_keys() -> DictConfig:
+    """Those that ``conf/config.yaml`` has itself."""
+    return OmegaConf.load(CONF / "config.yaml")
+
+
+def with_options(options: list[str]) -> DictConfig:
+    """What Hydra composes of options; as it takes its time, put together from those files that refer to no others."""
+    files = [CONF / group / f"{name}.yaml" for group, _, name in (option.partition("=") for option in options)]
+    if not all(file.exists() and not re.search("^defaults:|@package", file.read_text(), re.M) for file in files):
+        return composed_by_hydra(*options)
+    cfg = copy.deepcopy(composed_by_hydra())
+    OmegaConf.set_struct(cfg, False)
+    for file in files:
+        cfg[file.parent.name] = OmegaConf.merge(common_keys().get(file.parent.name, {}), OmegaConf.load(file))
+    OmegaConf.set_struct(cfg, True)
+    return cfg
+
+
+composed_once = composing_once(with_options, {folder.name for folder in CONF.iterdir() if folder.is_dir()})
+
+
 def compose_config(*overrides: str) -> DictConfig:
     """The config that ``python run.py <overrides>`` composes."""
-    with initialize_config_dir(str(Path(__file__).parents[1] / "conf"), version_base="1.3"):
-        return compose("config", overrides=list(overrides))
+    return composed_once(overrides)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

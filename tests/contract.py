@@ -70,10 +70,17 @@ OWN_RANK, OWN_ALPHA = {"xgblora": 1}, {"xgblora": 2}
 
 
 def pruned(pattern: str = "unstructured", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A small Llama with half of its decoder weights zero, the same at every call."""
+    """A small Llama with half of its decoder weights zero, the same at every call; so are random numbers after it."""
+    model, state = _pruned(pattern, dtype)
+    torch.set_rng_state(state)
+    return copy.deepcopy(model)
+
+
+@functools.cache
+def _pruned(pattern: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Tensor]:
     model = make_tiny_llama().to(dtype)
     model.config.dtype = dtype
-    return prune(model, pattern)
+    return prune(model, pattern), torch.get_rng_state()
 
 
 def prune(model: PreTrainedModel, pattern: str = "unstructured") -> PreTrainedModel:
@@ -108,6 +115,18 @@ def trained(method: Method, model: PreTrainedModel, precision: str = "float32") 
             optimizer.step()
             optimizer.zero_grad()
     return adapted.eval()
+
+
+def ready(name: str) -> nn.Module:
+    """The small pruned model after two steps of a method, the same at every call; so are random numbers after it."""
+    model, state = _ready(name)
+    torch.set_rng_state(state)
+    return copy.deepcopy(model)
+
+
+@functools.cache
+def _ready(name: str) -> tuple[nn.Module, Tensor]:
+    return trained(method_of(name), pruned()), torch.get_rng_state()
 
 
 def adapted_layer(name: str, linear: nn.Linear, *overrides: str) -> nn.Module:

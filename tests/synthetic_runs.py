@@ -7,8 +7,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from analysis.results import load
 from analysis.tables import build
 
@@ -137,7 +135,7 @@ def write(folder: Path, *results: dict[str, Any]) -> None:
         run = folder / content["key"]
         run.mkdir(parents=True, exist_ok=True)
         (run / "result.json").write_text(json.dumps(content), encoding="utf-8")
-        (run / "config.yaml").write_text(yaml.safe_dump(content["config"]), encoding="utf-8")
+        (run / "config.yaml").write_text(json.dumps(content["config"]), encoding="utf-8")
         (run / "log.txt").write_text("a log\n", encoding="utf-8")
         if content["artifacts"]["steps"]:
             steps = ({"step": step, "loss": 3.0 - 0.2 * step, "step_ms": 100.0} for step in range(1, 11))

@@ -25,7 +25,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel
 from safetensors import safe_open
-from test_harness_run import tiny_overrides
+from test_harness_run import NO_SCORES, tiny_overrides
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -168,9 +168,9 @@ def test_an_adapter_is_loaded_by_every_way(live, monkeypatch) -> None:
         (["prune=none"], {"source": "microworld"}, Base("./base")),
     ],
 )
-def test_which_base_an_adapter_names(composed, monkeypatch, overrides, source, base) -> None:
-    monkeypatch.setattr("harness.model_card.provenance", lambda _: {"model.path": source})
-    assert base_of(composed("model=hf", "model.path=my/folder", "cache_root=/cache", *overrides)) == base
+def test_which_base_an_adapter_names(composed, overrides, source, base) -> None:
+    cfg = composed("model=hf", "model.path=my/folder", "cache_root=/cache", *overrides)
+    assert base_of(cfg, {"model.path": source}) == base
 
 
 def test_a_card_of_a_model_of_the_hub_links_it(folder: Path, tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_a_card_of_a_model_of_the_hub_links_it(folder: Path, tmp_path: Path) -> 
 
 
 def test_lora_names_its_end_state_and_an_unwritten_base(run) -> None:
-    _, folder = run("method=lora", "save_merged=true")
+    _, folder = run("method=lora", "save_merged=true", *NO_SCORES)
     assert (
         "Every zero of the pruned model is zero, put back after the merge; 50.00% of the weights"
         in card_of(folder / "merged").text
@@ -196,7 +196,7 @@ def test_lora_names_its_end_state_and_an_unwritten_base(run) -> None:
 
 
 def test_the_cards_of_a_control_say_where_its_zeros_are(run) -> None:
-    _, folder = run("method=lors", "prune.when=after", "eval.held_out=null", "save_merged=true", "save_base=true")
+    _, folder = run("method=lors", "prune.when=after", *NO_SCORES, "save_merged=true", "save_base=true")
     for name in ("adapter", "base"):
         card = card_of(folder / name)
         assert "not pruned" in card.text and "sparse" not in card.data.tags and "wanda" not in card.text
@@ -256,7 +256,7 @@ def test_a_merged_model_is_a_plain_folder(folder: Path) -> None:
 def test_in_bfloat16_and_in_several_files_too(run, monkeypatch, method: str) -> None:
     save = transformers.PreTrainedModel.save_pretrained
     monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", partialmethod(save, max_shard_size="40KB"))
-    _, folder = run(f"method={method}", "save_merged=true", "train.precision=bf16_mixed", "eval.tasks=[]")
+    _, folder = run(f"method={method}", "save_merged=true", "train.precision=bf16_mixed", *NO_SCORES)
     assert len(list((folder / "merged").glob("*.safetensors"))) > 1
     assert_plain(folder / "merged")
 

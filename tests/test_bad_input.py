@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import shutil
 import subprocess
@@ -19,9 +18,7 @@ from bad_command_lines import ARGUMENTS, COMPOSED
 from bad_inputs import IN_PROCESS, Bad
 from bad_models import MODELS
 from conftest import compose_config
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from harness import feasible
 from harness import run as harness_run
@@ -29,16 +26,10 @@ from harness.errors import BadInput
 from harness.run import execute
 
 ROOT = Path(__file__).parents[1]
-GROUPS = {folder.name for folder in (ROOT / "conf").iterdir() if folder.is_dir()}
-PARSER = OverridesParser.create()
 
 
-@cache
-def good_config(model: Path, sources: Path, groups: tuple[str, ...]) -> DictConfig:
-    """The config of a run that could be made in any folder, with the given options of groups.
-
-    They are put into one config that Hydra has composed, which takes a tenth of a second.
-    """
+def composed_config(model: Path, sources: Path, overrides: list[str]) -> DictConfig:
+    """The config of a run that could be made in any folder, but for the given overrides."""
     text = f"{sources}/text.jsonl"
     keys = {
         **{"model": "hf", "data": "alpaca", "eval": "zeroshot", "model.path": model, "prune.text": text},
@@ -46,23 +37,9 @@ def good_config(model: Path, sources: Path, groups: tuple[str, ...]) -> DictConf
         **{"eval.data_root": sources, "eval.tasks": "[rte]", "eval.perplexity": f"{{text:{text},window:16}}"},
         **{"adapter.r": 4, "train.steps": 2, "runs_root": "results", "cache_root": "cache"},
     }
-    if not groups:
-        return compose_config(*(f"{key}={value}" for key, value in keys.items()))
-    cfg = copy.deepcopy(good_config(model, sources, ()))
-    OmegaConf.set_struct(cfg, False)
-    for group, _, option in (word.partition("=") for word in groups):
-        cfg[group] = OmegaConf.load(ROOT / "conf" / group / f"{option}.yaml")
-    OmegaConf.set_struct(cfg, True)
-    return cfg
-
-
-def composed_config(model: Path, sources: Path, overrides: list[str]) -> DictConfig:
-    """What Hydra composes of these overrides of a good run."""
-    groups = [word for word in overrides if word.partition("=")[0] in GROUPS and "[" not in word]
-    cfg = copy.deepcopy(good_config(model, sources, tuple(groups)))
-    values = PARSER.parse_overrides([word for word in overrides if word not in groups])
-    ConfigLoaderImpl._apply_overrides_to_config(values, cfg)
-    return cfg
+    chosen = {word.partition("=")[0] for word in overrides}
+    good = (f"{key}={value}" for key, value in keys.items() if not chosen & {key, key.partition(".")[0]})
+    return compose_config(*good, *overrides)
 
 
 @pytest.fixture

@@ -32,6 +32,7 @@ def test_the_published_walk_keeps_the_same_weights(name) -> None:
     assert not any(module._forward_pre_hooks for module in theirs.modules())
 
 
+@pytest.mark.slow
 def test_the_command_compares_all_parts_on_one_model(tmp_path, capsys, no_network) -> None:
     arguments = ["microworld", "--rounds", "1", "--limit", "2", "--profile", "--output", str(tmp_path / "out")]
     assert pipeline.main([*arguments, *TINY, f"cache_root={tmp_path}"]) == 0

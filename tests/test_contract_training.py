@@ -54,11 +54,11 @@ def fit(
 
 
 @pytest.mark.parametrize("name", [*TRAINED, DRAWS])
-def test_bf16_autocast_through_the_trainer(name, tmp_path):
+def test_a_training_in_bf16_autocast_and_one_that_is_resumed_end_alike(name, tmp_path):
     method, before = method_of(name), supports(pruned(dtype=torch.bfloat16))
     model = adapt(method, pruned(dtype=torch.bfloat16), [batch()], precision="bf16_mixed")
     start = {key: value.clone() for key, value in model.named_parameters()}  # XGBLoRA trains one part after another
-    trainer = fit(model, method, tmp_path, steps=3, bf16=True, save_strategy="no")
+    trainer = fit(model, method, tmp_path / "whole", steps=3, bf16=True, save_steps=2)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(losses) == 3 and torch.tensor(losses).isfinite().all()
     still = [key for key, value in trainable(model).items() if torch.equal(value, start[key])]
@@ -66,20 +66,15 @@ def test_bf16_autocast_through_the_trainer(name, tmp_path):
     for key, value in trainable(model).items():
         assert value.dtype == torch.float32, key
         assert value.isfinite().all(), key
-    assert zero_report(before, finish(method, model, before, method.merges[0]), "unstructured")["lost"] == 0
 
-
-@pytest.mark.parametrize("name", [*TRAINED, DRAWS])
-def test_a_resumed_training_equals_an_uninterrupted_one(name, tmp_path):
-    method = method_of(name)
-    whole = adapt(method, pruned(), [batch()])
-    fit(whole, method, tmp_path / "whole", steps=3, save_steps=2)
-    resumed = adapt(method, pruned(), [batch()], seed=1)  # another start, which the checkpoint must replace
+    # Another start, which the checkpoint must replace.
+    resumed = adapt(method, pruned(dtype=torch.bfloat16), [batch()], seed=1, precision="bf16_mixed")
     checkpoint = tmp_path / "whole" / "checkpoint-2"
-    fit(resumed, method, tmp_path / "resumed", steps=3, resume=checkpoint, save_strategy="no")
-    for key, value in trainable(whole).items():
+    fit(resumed, method, tmp_path / "resumed", steps=3, resume=checkpoint, bf16=True, save_strategy="no")
+    for key, value in trainable(model).items():
         assert torch.equal(value, trainable(resumed)[key]), key
-    assert torch.equal(logits(whole.eval()), logits(resumed.eval()))
+    assert torch.equal(logits(model.eval()), logits(resumed.eval()))
+    assert zero_report(before, finish(method, model, before, method.merges[0]), "unstructured")["lost"] == 0
 
 
 def loss_in_float64(model: nn.Module, changed: dict[str, Tensor]) -> Tensor:

@@ -6,15 +6,16 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import composed_by_hydra
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
+from harness.blocks import composing_once, expand
 from harness.config import resolve
 from harness.method_from_config import build_method
-from hydra_plugins.block_sweeper import expand
 
 ROOT = Path(__file__).parents[1]
 METHODS = sorted(file.stem for file in (ROOT / "conf" / "method").glob("*.yaml"))
@@ -27,6 +28,25 @@ def hydra(*overrides: str) -> tuple[OverridesParser, DictConfig]:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose("config", list(overrides), return_hydra_config=True)
         return OverridesParser.create(config_loader=GlobalHydra.instance().config_loader()), cfg
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["method=spp", "adapter.r=4", "adapter={alpha:8}"],
+        ["model=hf", "model.path=x", "eval=gsm8k", "+launch.more=3"],
+        ["experiment=zero_shot", "method=lora", "prune=none", "sparsity=0", "seed=1"],
+    ],
+)
+def test_options_that_are_composed_once_give_what_hydra_composes(composed, overrides: list[str]) -> None:
+    """Of a sweep, and of these tests, which put some of it together themselves."""
+    expected = OmegaConf.to_yaml(composed_by_hydra(*overrides))
+    groups = {folder.name for folder in (ROOT / "conf").iterdir()}
+    once = composing_once(lambda options: composed_by_hydra(*options), groups)
+    for compose_ in (once, once, lambda words: composed(*words)):
+        assert OmegaConf.to_yaml(compose_(overrides)) == expected
+    with pytest.raises(HydraException, match=r"adapter\.rank"):
+        once(["adapter.rank=3"])
 
 
 @pytest.fixture(scope="module")

@@ -65,7 +65,7 @@ def exact(seed: int = 0) -> list[Tensor]:
     return [SCALE * B.t() @ P, SCALE * P @ A.t()]
 
 
-@pytest.mark.parametrize("share", [0.125, 0.25, 0.6])
+@pytest.mark.parametrize("share", [0.125, 0.6])
 def test_the_mean_over_the_draw_is_the_exact_gradient(monkeypatch, share: float) -> None:
     """All draws follow from one number: its mean over a grid of 4,096 places is the expectation up to the grid."""
     found = at_places(monkeypatch, 4096, lambda: sampled(share))

@@ -55,8 +55,9 @@ def test_tokens_that_do_not_occur_may_be_unknown_to_the_model(read) -> None:
     assert max(max(row["input_ids"]) for row in inputs.rows) < KNOWN
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("precision", ["float32", "bf16_mixed"])
+@pytest.mark.parametrize(
+    ("method", "precision"), [*((name, "bf16_mixed") for name in METHODS), ("lors", "float32"), ("full", "float32")]
+)
 def test_every_method_passes_what_is_checked_before_a_model_is_loaded(read, method: str, precision: str) -> None:
     assert read(f"method={method}", f"train.precision={precision}", "adapter.r=2").rows
 

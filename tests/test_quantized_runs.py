@@ -10,7 +10,7 @@ import pytest
 import torch
 from contract import batch, method_of, pruned, trained
 from peft import AutoPeftModelForCausalLM, get_peft_model
-from test_harness_run import folder_of, tiny  # noqa: F401 - a fixture
+from test_harness_run import NO_SCORES, folder_of, tiny  # noqa: F401 - a fixture
 from transformers import AutoModelForCausalLM
 
 import lors
@@ -33,20 +33,20 @@ ON_GRID = ("method.peft.bits=4", "method.peft.group=16")
 
 
 @pytest.mark.parametrize("quantizer", ["rtn", "gptq"])
-def test_a_method_on_the_grid_ends_as_one_model_of_few_bits(tiny, quantizer, no_network) -> None:  # noqa: F811
-    cfg = tiny("method=lors", f"prune.quantize={quantizer}", "prune.group_size=16", *ON_GRID, "save_merged=true")
+def test_a_method_on_the_grid_ends_as_one_model_of_few_bits(tiny, quantizer, no_network, monkeypatch) -> None:  # noqa: F811
+    words = ["method=lors", f"prune.quantize={quantizer}", "prune.group_size=16", *ON_GRID]
+    cfg = tiny(*words, "save_base=true", "save_merged=true")
     result = execute(cfg)
     assert result["status"] == "ok", result["error"]
     assert result["end_state"] == "merged" and result["pruner"] == f"wanda-int4g16-{quantizer}"
     zeros = result["zeros"]
     assert zeros["mergeable"] and zeros["lost"] == 0 and zeros["after_prune"] >= 0.5
-    weights = result["memory"]["breakdown"]["weights"]
-    plain = execute(tiny("method=lors", "eval.tasks=[]", "eval.perplexity=null", "eval.baselines=false"))
-    assert weights < plain["memory"]["breakdown"]["weights"]
 
     folder = folder_of(result, cfg) / "merged"
     model = load_weights(str(folder), shown=str(folder))
     dense = AutoModelForCausalLM.from_pretrained(folder)  # any reader has the same numbers
+    weights = result["memory"]["breakdown"]["weights"]
+    assert weights < sum(tensor.nbytes for tensor in (*dense.parameters(), *dense.buffers()))
     for name, layer in decoder_linears(model).items():
         assert is_quantized(layer)
         W = layer.weight
@@ -55,10 +55,23 @@ def test_a_method_on_the_grid_ends_as_one_model_of_few_bits(tiny, quantizer, no_
     tokens = torch.arange(12).view(2, 6)
     assert torch.equal(model(tokens).logits, dense(tokens).logits)
 
+    # Its adapter is refused on dense weights, off which the grid cannot be read: the logits would be others.
+    monkeypatch.chdir(folder_of(result, cfg))
+    with pytest.raises(ValueError, match=r"was trained on a quantised base, and this one is not: call lors.load_quant"):
+        AutoPeftModelForCausalLM.from_pretrained("adapter", dtype="float32")
+    (code,) = re.findall(r"^```python\n(.*?)^```", Path("adapter/README.md").read_text(), re.DOTALL | re.MULTILINE)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    with torch.no_grad():
+        torch.testing.assert_close(names["model"].eval()(tokens).logits, dense.eval()(tokens).logits)
+    with pytest.raises(ValueError, match=r"adapter/quantization.safetensors: no such file"):
+        lors.load_quantized(dense, "adapter")
+
 
 def test_plain_methods_leave_their_adapter_beside_quantised_weights(tiny, no_network) -> None:  # noqa: F811
-    for method in ("lora", "lors", "sqft"):
-        result = execute(tiny(f"method={method}", *QUANTISED, "train.steps=1", "train.timing_warmup=0"))
+    """Scored on it, too."""
+    for method, *words in (("lora",), ("lors", *NO_SCORES)):
+        result = execute(tiny(f"method={method}", *QUANTISED, "train.steps=1", "train.timing_warmup=0", *words))
         assert result["status"] == "ok", result["error"]
         assert result["end_state"] == "adapter" and not result["variants"]
         assert result["zeros"]["lost"] is None and not result["zeros"]["mergeable"]
@@ -149,27 +162,6 @@ def test_a_merge_of_the_harness_is_the_trained_model_and_on_the_grid(name, preci
                 layer.weight.double() / grids[key].parts[0].double().repeat_interleave(16, 1)[:, : layer.in_features]
             )
             assert (steps - steps.round()).abs().max() < (0.06 if dtype is torch.bfloat16 else 1e-5)
-
-
-def test_an_adapter_of_a_quantised_base_is_refused_on_dense_weights(tiny, monkeypatch) -> None:  # noqa: F811
-    """The grid cannot be read off the dense weights: on them the logits would be others, without a word."""
-    cfg = tiny(
-        "method=lors", "prune.quantize=gptq", "prune.group_size=16", *ON_GRID, "save_base=true", "save_merged=true"
-    )
-    result = execute(cfg)
-    assert result["status"] == "ok", result["error"]
-    monkeypatch.chdir(folder_of(result, cfg))
-    with pytest.raises(ValueError, match=r"was trained on a quantised base, and this one is not: call lors.load_quant"):
-        AutoPeftModelForCausalLM.from_pretrained("adapter", dtype="float32")
-    (code,) = re.findall(r"^```python\n(.*?)^```", Path("adapter/README.md").read_text(), re.DOTALL | re.MULTILINE)
-    names: dict[str, Any] = {}
-    exec(code, names)
-    tokens = torch.arange(12).view(2, 6)
-    merged = AutoModelForCausalLM.from_pretrained("merged").eval()
-    with torch.no_grad():
-        torch.testing.assert_close(names["model"].eval()(tokens).logits, merged(tokens).logits)
-    with pytest.raises(ValueError, match=r"adapter/quantization.safetensors: no such file"):
-        lors.load_quantized(merged, "adapter")
 
 
 def test_one_quantised_layer_makes_a_quantised_base() -> None:

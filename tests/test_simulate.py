@@ -38,8 +38,9 @@ ROOT = Path(__file__).parents[1]
 METHODS = sorted(file.stem for file in (ROOT / "conf" / "method").glob("*.yaml"))
 REFUSED = ("none", "shira")  # it does not train, or needs values
 TRAINING = [name for name in METHODS if name not in REFUSED]
-QUICK = ("full", "spp_gc", "sqft", "geolora")  # lora and lors are among the settings
+QUICK = ("spp_gc", "sqft", "geolora")  # lora, lors and full are among the settings
 B, T, R = 2, 48, 4
+UNCLIPPED = "train.max_grad_norm=null"
 HIDDEN, FFN, KEYS, LAYERS, VOCABULARY = 32, 48, 16, 2, 64  # of make_tiny_llama
 MEBIBYTE = 2**20
 
@@ -94,13 +95,11 @@ def test_every_method_as_measured_on_a_cpu(config, name) -> None:
 @pytest.mark.parametrize(
     "overrides",
     [
-        ("method=lora", "train.max_grad_norm=null", "train.activation_checkpointing=true"),
-        ("method=lors", "train.precision=bf16_mixed", "train.gradient_accumulation=3"),
+        ("method=lors", "train.precision=bf16_mixed", "train.gradient_accumulation=3", "train.logits_at_once=5"),
         ("method=sqft_gc", "train.precision=bf16_mixed", "train.activation_checkpointing=true"),
         ("method=lors", "method.peft.storage=bitmap", "sparsity=0.75", "train.activation_checkpointing=true"),
         ("method=lors", "method.peft.storage=auto", "pattern=2:4", "train.precision=bf16"),
-        ("method=lors", "train.logits_at_once=5", "train.precision=bf16_mixed"),
-        ("method=lora", "prune.quantize=rtn", "prune.group_size=16", "train.activation_checkpointing=true"),
+        ("method=lora", "prune.quantize=rtn", "prune.group_size=16", "train.activation_checkpointing=true", UNCLIPPED),
         ("method=lors", "prune.quantize=rtn", "method.peft.bits=4", "train.precision=bf16_mixed"),
         ("method=sqft_gc", "prune.quantize=rtn", "prune.bits=2", "train.precision=bf16"),
         ("method=full", "train.logits_at_once=5", "train.gradient_accumulation=2"),
@@ -144,7 +143,7 @@ def test_the_peak_is_found_where_it_is(config) -> None:
 
 def test_optimizers_of_a_gpu_work_on_all_of_a_list_at_once(config) -> None:
     """AdamW makes square roots of all second moments before it uses the first: as much as is trained."""
-    overrides = ("method=full", "train.batch_size=1", "train.sequence_length=2", "train.max_grad_norm=null")
+    overrides = ("method=full", "train.batch_size=1", "train.sequence_length=2", UNCLIPPED)
     cpu, cuda = (simulated_step(config(*overrides, f"simulate.device={device}")) for device in ("cpu", "cuda"))
     trained = cpu["parameters"]["adapter_bytes"]
     assert cuda["memory"]["peak_phase"] == cpu["memory"]["peak_phase"] == "optimizer"
@@ -209,12 +208,13 @@ MIXTURES = ("olmoe", "qwen3_moe", "gpt_oss", "deepseek_v3")
 @pytest.mark.parametrize(
     "overrides",
     [
-        ("method=lors",),
         ("method=lors", "train.precision=bf16_mixed", "train.activation_checkpointing=true"),
-        ("method=lora", "train.precision=bf16"),
         ("method=sqft",),
         ("method=full", "train.precision=bf16"),
-        ("method=full",),
+        *(
+            pytest.param(words, marks=pytest.mark.slow)
+            for words in (("method=lors",), ("method=lora", "train.precision=bf16"), ("method=full",))
+        ),
     ],
 )
 def test_a_mixture_whose_experts_have_as_many_tokens_each_as_measured_on_a_cpu(config, name, overrides) -> None:

@@ -80,6 +80,13 @@ class Kill(TrainerCallback):
             raise KeyboardInterrupt
 
 
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory):
+    """The training of the recipe: its model, its outcome and its folder."""
+    folder = tmp_path_factory.mktemp("usual")
+    return *fit(lora(), folder), folder
+
+
 def kill_at(step, method, directory, cfg=RECIPE):
     with pytest.raises(KeyboardInterrupt):
         fit(with_callbacks(method, Kill(step)), directory, cfg)
@@ -115,15 +122,12 @@ def test_a_resumed_run_is_the_uninterrupted_run(tmp_path, method, precision):
     resumed, outcome = fit(method, tmp_path / "killed", cfg)
     assert_same_weights(whole, resumed)
     assert without_times(outcome.history) == without_times(expected.history)
-    assert (outcome.first_loss, outcome.last_loss, outcome.steps) == (
-        expected.first_loss,
-        expected.last_loss,
-        7,
-    )
+    losses = expected.first_loss, expected.last_loss
+    assert (outcome.first_loss, outcome.last_loss, outcome.steps) == (*losses, 7)
 
 
-def test_without_any_intact_checkpoint_the_run_starts_over(tmp_path):
-    whole, expected = fit(lora(), tmp_path / "whole")
+def test_without_any_intact_checkpoint_the_run_starts_over(usual, tmp_path):
+    whole, expected, _ = usual
     kill_at(5, lora(), tmp_path / "killed")
     for checkpoint in (tmp_path / "killed").glob("checkpoint-*"):
         (checkpoint / "manifest.json").unlink()
@@ -206,17 +210,16 @@ def test_a_tiny_part_of_an_epoch_is_one_step(tmp_path):
     assert outcome.steps == 1
 
 
-def test_two_checkpoints_are_kept_and_none_without_an_interval(tmp_path):
-    fit(lora(), tmp_path / "some")
+def test_two_checkpoints_are_kept_and_none_without_an_interval(usual, tmp_path):
     # The last step is always a checkpoint.
-    assert {path.name for path in (tmp_path / "some").glob("checkpoint-*")} == {"checkpoint-6", "checkpoint-7"}
+    assert {path.name for path in usual[2].glob("checkpoint-*")} == {"checkpoint-6", "checkpoint-7"}
     fit(lora(), tmp_path / "none", recipe(checkpoint_every=None))
     assert not list((tmp_path / "none").glob("checkpoint-*"))
 
 
-def test_the_steps_file_is_the_history(tmp_path):
-    _, outcome = fit(lora(), tmp_path)
-    lines = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
+def test_the_steps_file_is_the_history(usual):
+    _, outcome, folder = usual
+    lines = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
     assert lines == outcome.history
     assert [line["step"] for line in lines] == list(range(1, 8))
     assert set(lines[0]) == {"step", "loss", "lr", "grad_norm", "tokens", *TIMES}
@@ -260,9 +263,8 @@ def test_a_gradient_that_is_not_finite_stops_the_run_too(tmp_path):
 # ---- the recipe
 
 
-def test_the_rate_warms_up_peaks_and_ends_on_the_floor(tmp_path):
-    _, outcome = fit(lora(), tmp_path)
-    rates = [line["lr"] for line in outcome.history]
+def test_the_rate_warms_up_peaks_and_ends_on_the_floor(usual):
+    rates = [line["lr"] for line in usual[1].history]
     cosine = [1e-3 + 9e-3 * (1 + math.cos(math.pi * t / 4)) / 2 for t in range(5)]
     assert rates == pytest.approx([1e-2 / 3, 2e-2 / 3, *cosine])
     assert rates[-1] == pytest.approx(1e-3)
@@ -341,8 +343,8 @@ def test_gradients_are_clipped_or_not(tmp_path):
     assert moved[None] == pytest.approx(outcome.history[0]["grad_norm"], rel=1e-3)
 
 
-def test_activation_checkpointing_changes_nothing_but_memory(tmp_path):
-    plain, one = fit(lora(), tmp_path / "plain")
+def test_activation_checkpointing_changes_nothing_but_memory(usual, tmp_path):
+    plain, one, _ = usual
     saving, other = fit(lora(), tmp_path / "saving", recipe(activation_checkpointing=True))
     assert [line["loss"] for line in one.history] == [line["loss"] for line in other.history]
     assert_same_weights(plain, saving)

@@ -94,11 +94,7 @@ def wrapped(monkeypatch: pytest.MonkeyPatch, name: str, change: Callable[[Tensor
 @on_triton
 @pytest.mark.parametrize(
     "types",
-    [
-        *((each,) * 4 for each in TYPES),
-        *(MERGE, (torch.bfloat16, torch.float16, torch.float32, torch.float16)),
-        *(TYPES[1:], TYPES[:1]),
-    ],
+    [TYPES[:1] * 4, MERGE, (torch.bfloat16, torch.float16, torch.float32, torch.float16), TYPES[1:], TYPES[:1]],
 )
 def test_correct_kernels_are_taken_and_checked_once(times, types, monkeypatch: pytest.MonkeyPatch) -> None:
     layouts = wrapped(monkeypatch, {4: "merge", 2: "mask_", 1: "decode"}[len(types)], lambda T, layout: T)
