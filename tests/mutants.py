@@ -86,7 +86,12 @@ MUTANTS = [
     Mutant("harness/cards.py", "peaks[number] + HEADROOM <=", "peaks[number] <=", "simulate"),
     # The analysis: what a table says of the results.
     Mutant("analysis/statistics.py", "return 2 * _rest_square(y)", "return _rest_square(y)", "analysis_statistics"),
-    Mutant("analysis/averages.py", 'table.axes["pattern"] != "uns', 'table.axes["pattern"] == "uns', "analysis_tables"),
+    Mutant(
+        "analysis/averages.py",
+        'table.axes["pattern"] != "uns',
+        'table.axes["pattern"] == "uns',
+        "analysis_side_by_side",
+    ),
 ]
 
 
