@@ -44,7 +44,7 @@ class SalrMethod(Method):
         residual_rank = peft.r // 2 if residual_rank is None else residual_rank
         whole(">= 1", f"< {peft.r}")("residual_rank", residual_rank)
         self.residual_rank = residual_rank
-        super().__init__(name, peft, **common)
+        super().__init__(name, peft, **({"keep_zeros": False} | common))
 
     def prepare(self, model: nn.Module, batches: Iterable[Mapping[str, Tensor]] | None, seed: int) -> nn.Module:
         """Start the second adapter; without a dense model, where weights have no meaning, nothing happens.

@@ -234,8 +234,11 @@ def test_a_whole_surrogate_pair_is_a_character(tmp_path):
         ("no/such/file.jsonl", "data.path=no/such/file.jsonl: no such file"),
         ("~nobody/rows.json", "data.path=~nobody/rows.json: no such file"),
         ("/" + "x" * 300 + ".json", "data.path=/" + "x" * 300 + ".json: no such file"),
-        ("nobody/nothing:part", "data.path=nobody/nothing:part: no such file, and split 'train' of the data set nobo"),
-        ("not a name", "data.path=not a name: no such file, and split 'train' of the data set not a name"),
+        (
+            "nobody/nothing:part",
+            "data.path=nobody/nothing:part: no such file, and the data set on the Hub cannot be read",
+        ),
+        ("not a name", "data.path=not a name: no such file, and the data set on the Hub cannot be read"),
     ],
 )
 def test_a_missing_source_is_one_clear_line(path, message):

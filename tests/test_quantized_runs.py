@@ -100,7 +100,10 @@ def test_what_a_run_starts_from_is_in_its_key(composed) -> None:
         (("sparsity=0",), "prune.quantize=rtn: must be none where nothing is pruned"),
         (("prune.when=after",), "prune.quantize=rtn: must be none with prune.when=after"),
         (("mode=simulate", "method=none"), "prune.quantize=rtn: must be none with mode=simulate method=none"),
-        (("prune=magnitude", "prune.quantize=gptq"), "prune.quantize=gptq: must be none or rtn with prune=magnitude"),
+        (
+            ("prune=magnitude", "prune.quantize=gptq"),
+            "prune.quantize=gptq: must be none, rtn or nf4 with prune=magnitude",
+        ),
         (("method=full",), "prune.quantize=rtn: must be none with method=full, which trains the weights themselves"),
         (("prune.bits=3",), "prune.bits=3: must be one of 2, 4, 8"),
         (("method=spp",), "target_modules: .* is of type CompressedLinear, which SPP cannot adapt"),

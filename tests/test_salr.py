@@ -25,7 +25,7 @@ TOKENS = torch.arange(5, 45).view(2, 20)
 
 def method(dense: nn.Module | None, r: int = 8, residual_rank: int | None = 5, alpha: int = 16) -> SalrMethod:
     config = LoraConfig(r=r, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
-    built = SalrMethod("salr", config, residual_rank=residual_rank, keep_zeros=False)
+    built = SalrMethod("salr", config, residual_rank=residual_rank)
     built.dense = dense
     return built
 
