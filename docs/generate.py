@@ -230,6 +230,11 @@ def measured(page: Path, file: str, *columns: str) -> str:
     return str(table(list(columns), cells))
 
 
+def gap(page: Path, file: str) -> str:
+    """The table of a committed Markdown file of `analysis gap`."""
+    return str(tables_of(REFERENCE / file)[0])
+
+
 def summary(page: Path, experiment: str, scores: str, costs: str) -> str:
     """Two tables of an experiment, short and in one: what each method scores, and the memory that it trains in."""
     names = ("method", "exact gradient")
@@ -294,6 +299,7 @@ def source(page: Path, file: str) -> str:
 
 KINDS: dict[str, Callable[..., str]] = {
     "claims": claims,
+    "gap": gap,
     "cost": cost,
     "deviations": deviations,
     "measured": measured,
