@@ -45,9 +45,10 @@ ANGLES = {
 ACCURACY_GAIN = "accuracy (points)"
 OWN_NAMES = ("model", "pruned")  # whose values say what they are
 NOTE = """What the exact gradient gains over the straight-through one, ± its standard error over seeds and items (of one
-seed, over items); n seeds that both have. Holm: p of the first gain, corrected for all rows. Cosine: of the angle
-between the two gradients, on the first batches of the data, at the start and at the end of the straight-through runs.
-Off the support: the share of |BA|² at that end that the mask takes away."""
+seed, over items); n seeds that both have. Holm: p of the first gain, corrected for all rows."""
+NOTE_ON_ANGLES = """
+Cosine: of the angle between the two gradients, on the first batches of the data, at the start and at the end of the
+straight-through runs. Off the support: the share of |BA|² at that end that the mask takes away."""
 
 
 @dataclass(frozen=True)
@@ -141,8 +142,14 @@ def _in_unit(name: str, value: float) -> float:
 
 
 def figure_of(found: list[Gap], angle: str) -> Figure:
-    """The gain in accuracy against one column of `ANGLES`, a point for each setting; those without it are left out."""
+    """The gain in accuracy against one column of `ANGLES`, a point for each setting; those without it are left out.
+
+    Raises:
+        ValueError: None has it.
+    """
     drawn = [gap for gap in found if gap.gains[ACCURACY_GAIN] and not math.isnan(gap.angles[angle])]
+    if not drawn:
+        raise ValueError(f"--angles: has {angle!r} of no run with an accuracy")
     figure, (axes,) = new_figure(height=2.6)
     varied = [name for name in found[0].setting if len({gap.setting.get(name) for gap in drawn}) > 1]
     labels = []
@@ -170,9 +177,9 @@ def run(options: argparse.Namespace) -> int:
     """Print the table, write `gap.md`, and the plot if there are angles."""
     angles = None if options.angles is None else pd.read_csv(options.angles, dtype={"key": str})
     found = gaps(load(options.runs), angles)
-    publish(f"{markdown(table_of(found))}\n\n{NOTE}\n", options, "gap.md")
-    if angles is not None:
-        with plot_style():
-            for angle in ANGLES:
-                save(figure_of(found, angle), output_folder(options) / f"gap_by_{slug(angle)}")
+    note = NOTE if angles is None else NOTE + NOTE_ON_ANGLES
+    publish(f"{markdown(table_of(found))}\n\n{note}\n", options, "gap.md")
+    with plot_style():
+        for angle in ANGLES if angles is not None else ():
+            save(figure_of(found, angle), output_folder(options) / f"gap_by_{slug(angle)}")
     return 0

@@ -134,6 +134,9 @@ def test_what_cannot_be_compared_is_refused(runs, tmp_path, capsys):
     write(tmp_path / "other", result("lors"), result("sqft"))
     assert main(["gap", str(tmp_path / "other")]) == 2
     assert "no two of LoRS that differ in method.peft.gradient=exact" in capsys.readouterr().err
+    (tmp_path / "angles.csv").write_text("key,place,cosine,off_support\n0123,start,0.5,\n0123,end,0.5,0.2\n")
+    assert main(["gap", str(runs), "--angles", str(tmp_path / "angles.csv"), "--output", str(tmp_path)]) == 2
+    assert "--angles: has 'cosine, start' of no run with an accuracy" in capsys.readouterr().err
     other = {"config": {"method.peft.gradient": "exact"}, "environment": {"device": "another"}}
     write(tmp_path / "other", result("lors", sparsity=0.7, accuracy=0.6, **other))
     assert main(["gap", str(runs), str(tmp_path / "other")]) == 2
