@@ -20,7 +20,6 @@ from analysis.figures import Label, curve, finish, label_at_the_right, new_figur
 from analysis.groups import configs, text_of, varying
 from analysis.lines import short_name
 from analysis.measures import ACCURACY, ANSWERS_LOSS, HELDOUT_LOSS
-from analysis.notes import slug
 from analysis.results import add_run_arguments, load, output_folder, publish
 from analysis.statistics import Difference, Sample, difference, holm, paired_item_error
 from analysis.style import style_of
@@ -43,6 +42,7 @@ ANGLES = {
     "off the support (%)": ("end", "off_support"),
 }
 ACCURACY_GAIN = "accuracy (points)"
+DRAWN = "cosine, start"  # what is known before any training
 OWN_NAMES = ("model", "pruned")  # whose values say what they are
 NOTE = """What the exact gradient gains over the straight-through one, ± its standard error over seeds and items (of one
 seed, over items); n seeds that both have. Holm: p of the first gain, corrected for all rows."""
@@ -141,25 +141,27 @@ def _in_unit(name: str, value: float) -> float:
     return 100 * value if name.endswith("(%)") else value
 
 
-def figure_of(found: list[Gap], angle: str) -> Figure:
-    """The gain in accuracy against one column of `ANGLES`, a point for each setting; those without it are left out.
+def figure_of(found: list[Gap]) -> Figure:
+    """The gain in accuracy against the cosine of the two gradients before the training, a point for each setting.
+
+    Settings in which either is not known are left out.
 
     Raises:
         ValueError: None has it.
     """
-    drawn = [gap for gap in found if gap.gains[ACCURACY_GAIN] and not math.isnan(gap.angles[angle])]
+    drawn = [gap for gap in found if gap.gains[ACCURACY_GAIN] and not math.isnan(gap.angles[DRAWN])]
     if not drawn:
-        raise ValueError(f"--angles: has {angle!r} of no run with an accuracy")
+        raise ValueError(f"--angles: has {DRAWN!r} of no run with an accuracy")
     figure, (axes,) = new_figure(height=2.6)
     varied = [name for name in found[0].setting if len({gap.setting.get(name) for gap in drawn}) > 1]
     labels = []
     for gap in drawn:
-        gain, x = gap.gains[ACCURACY_GAIN], _in_unit(angle, gap.angles[angle])
+        gain, x = gap.gains[ACCURACY_GAIN], gap.angles[DRAWN]
         curve(axes, style_of("lors"), [x], [gain.mean], [gain.error])
         text = ", ".join(gap.setting[name] if name in OWN_NAMES else f"{name} {gap.setting[name]}" for name in varied)
         labels.append(Label(text, x, gain.mean, style_of("lors").colour))
     axes.axhline(0, color="black", linewidth=0.6, zorder=1)
-    axes.set_xlabel(angle)
+    axes.set_xlabel("cosine of the two gradients at the start")
     axes.set_ylabel("gain of exact (points)")
     label_at_the_right(axes, labels, letters=30)
     seeds = sorted({gap.gains[ACCURACY_GAIN].n for gap in drawn})
@@ -179,7 +181,7 @@ def run(options: argparse.Namespace) -> int:
     found = gaps(load(options.runs), angles)
     note = NOTE if angles is None else NOTE + NOTE_ON_ANGLES
     publish(f"{markdown(table_of(found))}\n\n{note}\n", options, "gap.md")
-    with plot_style():
-        for angle in ANGLES if angles is not None else ():
-            save(figure_of(found, angle), output_folder(options) / f"gap_by_{slug(angle)}")
+    if angles is not None:
+        with plot_style():
+            save(figure_of(found), output_folder(options) / "gap_by_cosine")
     return 0
