@@ -18,16 +18,16 @@ __all__ = ["composing_once", "expand"]
 
 def expand(
     parser: OverridesParser,
-    params: Mapping[str, Any],
-    blocks: Mapping[str, Mapping[str, Any] | None],
+    params: Mapping[str, Any] | None,
+    blocks: Mapping[str, Mapping[str, Any] | None] | None,
     arguments: Sequence[str],
 ) -> list[list[str]]:
     """The overrides of every job, block by block; the last key of a block varies fastest.
 
     Args:
         parser: Hydra's, which knows the options of the groups.
-        params: Key -> values, for every block.
-        blocks: Name -> key -> values; None leaves a block out.
+        params: Key -> values, for every block; None: no keys.
+        blocks: Name -> key -> values; None leaves a block out. Without any block the jobs are those of ``params``.
         arguments: Overrides of the command line, which replace all values but the single ones of a block.
 
     Raises:
@@ -37,10 +37,8 @@ def expand(
     given = parser.parse_overrides(list(arguments))
     unused = {argument.key_or_group: argument for argument in given}
     jobs: list[list[str]] = []
-    chosen = {name: block for name, block in blocks.items() if block is not None}
-    for name, axes in {"params": params, **{f"blocks.{name}": block for name, block in chosen.items()}}.items():
-        if not isinstance(axes, Mapping):
-            raise HydraException(f"hydra.sweeper.{name}={axes}: must be a mapping of keys and values")
+    params, blocks = _mapping("params", params), _mapping("blocks", blocks)
+    chosen = {name: _mapping(f"blocks.{name}", block) for name, block in blocks.items() if block is not None}
     for block in list(chosen.values()) or [{}]:
         own = parser.parse_overrides([f"{key}={values}" for key, values in {**params, **block}.items()])
         single = {axis.key_or_group for axis in own if axis.key_or_group in block and not axis.is_sweep_override()}
@@ -55,6 +53,12 @@ def expand(
         argument = next(iter(unused.values()))
         raise HydraException(f"{argument.input_line}: every block of the sweep sets {argument.key_or_group} itself")
     return jobs
+
+
+def _mapping(name: str, axes: Any) -> Mapping[str, Any]:
+    if not isinstance(axes, Mapping | None):
+        raise HydraException(f"hydra.sweeper.{name}={axes}: must be a mapping of keys and values")
+    return axes or {}
 
 
 def composing_once(

@@ -39,11 +39,11 @@ class BlockSweeper(Sweeper):
     """Runs the jobs of all blocks.
 
     Args:
-        params: Key -> values, for every block.
-        blocks: Name -> key -> values; a block that is None is left out.
+        params: Key -> values, for every block; None: no keys.
+        blocks: Name -> key -> values; a block that is None is left out, and all are if this is None.
     """
 
-    def __init__(self, params: Mapping[str, Any], blocks: Mapping[str, Mapping[str, Any] | None]) -> None:
+    def __init__(self, params: Mapping[str, Any] | None, blocks: Mapping[str, Mapping[str, Any] | None] | None) -> None:
         self.params = params
         self.blocks = blocks
 
