@@ -53,6 +53,7 @@ COMPOSED = [
         ("only=failed", "only=failed: must be null without -m; it chooses among the jobs of a sweep"),
         ("launch=torchrun seed=-1", "seed=-1: must be a whole number >= 0"),
         ("--config-dir=/no/such seed=0", "Additional config directory '/no/such' not found"),
+        ("-m seed=0,1 hydra.sweeper.blocks=3", "hydra.sweeper.blocks=3: must be a mapping of keys and values"),
         ("-m seed=glob(*)", "seed=glob(*): must match something"),
         ("-m seed=0,1 train.steps=4,0", f"train.steps=0: {COUNT}", "(in the job seed=0 train.steps=0)"),
         ("-m seed=0,1 data=alpaca data.path=/x.jsonl", "data.path=/x.jsonl: no such file (in the job seed=0"),

@@ -61,8 +61,9 @@ def jobs_of(experiment: str, *overrides: str) -> list[list[str]]:
     return expand(parser, cfg.hydra.sweeper.params, cfg.hydra.sweeper.blocks, [f"experiment={experiment}"])
 
 
-def test_without_blocks_a_sweep_is_the_product_of_the_command_line(parser) -> None:
-    jobs = expand(parser, {}, {}, ["method=lors,lora", "seed=0", "sparsity=0.5,0.7"])
+@pytest.mark.parametrize("none", [{}, None])
+def test_without_blocks_a_sweep_is_the_product_of_the_command_line(parser, none) -> None:
+    jobs = expand(parser, none, none, ["method=lors,lora", "seed=0", "sparsity=0.5,0.7"])
     assert jobs == [
         [f"method={method}", "seed=0", f"sparsity={sparsity}"] for method in ("lors", "lora") for sparsity in (0.5, 0.7)
     ]
