@@ -22,7 +22,7 @@ from harness.launch import CHILD
 from harness.processes import count
 from harness.refusals import as_written, check_keys, refusal, unresolved
 from harness.sources import locate
-from lors.pruning.owl import check_layerwise
+from lors.pruning.layerwise import check_layerwise
 from lors.sparsity import parse_pattern, resolve_sparsity
 
 __all__ = ["resolve"]

@@ -132,7 +132,7 @@ class Wanda(Unpruned):
     name: Literal["wanda"]
     samples: Count
     sequence_length: Length
-    layerwise: Literal["none", "owl"] = "none"
+    layerwise: Literal["none", "owl", "rmi"] = "none"
     outlier_threshold: Positive = 5.0
     sparsity_range: Positive = 0.08
 

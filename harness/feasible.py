@@ -75,6 +75,8 @@ def check_fit(cfg: DictConfig, method: Method, shape: PretrainedConfig) -> None:
         raise BadInput(
             f"method={method.name}: needs the dense model beside the pruned one: must have a pruner, prune.when=before"
         )
+    if cfg.save_base and method.prunes:
+        raise BadInput(f"save_base=true: must be false for method={method.name}, whose zeros are made in the training")
     shown = f"model.path={cfg.model.path}" if cfg.mode == "run" else f"model={cfg.model.name}"
     positions = getattr(shape.get_text_config(), "max_position_embeddings", None)
     for key in ("train.sequence_length", "prune.sequence_length", "eval.perplexity.window"):

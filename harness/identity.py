@@ -46,6 +46,7 @@ VERSIONS: Mapping[str, int] = {
     "quantize.gptq": 1,
     "quantize.nf4": 1,
     "layerwise.owl": 1,
+    "layerwise.rmi": 1,
     "train": 1,
     "measure": 1,  # memory, FLOPs, time
     "simulate": 1,

@@ -106,6 +106,9 @@ class Method:
     """Whether it looks at the model as it was before the pruning."""
     dense: PreTrainedModel | None = None
     """That model, on the host, in the ``base`` format; set for a run (mode=run) of a method that ``reads_dense``."""
+    prunes = False
+    """Whether it prunes as it trains, from the dense model on: what is checked then are the zeros that its weights have
+    at the end of the training. It leaves no adapter."""
     prepares_shards = False
     """Whether ``prepare`` takes a model whose weights are shared out; it changes what is trained and nothing else."""
 

@@ -191,10 +191,13 @@ def _facts(result: Mapping[str, Any], kind: str, base: Base) -> list[list[str]]:
         model = {**model, "revision": base.revision}
     facts = {"base": _source(model, result["model"])}
     if _is_pruned(result, kind):
+        by = (result["zeros"] or {}).get("pruned_by")
         facts["pruner"] = "none: it came with its zeros" if prune["name"] == "none" else prune["name"]
         facts["pruner"] += f", the sparsity of each block by {prune['layerwise']}" if prune.get("layerwise") else ""
         facts["pruner"] += ", after the fine-tuning" if prune.get("when") == "after" else ""
-        if "samples" in prune:
+        if by is not None:
+            facts["pruner"] = f"{by}, during the fine-tuning"
+        elif "samples" in prune:
             text = _source(sources.get("prune.text"), "text")
             facts["pruner"] += f", calibrated on {prune['samples']} x {prune['sequence_length']} tokens of {text}"
         facts["zeros"] = f"sparsity {result['sparsity']:g}, pattern {result['pattern']}"

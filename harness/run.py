@@ -280,7 +280,7 @@ class Job:
         result["artifacts"]["steps"] = "steps.jsonl"
         if (folder / "trackers").exists():
             result["artifacts"]["trackers"] = "trackers"
-        if isinstance(adapted, PeftModel):
+        if isinstance(adapted, PeftModel) and not method.prunes:  # nobody has its base
             self.artifacts.add_adapter(adapted)
         return adapted
 
@@ -305,6 +305,9 @@ class Job:
     ) -> None:
         """Bring the model to each of its end states, or to the first one and prune it; check the zeros, score it."""
         cfg, method, inputs, result = self.cfg, self.method, self.inputs, self.result
+        if method.prunes and cfg.mode == "run":
+            M = supports(adapted.get_base_model())
+            result |= starting_sparsity(cfg, M)
         variants = method.merges if cfg.mode == "run" and prune is None else method.merges[:1]
         for variant in variants:
             # The first end state is the row itself. A side network or an adapter beside the weights costs more here.

@@ -58,9 +58,10 @@ def check_zeros(
         supports: M of every decoder linear before the fine-tuning.
 
     Returns:
-        ``requested`` and what ``lors.sparsity.zero_report`` returns; with ``prune.layerwise`` also ``blocks``, the
-        sparsity of each after the pruning; ``mergeable`` says that the model is merged and every zero is kept. Beside
-        an unmerged adapter there is nothing to count after the merge: None.
+        ``requested`` and what ``lors.sparsity.zero_report`` returns; with ``prune.layerwise``, or of a method that
+        prunes, also ``blocks``, the sparsity of each after the pruning; of such a method its name as ``pruned_by``;
+        ``mergeable`` says that the model is merged and every zero is kept. Beside an unmerged adapter there is nothing
+        to count after the merge: None.
 
     Raises:
         RuntimeError: The merge of a method that keeps zeros has lost some.
@@ -68,7 +69,9 @@ def check_zeros(
     report = zero_report(supports, model, result["pattern"])
     if variant == "adapter":
         report |= {"after_merge": None, "lost": None, "gained": None}
-    if result["config"]["prune"].get("layerwise"):
+    if method.prunes:
+        report["pruned_by"] = method.name
+    if result["config"]["prune"].get("layerwise") or method.prunes:
         report["blocks"] = _by_block(supports)
     kept = report["lost"] == 0
     if variant == "merged" and method.keep_zeros and not kept:

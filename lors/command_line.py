@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from lors.pruning import PRUNERS, calibration_tokens, prune_model
 from lors.pruning.calibration import LENGTH, positions_of
-from lors.pruning.owl import LAYERWISE
+from lors.pruning.layerwise import LAYERWISE
 from lors.sparsity import UNSTRUCTURED, check, resolve_sparsity, supports, zero_report
 
 __all__ = ["main"]
@@ -60,7 +60,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     prune.add_argument("--pattern", default=UNSTRUCTURED, help="unstructured, or n:m (n weights kept of every m)")
     prune.add_argument(
-        "--layerwise", choices=LAYERWISE, default="none", help="owl: less sparsity for blocks with more outliers"
+        "--layerwise",
+        choices=LAYERWISE,
+        default="none",
+        help="a sparsity of each block: owl, less for more outliers; rmi, more for an input like those of the others",
     )
     prune.add_argument(
         "--calibration", default=C4, help="text file, JSON lines with a column 'text', or c4 from the Hub"

@@ -5,7 +5,7 @@ hooks gather float32 statistics of all its linears; these are pruned; the sample
 out feeds the next block. So statistics see the pruning of earlier blocks, though not of earlier linears of
 the same block, as in Wanda (arXiv 2306.11695) and SparseGPT (arXiv 2301.00774). Each matrix of a fused expert is a
 linear with the statistics of the tokens that were routed to it; one without a token is pruned by magnitude, row by row.
-OWL takes a walk over the dense model before.
+OWL and RMI take a walk over the dense model before.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -26,14 +27,16 @@ from transformers import PreTrainedTokenizerBase
 from lors.blocks import block_linears, decoder_blocks, decoder_linears
 from lors.experts import ExpertLinears, expert_names, experts_as_linears
 from lors.kernels import PackedWeight, integer_layout, nf4_layout
-from lors.pruning.block_calls import Call, check_walk, hidden_of, record
+from lors.pruning.block_calls import check_walk, record
+from lors.pruning.block_runs import hidden_states, measuring, moved, run_samples
 from lors.pruning.calibration import tokens_for
+from lors.pruning.layerwise import check_layerwise
 from lors.pruning.magnitude import prune_magnitude
-from lors.pruning.owl import check_layerwise, outlier_share, owl_sparsities
+from lors.pruning.owl import outlier_share, owl_sparsities
 from lors.pruning.quantize import quantize_gptq, quantize_rtn
+from lors.pruning.rmi import importances, rmi_sparsities, sample_kernel
 from lors.pruning.sparsegpt import gram_matrix, prune_sparsegpt
 from lors.pruning.wanda import prune_wanda, squared_norms
-from lors.randomness import modes_kept
 from lors.sparsity import UNSTRUCTURED, check_width, resolve_sparsity
 from lors.storage import CompressedLinear, hold
 
@@ -90,11 +93,12 @@ def prune_model(
         tokenizer: That of the model, for texts.
         device: Where blocks are pruned; each is moved there and back, so that a model on the CPU needs a GPU for
             one block. None: where they are.
-        layerwise: ``none``, or ``owl`` for a sparsity of each block that is the lower the more outliers it has, of mean
-            ``sparsity`` over all weights (OWL, arXiv 2310.05175; see ``lors.pruning.owl``). Unstructured only, and with
-            calibration, which runs through the dense model once more.
+        layerwise: ``none``, or a sparsity of each block, of mean ``sparsity`` over all weights: ``owl``, the lower the
+            more outliers it has (OWL, arXiv 2310.05175; see ``lors.pruning.owl``); ``rmi``, the higher the more its
+            input is like those of the others (LoSA, arXiv 2502.14816; see ``lors.pruning.rmi``). Unstructured only, and
+            with calibration, which runs through the dense model once more.
         outlier_threshold: Of owl: an outlier is so many times the mean of |W_ij| * ||X_j|| in its block (M).
-        sparsity_range: Of owl: no block is farther than this from ``sparsity`` (lambda).
+        sparsity_range: Of owl and rmi: no block is farther than this from ``sparsity`` (lambda).
         **options: Keyword arguments of the pruner: ``group`` for magnitude, ``block_size`` and ``damping``
             for sparsegpt.
 
@@ -109,15 +113,16 @@ def prune_model(
     rule, statistic = PRUNERS[pruner]
     sparsity = resolve_sparsity(sparsity, pattern)
     _check_options(pruner, rule, options)
-    limits = {"outlier_threshold": outlier_threshold, "sparsity_range": sparsity_range}
-    check_layerwise(layerwise, sparsity, pattern, **limits)
+    check_layerwise(layerwise, sparsity, pattern, outlier_threshold=outlier_threshold, sparsity_range=sparsity_range)
     _check_model(model, pattern)
-    if statistic is not None or layerwise == "owl":
+    if statistic is not None or layerwise != "none":
         calibration = tokens_for(model, calibration, tokenizer)
     with experts_as_linears(model):
+        limits = {"sparsity": sparsity, "sparsity_range": sparsity_range}
         if layerwise == "owl":
-            shares, sizes = _outliers(model, outlier_threshold, calibration, device)
-            targets = owl_sparsities(shares, sizes, sparsity=sparsity, sparsity_range=sparsity_range)
+            targets = owl_sparsities(*_outliers(model, outlier_threshold, calibration, device), **limits)
+        elif layerwise == "rmi":
+            targets = rmi_sparsities(*_importances(model, calibration, device), **limits)
         else:
             targets = [sparsity] * len(decoder_blocks(model)[1])
         pair = (partial(rule, **options), partial(prune_magnitude, group="row"))
@@ -180,10 +185,24 @@ def _outliers(
 
     def measure(_: int, linears: dict[str, nn.Linear], norms: dict[str, Tensor]) -> None:
         shares.append(outlier_share(((linears[name].weight, norms[name]) for name in norms), threshold))
-        sizes.append(sum(linear.weight.numel() for linear in linears.values()))
+        sizes.append(_size(linears))
 
     _walk(model, "outliers (owl)", measure, squared_norms, calibration, device, changes=False)
     return shares, sizes
+
+
+def _importances(
+    model: nn.Module, calibration: Tensor, device: torch.device | str | None
+) -> tuple[list[float], list[int]]:
+    """Of every block of the dense model the importance by its input, and the number of weights."""
+    name, blocks = decoder_blocks(model)
+    with closing(hidden_states(model, "inputs (rmi)", calibration, device)) as inputs:
+        kernels = [sample_kernel(hidden) for hidden in islice(inputs, len(blocks))]
+    return importances(kernels), [_size(dict(block_linears(f"{name}.{i}", block))) for i, block in enumerate(blocks)]
+
+
+def _size(linears: dict[str, nn.Linear]) -> int:
+    return sum(linear.weight.numel() for linear in linears.values())
 
 
 def _change_model(
@@ -232,22 +251,22 @@ def _walk(
     name, blocks = decoder_blocks(model)
     if statistic is None:
         for i, block in enumerate(tqdm(blocks, desc=title, unit="block")):
-            with _moved(block, device):
+            with moved(block, device):
                 visit(i, dict(block_linears(f"{name}.{i}", block)), {})
         return
     passes = 2 * len(blocks) - 1 if changes else len(blocks)  # the last block feeds no other
     bar = tqdm(total=passes * len(calibration), desc=title, unit="sample")
-    with _measuring(model), bar:
+    with measuring(model), bar:
         hidden, calls = record(model, blocks, calibration, check_walk(model, blocks, calibration))
         for i, block in enumerate(blocks):
             bar.set_postfix_str(f"block {i + 1}/{len(blocks)}")
             linears = dict(block_linears(f"{name}.{i}", block))
-            with _moved(block, device):
+            with moved(block, device):
                 with _gathering(block, linears, statistic) as sums:
-                    _pass(block, hidden, calls[i], bar, onward=not changes)
+                    run_samples(block, hidden, calls[i], bar, onward=not changes)
                 visit(i, linears, sums)
                 if changes and i + 1 < len(blocks):
-                    _pass(block, hidden, calls[i], bar, onward=True)
+                    run_samples(block, hidden, calls[i], bar, onward=True)
             calls[i].clear()
 
 
@@ -260,16 +279,6 @@ def _change_linear(name: str, linear: nn.Linear, rule: Rule, *statistic: Tensor)
         hold(linear, changed)
     else:
         linear.weight.copy_(changed)
-
-
-def _pass(block: nn.Module, hidden: list[Tensor], calls: list[Call], bar: tqdm, *, onward: bool) -> None:
-    """Run all samples through a block; ``onward``: what comes out takes the place of what went in."""
-    for batch, call in enumerate(calls):
-        output = _run(block, hidden[batch], call)
-        if onward:
-            hidden[batch] = output
-        del output  # before the next one is made
-        bar.update(len(hidden[batch]))
 
 
 @contextmanager
@@ -298,57 +307,6 @@ def _gathering(
     idle = [name for name, linear in linears.items() if name not in sums and id(linear) not in experts]
     if idle:
         raise ValueError(f"{idle[0]}: no calibration token reached this layer; use more samples")
-
-
-def _run(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
-    """Hidden states (B x L x d) after a block, on the device that they came from."""
-    device = next(block.parameters(), hidden).device
-    args, kwargs = call
-    output = block(_to(device, hidden), *_to(device, args), **{key: _to(device, x) for key, x in kwargs.items()})
-    return hidden_of(output).to(hidden.device)
-
-
-def _to(device: torch.device, value: Any) -> Any:
-    """An argument on a device. Dicts and lists stay what they are: blocks may leave something there for later ones."""
-    if type(value) is tuple:
-        return tuple(_to(device, x) for x in value)
-    return value.to(device) if isinstance(value, Tensor) else value
-
-
-@contextmanager
-def _moved(block: nn.Module, device: torch.device | str | None) -> Iterator[None]:
-    """The block is on the device, and afterwards where it was."""
-    if device is None:
-        yield
-        return
-    home = next(block.parameters()).device
-    try:
-        block.to(device)
-        yield
-    finally:
-        block.to(home)
-
-
-@contextmanager
-def _measuring(model: nn.Module) -> Iterator[None]:
-    """No dropout and no TF32 in float32 products; both as they were afterwards."""
-    # Since torch 2.9 each backend has a precision of its own, and the older name cannot be read where one was set.
-    backends = [getattr(backend, "matmul", None) for backend in (torch.backends.cuda, torch.backends.mkldnn)]
-    own = [(backend, backend.fp32_precision) for backend in backends if hasattr(backend, "fp32_precision")]
-    try:
-        precision = torch.get_float32_matmul_precision()
-    except RuntimeError:
-        precision = None
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with modes_kept(model):
-            model.eval()
-            yield
-    finally:
-        if precision is not None:
-            torch.set_float32_matmul_precision(precision)
-        for backend, value in own:
-            backend.fp32_precision = value
 
 
 def _check_options(name: str, rule: Rule, options: dict[str, Any]) -> None:
