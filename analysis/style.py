@@ -59,6 +59,7 @@ METHODS = {
     "geolora": Style("GeoLoRA", SKY, "p", DASHED),
     "sora": Style("SoRA", SKY, "h", DOTTED),
     "salr": Style("SALR", SKY, "*", DASH_DOT),
+    "losa": Style("LoSA (prunes itself)", SKY, "<", DOTTED),
     # Another optimizer or penalty for the same factors.
     "lora_rite": Style("LoRA-RITE", PURPLE, ">"),
     "flat_lora": Style("Flat-LoRA", PURPLE, "X", DASHED),
