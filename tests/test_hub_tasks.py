@@ -41,8 +41,9 @@ def test_gsm8k_is_generated_and_its_strict_answer_counts(monkeypatch):
         check_scoring(tiny(), TOKENIZER, cfg)
     roomy = tiny(max_position_embeddings=512)
     check_scoring(roomy, TOKENIZER, cfg)
+    cfg.limit = 1
     wordless = evaluate(roomy, TOKENIZER, cfg, None, progress=False)["tasks"]["gsm8k"]  # really generated
-    assert wordless["value"] == 0 and wordless["n"] == 4
+    assert wordless["value"] == 0 and wordless["n"] == 1
 
 
 def test_code_from_the_hub_and_from_the_model_is_not_run(monkeypatch):
