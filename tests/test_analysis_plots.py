@@ -292,14 +292,12 @@ def test_everything_is_readable_inside_of_the_figure_and_no_label_is_on_another(
 ):
     from matplotlib.text import Text
 
-    found = [
-        f
-        for folder in (sweep, efficiency, budgets, long_names)
-        for f in drawn_once(kind, folder).values()
-        if not isinstance(f, str)
-    ]
-    assert found
-    for figure in (found[0], found[-1]):
+    def found(folder):
+        return [figure for figure in drawn_once(kind, folder).values() if not isinstance(figure, str)]
+
+    folders = (sweep, efficiency, budgets, long_names)
+    first, last = (next(filter(None, map(found, order))) for order in (folders, reversed(folders)))
+    for figure in (first[0], last[-1]):
         figure.draw_without_rendering()
         written = [text for text in figure.findobj(Text) if text.get_text() and text.get_visible()]
         assert min(text.get_fontsize() for text in written) >= SMALL >= 7
