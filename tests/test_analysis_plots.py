@@ -1,7 +1,6 @@
 """Plots: what is drawn from which runs, what a reader is told, what is left out and why, and whether it can be read."""
 
 import math
-from functools import cache
 from itertools import pairwise
 
 import pytest
@@ -56,12 +55,6 @@ def drawn(kind, folder):
         return dict(plots.KINDS[kind](groups_of(load([folder])), False))
 
 
-@cache
-def drawn_once(kind, folder):
-    """Of a folder to which nothing is added."""
-    return drawn(kind, folder)
-
-
 def lines_in(axes):
     """x and y by label, error bars and reference lines aside."""
     lines = {container.get_label(): container.lines[0] for container in axes.containers}
@@ -75,7 +68,7 @@ def labels_of(axes):
 
 
 def test_accuracy_by_sparsity_shows_means_every_end_of_lora_and_the_levels_to_compare_with(sweep):
-    figure = drawn_once("accuracy_by_sparsity", sweep)["accuracy_by_sparsity_microworld_wanda"]
+    figure = drawn("accuracy_by_sparsity", sweep)["accuracy_by_sparsity_microworld_wanda"]
     (axes,) = figure.axes
     assert lines_in(axes) == {
         "pruned": ([0.5, 0.7], [70, 60]),
@@ -93,7 +86,7 @@ def test_accuracy_by_sparsity_shows_means_every_end_of_lora_and_the_levels_to_co
         "Average accuracy by sparsity: microworld, pruned by wanda",
         "Mean and standard deviation of 2 seeds. Accuracy: average of 7 tasks, chance 35.7 %.",
     )
-    (figure,) = drawn_once("perplexity_by_sparsity", sweep).values()
+    (figure,) = drawn("perplexity_by_sparsity", sweep).values()
     assert figure.axes[0].get_yscale() == "log" and "chance" not in caption_of(figure)[1]
     assert lines_in(figure.axes[0])["LoRS"][1] == pytest.approx([math.e, math.e], rel=1e-4)
 
@@ -109,7 +102,7 @@ def test_chance_is_a_line_where_the_scores_come_near_it(tmp_path):
 
 
 def test_recovery_is_the_share_of_the_way_from_pruned_to_dense(sweep):
-    figure = drawn_once("recovery", sweep)["recovery_microworld_wanda_0.5"]
+    figure = drawn("recovery", sweep)["recovery_microworld_wanda_0.5"]
     (axes,) = figure.axes
     names = [text.get_text().replace("\n", " ") for text in axes.get_yticklabels()]
     assert names == [*LORA, "LoRS", "SPP"]
@@ -120,7 +113,7 @@ def test_recovery_is_the_share_of_the_way_from_pruned_to_dense(sweep):
 
 
 def test_distances_from_lora_are_paired_by_seed_and_better_is_right(sweep):
-    figures = drawn_once("against_lora", sweep)
+    figures = drawn("against_lora", sweep)
     figure = figures["accuracy_against_lora_microworld_wanda_0.5"]
     (axes,) = figure.axes
     points = {label: x for label, (x, _) in lines_in(axes).items()}
@@ -178,19 +171,19 @@ def test_no_recovery_where_pruning_cost_no_more_than_noise(tmp_path):
 
 
 def test_the_front_is_of_the_methods_that_keep_the_zeros(sweep):
-    figure = drawn_once("pareto_memory", sweep)["pareto_memory_microworld_wanda_0.5"]
+    figure = drawn("pareto_memory", sweep)["pareto_memory_microworld_wanda_0.5"]
     (axes,) = figure.axes
     front = next(line for line in axes.lines if line.get_drawstyle() == "steps-post")
     points = list(zip(front.get_xdata(), front.get_ydata(), strict=True))
     assert points == [(90, pytest.approx(71)), (100, pytest.approx(77))], "not 75, of a LoRA that lost the zeros"
     assert lines_in(axes).keys() == {*LORA, "LoRS", "SPP"} == set(labels_of(axes))
     assert axes.get_xlabel() == "memory (MiB)" and "chance 35.7 %" in caption_of(figure)[1]
-    (axes,) = drawn_once("pareto_time", sweep)["pareto_time_microworld_wanda_0.7"].axes
+    (axes,) = drawn("pareto_time", sweep)["pareto_time_microworld_wanda_0.7"].axes
     assert axes.get_xlabel() == "step time (ms)" and lines_in(axes)["SPP"] == ([100], [63])
 
 
 def test_cost_against_length_has_a_figure_for_each_rank_and_names_what_did_not_fit(efficiency):
-    figures = drawn_once("cost_by_sequence_length", efficiency)
+    figures = drawn("cost_by_sequence_length", efficiency)
     assert sorted(figures) == [f"cost_by_sequence_length_profile_microworld_wanda_0.5_r_{rank}" for rank in (16, 32)]
     figure = figures["cost_by_sequence_length_profile_microworld_wanda_0.5_r_32"]
     memory, time = figure.axes
@@ -198,7 +191,7 @@ def test_cost_against_length_has_a_figure_for_each_rank_and_names_what_did_not_f
     assert lines_in(time)["LoRA"] == ([512, 1024], [51.2, 102.4])
     title = "Cost by sequence length: profile, microworld, wanda, 0.5, r 32"
     assert caption_of(figure) == (title, "One seed. Out of memory: SPP at 1024.")
-    figure = drawn_once("cost_by_rank", efficiency)["cost_by_r_profile_microworld_wanda_0.5_sequence_length_512"]
+    figure = drawn("cost_by_rank", efficiency)["cost_by_r_profile_microworld_wanda_0.5_sequence_length_512"]
     memory, time = figure.axes
     assert lines_in(memory)["LoRA"] == ([16, 32], [528, 544])
     assert [text.get_text() for text in time.get_xticklabels()] == ["16", "32"]
@@ -264,7 +257,7 @@ def add(folder, method, accuracy, train_peak=100 * MEBIBYTE, **config):
 
 def test_accuracy_by_compute_data_and_memory_has_a_curve_for_what_was_varied_alone(budgets):
     lora = ("LoRA, with adapter", "LoRA, re-masked")
-    figures = {kind: drawn_once(f"accuracy_by_{kind}", budgets) for kind in ("compute", "data", "memory")}
+    figures = {kind: drawn(f"accuracy_by_{kind}", budgets) for kind in ("compute", "data", "memory")}
     (compute,), (data,), (memory,) = ([f for f in of.values() if not isinstance(f, str)] for of in figures.values())
     points = ([0.3, 0.6], [63, 66])
     assert lines_in(compute.axes[0]) == {**dict.fromkeys(lora, points), "SPP": (points[0], [64, 67])}
@@ -292,12 +285,14 @@ def test_everything_is_readable_inside_of_the_figure_and_no_label_is_on_another(
 ):
     from matplotlib.text import Text
 
-    def found(folder):
-        return [figure for figure in drawn_once(kind, folder).values() if not isinstance(figure, str)]
-
-    folders = (sweep, efficiency, budgets, long_names)
-    first, last = (next(filter(None, map(found, order))) for order in (folders, reversed(folders)))
-    for figure in (first[0], last[-1]):
+    found = [
+        f
+        for folder in (sweep, efficiency, budgets, long_names)
+        for f in drawn(kind, folder).values()
+        if not isinstance(f, str)
+    ]
+    assert found
+    for figure in (found[0], found[-1]):
         figure.draw_without_rendering()
         written = [text for text in figure.findobj(Text) if text.get_text() and text.get_visible()]
         assert min(text.get_fontsize() for text in written) >= SMALL >= 7

@@ -21,8 +21,6 @@ ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"
 GROUPS = sorted(folder.name for folder in CONF.iterdir() if folder.is_dir() and folder.name != "hydra")
 OPTIONS = sorted((file.parent.name, file.stem) for file in CONF.glob("*/*.yaml"))
-# The sweeps among the presets are composed and resolved job by job in test_experiments.
-COMPOSED = [(group, option) for group, option in OPTIONS if group != "experiment" or option == "real"]
 # Options that want a path, and options that go together.
 NEEDS = {
     ("model", "hf"): ["model.path=a/model"],
@@ -39,7 +37,7 @@ PARAMETERS = {
 }
 
 
-@pytest.mark.parametrize(("group", "option"), COMPOSED)
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_option_composes_and_resolves(composed, group: str, option: str) -> None:
     cfg = resolve(composed(f"{group}={option}", *NEEDS.get((group, option), [])))
     assert not OmegaConf.missing_keys(cfg)
@@ -59,7 +57,7 @@ def test_every_option_opens_with_a_command_that_composes(composed, group: str, o
     assert f"{group}={option}" in overrides or option in ("default", "microworld", "wanda", "lors", "python")
     if group == "experiment" and option not in ("smoke", "real"):
         assert command[1] == f"-m experiment={option}", "a preset is a complete command"
-    if (group, option) in COMPOSED and not any("," in override for override in overrides):
+    if not any("," in override for override in overrides):
         composed(*overrides)
 
 

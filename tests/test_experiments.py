@@ -110,9 +110,7 @@ def test_the_jobs_of_every_experiment_are_valid(composed, experiment: str) -> No
     for job in jobs:
         if not set(job) <= seen:
             seen |= set(job)
-            cfg = resolve(composed(*job))
-            build_method(cfg)
-            assert not OmegaConf.missing_keys(cfg)
+            build_method(resolve(composed(*job)))
 
 
 @pytest.mark.parametrize(
