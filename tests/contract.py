@@ -117,16 +117,17 @@ def trained(method: Method, model: PreTrainedModel, precision: str = "float32") 
     return adapted.eval()
 
 
-def ready(name: str) -> nn.Module:
+def ready(name: str, dtype: torch.dtype = torch.float32, pattern: str = "unstructured") -> nn.Module:
     """The small pruned model after two steps of a method, the same at every call; so are random numbers after it."""
-    model, state = _ready(name)
+    model, state = _ready(name, dtype, pattern)
     torch.set_rng_state(state)
     return copy.deepcopy(model)
 
 
 @functools.cache
-def _ready(name: str) -> tuple[nn.Module, Tensor]:
-    return trained(method_of(name), pruned()), torch.get_rng_state()
+def _ready(name: str, dtype: torch.dtype, pattern: str) -> tuple[nn.Module, Tensor]:
+    precision = "bf16" if dtype == torch.bfloat16 else "float32"
+    return trained(method_of(name), pruned(pattern, dtype), precision), torch.get_rng_state()
 
 
 def adapted_layer(name: str, linear: nn.Linear, *overrides: str) -> nn.Module:

@@ -31,7 +31,6 @@ from contract import (
     pruned,
     ready,
     trainable,
-    trained,
 )
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -81,13 +80,11 @@ def test_merged_equals_unmerged_for_alpha_other_than_r(name):
     assert torch.equal(logits(model), expected), "finish has changed the model that it was given"
 
 
-@pytest.mark.parametrize(("pattern", "precision"), [("unstructured", "bf16"), ("2:4", "float32")])
+@pytest.mark.parametrize(("pattern", "dtype"), [("unstructured", torch.bfloat16), ("2:4", torch.float32)])
 @pytest.mark.parametrize("name", NAMES)
-def test_zeros_after_the_merge_contain_those_before(name, pattern, precision):
-    dtype = torch.float32 if precision == "float32" else torch.bfloat16
+def test_zeros_after_the_merge_contain_those_before(name, pattern, dtype):
     method, before = method_of(name), supports(pruned(pattern, dtype))
-    model = trained(method, pruned(pattern, dtype), precision)
-    for variant, merged in end_states(method, model, before):
+    for variant, merged in end_states(method, ready(name, dtype, pattern), before):
         report = zero_report(before, merged, pattern)
         filled = variant == "dense" or (variant == "merged" and not method.keep_zeros)
         assert (report["lost"] > 0) == filled, variant
@@ -100,9 +97,8 @@ def test_zeros_after_the_merge_contain_those_before(name, pattern, precision):
 @pytest.mark.parametrize("name", having(lambda method: method.name in LAYERWISE and method.keep_zeros))
 def test_zeros_survive_the_merge_of_peft_itself(name):
     """The way of a user without the harness: ``merge_and_unload`` on a model in its own precision."""
-    for dtype, precision, tolerance in ((torch.float32, "float32", 1e-4), (torch.bfloat16, "bf16", 0.1)):
-        before = supports(pruned(dtype=dtype))
-        model = trained(method_of(name), pruned(dtype=dtype), precision)
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.1)):
+        before, model = supports(pruned(dtype=dtype)), ready(name, dtype)
         expected = logits(model)
         merged = model.merge_and_unload()
         assert zero_report(before, merged, "unstructured")["lost"] == 0
@@ -111,7 +107,7 @@ def test_zeros_survive_the_merge_of_peft_itself(name):
 
 @pytest.mark.parametrize("name", OWN)
 def test_unmerge_restores_the_original_weights_bit_for_bit(name):
-    model = trained(method_of(name), pruned(dtype=torch.bfloat16), "bf16")
+    model = ready(name, torch.bfloat16)
     expected = logits(model)
     model.merge_adapter()
     with model.disable_adapter():

@@ -219,6 +219,7 @@ REFUSED = [
 ]
 
 
+@pytest.mark.slow
 def test_what_the_hub_does_not_give_is_one_line(command, tmp_path) -> None:
     for overrides, said in REFUSED:
         code, printed = command(*PLAIN, *overrides, f"runs_root={tmp_path}", f"cache_root={tmp_path}")

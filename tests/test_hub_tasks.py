@@ -2,10 +2,12 @@
 
 import contextlib
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
 import pytest
+from lm_eval import tasks
 from test_evaluate import TOKENIZER, VOCABULARY, eval_cfg, refused, tiny
 
 from harness import evaluate as evaluate_module
@@ -16,7 +18,22 @@ from harness.log_likelihood import PromptSharingLM
 PROBLEMS = [{"question": f"What is {n} plus 1?", "answer": f"{n} + 1 = {n + 1}\n#### {n + 1}"} for n in range(8)]
 
 
-def test_gsm8k_is_generated_and_its_strict_answer_counts(monkeypatch):
+@pytest.fixture
+def gsm8k_alone(monkeypatch):
+    """In place of lm-eval's ten thousand tasks, of which the index takes many seconds."""
+    whole, folder = tasks.TaskManager, Path(tasks.__file__).parent / "gsm8k"
+
+    def index(include_defaults, include_path):
+        assert include_defaults, "a task that is none of ours"
+        return whole(include_defaults=False, include_path=[*include_path, folder])
+
+    monkeypatch.setattr(tasks, "TaskManager", index)
+    evaluate_module._task_manager.cache_clear()
+    yield
+    evaluate_module._task_manager.cache_clear()
+
+
+def test_gsm8k_is_generated_and_its_strict_answer_counts(gsm8k_alone, monkeypatch):
     """As lm-eval has the task, with its five examples, on a model that says one thing and a data set of our own."""
     splits = {"train": PROBLEMS[3:], "test": PROBLEMS[:4]}
     monkeypatch.setattr(
@@ -41,8 +58,9 @@ def test_gsm8k_is_generated_and_its_strict_answer_counts(monkeypatch):
         check_scoring(tiny(), TOKENIZER, cfg)
     roomy = tiny(max_position_embeddings=512)
     check_scoring(roomy, TOKENIZER, cfg)
+    cfg.limit = 1
     wordless = evaluate(roomy, TOKENIZER, cfg, None, progress=False)["tasks"]["gsm8k"]  # really generated
-    assert wordless["value"] == 0 and wordless["n"] == 4
+    assert wordless["value"] == 0 and wordless["n"] == 1
 
 
 def test_code_from_the_hub_and_from_the_model_is_not_run(monkeypatch):

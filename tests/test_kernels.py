@@ -207,6 +207,8 @@ def test_nothing_gets_through_where_the_weight_is_zero(name: str) -> None:
 @pytest.mark.parametrize("name", ["eager", NATIVE, TRITON])
 def test_a_mask_leaves_what_stands_at_weights_and_counts_them(name: str, kind: str) -> None:
     """Of every type that a weight and a gradient can have; also what is no number, at zeros of either sign."""
+    if name == "triton" and INTERPRETED and kind not in ("dense", "bitmap", "1:2", "2:4", "5:8", "11:16"):
+        pytest.skip("one layout of every size of group is enough at the interpreter's speed")
     pairs = list(product(TYPES[name], repeat=2))
     for of_W, of_D in pairs if kind == "dense" or not INTERPRETED else pairs[1:2]:  # the interpreter is slow
         W = problem(37, 1056, 1, of_W, kind if ":" in kind else "unstructured")[0].to(device_of(name))

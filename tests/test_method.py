@@ -167,18 +167,14 @@ def test_dense_and_remasked_merge_follow_their_definition_with_one_rounding(tiny
     assert lost["dense"] > 0.9 * sum(int((~M[name]).sum()) for name in expected)
 
 
-def test_merging_leaves_the_adapted_model_as_it_was_unless_in_place(tiny_llama) -> None:
+def test_a_merge_in_place_is_that_of_a_copy(tiny_llama) -> None:
+    """test_contract has that the model stays as it was without."""
     method, model = lora(), sparse(tiny_llama)
     M = supports(model)
     adapted = adapt(method, model)
-    before = logits(adapted)
-    merged = finish(method, adapted, M, "dense")
-    torch.testing.assert_close(logits(merged), before, rtol=1e-4, atol=1e-5)
-    assert not any("lora" in name for name, _ in merged.named_modules())
-    assert torch.equal(logits(finish(method, adapted, M, "adapter")), before)
+    merged = logits(finish(method, adapted, M, "dense"))
     last = finish(method, adapted, M, "dense", in_place=True)
-    assert last is model
-    assert torch.equal(logits(last), logits(merged))
+    assert last is model and torch.equal(logits(last), merged)
 
 
 @pytest.mark.parametrize("variant", ["adapter", "remasked", "dense"])

@@ -120,15 +120,16 @@ def test_activation_checkpointing_and_the_split_in_micro_batches_change_nothing(
 
 def test_what_a_step_needs_has_been_at_work(tmp_path):
     """Otherwise the tests above would compare plain LoRAs."""
-    model, _ = fit(METHODS["geolora"], tmp_path / "geolora")
+    cfg = recipe(checkpoint_every=None)
+    model, _ = fit(METHODS["geolora"], tmp_path / "geolora", cfg)
     ranks = {int(layer.geolora_rank["default"]) for layer in model.modules() if isinstance(layer, GeoLoraLinear)}
     assert ranks != {4}
-    model, _ = fit(METHODS["xgblora"], tmp_path / "xgblora")
+    model, _ = fit(METHODS["xgblora"], tmp_path / "xgblora", cfg)
     layers = [layer for layer in model.modules() if isinstance(layer, XgbLoraLinear)]
     for layer in layers:
         assert bool(layer.xgblora_merged_B["default"].any()) != layer.at_work["default"]
     quiet = method_of("flat_lora", "method.peft.sigma=0.0")
-    noisy, still = (fit(m, tmp_path / str(i))[0] for i, m in enumerate((METHODS["flat_lora"], quiet)))
+    noisy, still = (fit(m, tmp_path / str(i), cfg)[0] for i, m in enumerate((METHODS["flat_lora"], quiet)))
     one, other = (
         next(part for part in model.modules() if isinstance(part, FlatLoraLinear)) for model in (noisy, still)
     )

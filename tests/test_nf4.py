@@ -149,7 +149,9 @@ def test_a_step_is_simulated_and_profiled_on_nf4(composed, tmp_path):
     for mode in ("simulate", "profile"):
         cfg = composed(
             *("method=lors", f"mode={mode}", "prune.quantize=nf4", "prune.group_size=16", "train.steps=1"),
-            *("train.timing_warmup=0", "train.batch_size=1", "train.sequence_length=16"),
+            *("train.timing_warmup=0", "train.batch_size=1", "train.sequence_length=16", "model=tinyllama_1b"),
+            *("model.layers=1", "model.shape.hidden_size=64", "model.shape.intermediate_size=96"),
+            *("model.shape.vocab_size=128", "adapter.r=4"),
             *(f"runs_root={tmp_path}/runs", f"cache_root={tmp_path}/cache"),
         )
         assert execute(cfg)["status"] == "ok"

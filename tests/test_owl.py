@@ -13,7 +13,7 @@ from conftest import make_tiny_llama, sentence, write_rows
 from hypothesis import given
 from hypothesis import strategies as st
 from pruning_problems import REPEATABLE
-from test_harness_run import folder_of, tiny  # noqa: F401 - a fixture
+from test_harness_run import SHORT, folder_of, tiny  # noqa: F401 - a fixture
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
@@ -201,7 +201,9 @@ def test_it_is_in_the_key_where_it_does_something_and_nowhere_else(composed) -> 
 
 
 def test_a_run_keeps_its_zeros_and_shows_the_sparsity_of_its_blocks(tiny, no_network, capsys) -> None:  # noqa: F811
-    cfg = tiny("method=lors", "sparsity=0.6", "prune.layerwise=owl", "prune.outlier_threshold=2.0", "save_merged=true")
+    cfg = tiny(
+        "method=lors", "sparsity=0.6", "prune.layerwise=owl", "prune.outlier_threshold=2.0", "save_merged=true", *SHORT
+    )
     result = execute(cfg)
     assert result["status"] == "ok", result["error"]
     zeros = result["zeros"]

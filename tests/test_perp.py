@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from architectures import ARCHITECTURES
-from contract import batch, pruned
+from contract import pruned
 from test_full import train
 from torch import nn
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel
@@ -14,9 +14,8 @@ from baselines.perp import PARTS, PerpMethod, biases, norms
 from harness.config import resolve
 from harness.errors import BadInput
 from harness.feasible import check_fit
-from harness.method import adapt, finish
+from harness.method import adapt
 from harness.method_from_config import build_method
-from lors.sparsity import supports, zero_report
 
 
 def opt() -> PreTrainedModel:
@@ -50,23 +49,6 @@ def test_it_is_training_of_these_parts_and_of_nothing_else(parts):
         # The whole graph is summed in another order where weights have gradients too.
         torch.testing.assert_close(value, reference.state_dict()[name])
         assert torch.equal(value, start.state_dict()[name]) != (name in wanted), name
-
-
-def test_in_mixed_precision_what_trains_is_float32_and_the_rest_stays_as_it_is():
-    method, before = PerpMethod("perp"), supports(pruned(dtype=torch.bfloat16))
-    model = adapt(method, pruned(dtype=torch.bfloat16), precision="bf16_mixed")
-    for name, parameter in model.named_parameters():
-        assert parameter.requires_grad == ("norm" in name)
-        assert parameter.dtype == (torch.float32 if "norm" in name else torch.bfloat16)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    with torch.autocast("cpu", torch.bfloat16):
-        model(**batch()).loss.backward()
-    optimizer.step()
-    merged = finish(method, model, before, "merged")
-    assert {parameter.dtype for parameter in merged.parameters()} == {torch.bfloat16}
-    assert not torch.equal(merged.model.norm.weight, pruned(dtype=torch.bfloat16).model.norm.weight)
-    report = zero_report(before, merged, "unstructured")
-    assert report["lost"] == report["gained"] == 0
 
 
 def test_biases_of_norms_belong_to_both_parts():

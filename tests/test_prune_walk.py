@@ -191,8 +191,8 @@ def test_blocks_of_a_model_on_the_cpu_are_pruned_on_a_gpu(name):
     assert_same_parameters(model, expected.cpu(), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_memory_is_that_of_hidden_states_and_of_the_statistics_of_one_block(attention: str, monkeypatch) -> None:
+@pytest.mark.parametrize(("pruner", "attention"), [("sparsegpt", "sdpa"), ("wanda", "eager")])
+def test_memory_is_that_of_hidden_states_and_of_the_statistics_of_one_block(pruner, attention, monkeypatch) -> None:
     """What else a block is given, masks and angles, is kept once if it is equal."""
     monkeypatch.setattr(block_calls, "BATCH_TOKENS", 32)
 
@@ -202,7 +202,7 @@ def test_memory_is_that_of_hidden_states_and_of_the_statistics_of_one_block(atte
         live = LiveTensors()
         live.count(model.parameters(), "weights")
         with live:
-            prune_model(model, "sparsegpt", sparsity=0.5, pattern="unstructured", calibration=tokens(samples, 32))
+            prune_model(model, pruner, sparsity=0.5, pattern="unstructured", calibration=tokens(samples, 32))
         return live.peak - sum(parameter.nbytes for parameter in model.parameters())
 
     hidden = 32 * 32 * 4  # tokens, width, bytes

@@ -103,8 +103,8 @@ def test_dtype_layout_and_input_are_left_alone(dtype):
 
 
 TARGETS = [
-    *((sparsity, "unstructured") for sparsity in (0.0, 0.3, 0.5, 0.7, 0.95)),
-    *((None, pattern) for pattern in ("1:2", "2:4", "1:4", "4:8", "3:8")),
+    *((sparsity, "unstructured") for sparsity in (0.0, 0.5, 0.95)),
+    *((None, pattern) for pattern in ("2:4", "1:4", "3:8")),
 ]
 
 

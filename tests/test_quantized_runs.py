@@ -35,7 +35,7 @@ ON_GRID = ("method.peft.bits=4", "method.peft.group=16")
 @pytest.mark.parametrize("quantizer", ["rtn", "gptq"])
 def test_a_method_on_the_grid_ends_as_one_model_of_few_bits(tiny, quantizer, no_network, monkeypatch) -> None:  # noqa: F811
     words = ["method=lors", f"prune.quantize={quantizer}", "prune.group_size=16", *ON_GRID]
-    cfg = tiny(*words, "save_base=true", "save_merged=true")
+    cfg = tiny(*words, "eval.tasks=[]", "eval.baselines=false", "save_base=true", "save_merged=true")
     result = execute(cfg)
     assert result["status"] == "ok", result["error"]
     assert result["end_state"] == "merged" and result["pruner"] == f"wanda-int4g16-{quantizer}"
@@ -70,7 +70,7 @@ def test_a_method_on_the_grid_ends_as_one_model_of_few_bits(tiny, quantizer, no_
 
 def test_plain_methods_leave_their_adapter_beside_quantised_weights(tiny, no_network) -> None:  # noqa: F811
     """Scored on it, too."""
-    for method, *words in (("lora",), ("lors", *NO_SCORES)):
+    for method, *words in (("lora", "eval.tasks=[rte]", "eval.baselines=false"), ("lors", *NO_SCORES)):
         result = execute(tiny(f"method={method}", *QUANTISED, "train.steps=1", "train.timing_warmup=0", *words))
         assert result["status"] == "ok", result["error"]
         assert result["end_state"] == "adapter" and not result["variants"]

@@ -2,7 +2,7 @@
 
 Their numbers are tested with those of the other implementations in test_kernels: on a GPU if there is one, else in
 Triton's interpreter. That has to be chosen before Triton is imported for the first time, so without a GPU both files
-run again in a process of their own with TRITON_INTERPRET=1.
+run again in a process of their own with TRITON_INTERPRET=1. That is slow; one shape of every kernel is not.
 """
 
 from __future__ import annotations
@@ -34,6 +34,32 @@ def run(code_or_test: list[str], **environment: str) -> subprocess.CompletedProc
     )
 
 
+ONE_SHAPE = """
+import torch
+from lors.kernels import decode, eager, forced, mask_, merge, pack
+
+torch.manual_seed(0)
+W = torch.randn(37, 1072) * (torch.arange(1072) % 4 < 2) * (torch.rand(37, 1072) < 0.8)
+A, B = torch.randn(5, 1072), torch.randn(37, 5)
+for kind in ("dense", "bitmap", "2:4"):
+    packed = pack(W, kind)
+    with forced("triton"):
+        T, decoded = merge(packed, A, B, 1.7, torch.float32), decode(packed)
+        counts = mask_(D := torch.ones_like(W), packed)
+    torch.testing.assert_close(T, eager.merge(packed, A, B, 1.7, torch.float32), msg=kind)
+    assert torch.equal(decoded, W) and torch.equal(D, (W != 0).float()), kind
+    assert torch.equal(counts, (W != 0).sum(1).to(counts)), kind
+"""
+
+
+@pytest.mark.skipif(GPU or INTERPRETED, reason="the other tests run here")
+def test_one_shape_of_every_kernel_in_the_interpreter() -> None:
+    """More than one program and more than one tile in both directions."""
+    result = run(["-c", ONE_SHAPE], TRITON_INTERPRET="1")
+    assert result.returncode == 0, result.stderr[-4000:]
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(GPU or INTERPRETED, reason="the other tests run here")
 def test_in_the_interpreter() -> None:
     files = [__file__, str(Path(__file__).with_name("test_kernels.py"))]
