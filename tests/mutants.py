@@ -55,6 +55,7 @@ MUTANTS = [
     Mutant("lors/pruning/sparsegpt.py", "W[:, stop:] -= error", "W[:, stop:] += error", "sparsegpt"),
     Mutant("lors/pruning/walk.py", "sums[name].add_(part) if name in sums else part", "part", "prune_walk"),
     Mutant("lors/pruning/owl.py", "sparsity - sparsity_range *", "sparsity + sparsity_range *", "owl"),
+    Mutant("lors/pruning/rmi.py", "sparsity - sparsity_range + above", "sparsity + sparsity_range - above", "rmi"),
     # The methods: a sign, a scale or a transposition each.
     Mutant("baselines/spp.py", "* c.squeeze(1)).mul_(scaling)", "* c.squeeze(1))", "spp"),
     Mutant("baselines/sqft.py", "((B @ A) * (weight != 0))", "(B @ A)", "sqft contract"),
@@ -69,6 +70,8 @@ MUTANTS = [
         "self._product(name, weight.dtype)",
         "scale_lora",
     ),
+    Mutant("baselines/losa.py", "A[:rank], B[:, :rank]", "A, B", "losa"),
+    Mutant("baselines/losa.py", "self._put_back(self._state)", "pass", "losa"),
     Mutant("baselines/reconstruct.py", "output.to(precise) - target", "output.to(precise) + target", "reconstruct"),
     # The harness: what is trained, measured, scored, stored.
     Mutant("harness/recipe.py", 'reduction="sum") / targets', 'reduction="mean")', "train"),
