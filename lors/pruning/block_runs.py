@@ -36,11 +36,8 @@ def hidden_states(
         ValueError: A model that a walk from block to block cannot follow.
     """
     _, blocks = decoder_blocks(model)
-    with (
-        measuring(model),
-        torch.no_grad(),
-        tqdm(desc=title, total=len(blocks) * len(calibration), unit="sample") as bar,
-    ):
+    bar = tqdm(desc=title, total=len(blocks) * len(calibration), unit="sample")
+    with measuring(model), bar:
         hidden, calls = record(model, blocks, calibration, check_walk(model, blocks, calibration))
         yield hidden
         for i, block in enumerate(blocks):
