@@ -75,6 +75,8 @@ def resolve(cfg: DictConfig, *, places: bool = True) -> DictConfig:
     if config["mode"] != "run" or config["prune"].get("layerwise", "none") == "none":
         for name in LAYERWISE:
             config["prune"].pop(name, None)
+    elif config["prune"]["layerwise"] == "rmi":  # which knows no outliers
+        config["prune"].pop("outlier_threshold", None)
     for name in idle_options(config["method"].get("peft") or {}):
         config["method"]["peft"].pop(name, None)
     if config["train"]["epochs"] is not None:

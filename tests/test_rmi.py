@@ -11,10 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pruning_problems import REPEATABLE
 from scipy.optimize import linprog
+from test_harness_run import SHORT, tiny  # noqa: F401 - a fixture
 from test_owl import TOKENS, by_block, uneven
 from torch import Tensor, nn
 
 import lors
+from harness.config import resolve
+from harness.identity import run_key
+from harness.run import execute
 from lors.pruning.rmi import importances, rmi_sparsities, sample_kernel
 from lors.sparsity import sparsity_of
 
@@ -97,3 +101,15 @@ def test_what_cannot_be_is_refused_and_the_model_stays(change: dict, said: str) 
     with pytest.raises(ValueError, match=said):
         lors.prune(model, **{"sparsity": 0.6, "layerwise": "rmi", "calibration": TOKENS} | change)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+
+
+def test_a_run_has_its_sparsities_and_no_threshold_in_its_key(tiny) -> None:  # noqa: F811
+    one, other, owl = (
+        tiny("prune.layerwise=rmi", "prune.sparsity_range=0.1", *SHORT),
+        tiny("prune.layerwise=rmi", "prune.sparsity_range=0.1", "prune.outlier_threshold=2.0", *SHORT),
+        tiny("prune.layerwise=owl", "prune.sparsity_range=0.1", *SHORT),
+    )
+    assert run_key(resolve(one)) == run_key(resolve(other)) != run_key(resolve(owl))
+    result = execute(one)
+    assert result["status"] == "ok" and result["pruner"] == "wanda-rmi"
+    assert len(set(result["zeros"]["blocks"])) > 1
